@@ -1,0 +1,291 @@
+"""What every stage script shares: constants as options, one-sentence errors, manifests, atomic files, the folder lock."""
+
+import argparse
+import ast
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PROJECT_DIR = Path(__file__).resolve().parent
+
+
+class InputError(Exception):
+    """Bad input. The message is one sentence that names the file and the mend; `run` prints it and exits with 2."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main. InputError becomes one sentence on stderr and exit code 2; Ctrl-C exits with 130.
+
+    Under torchrun every rank usually meets the same bad input. Rank 0 says it; the others wait, so that torchrun, which
+    tears everything down at the first exit, does not silence it. An error of one rank alone is said by that rank.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        main()
+    except InputError as error:
+        if rank > 0:
+            time.sleep(10)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        exit_at_once(2)
+    except KeyboardInterrupt:
+        print("\nInterrupted; run the same command again to continue.", file=sys.stderr, flush=True)
+        exit_at_once(130)
+
+
+def exit_at_once(code: int) -> None:
+    """Leave without waiting for other ranks: a process group's clean-up would hang when one rank is gone."""
+    sys.stdout.flush()
+    if "RANK" in os.environ:
+        os._exit(code)
+    sys.exit(code)
+
+
+# ---- constants as options
+
+
+def parse_constants(module_globals: dict[str, Any], argv: list[str] | None = None) -> argparse.Namespace:
+    """Turn the upper-case constants of a script into options of the same name in lower case.
+
+    A constant's value is the option's default, its annotation (or the value's type) the option's type, and the comment
+    on its line the help text. `NAME: str` without a value is a required option. Names starting with _ are not options.
+    """
+    source = Path(module_globals["__file__"]).read_text()
+    lines = source.splitlines()
+    parser = argparse.ArgumentParser(
+        description=module_globals["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for node in ast.parse(source).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if not isinstance(target, ast.Name) or not target.id.isupper() or target.id.startswith("_"):
+            continue
+        default = module_globals.get(target.id)
+        annotation = module_globals.get("__annotations__", {}).get(target.id, type(default))
+        options = [t for t in typing.get_args(annotation) if t is not types.NoneType] or [annotation]
+        value_type = options[0]
+        _, _, comment = lines[node.end_lineno - 1].partition("#")
+        required = isinstance(node, ast.AnnAssign) and node.value is None
+        text = comment.strip().replace("%", "%%") + ("" if required else f" (default: {default})")
+        flag = f"--{target.id.lower()}"
+        if value_type is bool:
+            parser.add_argument(flag, type=_parse_bool, nargs="?", const=True, default=default, help=text)
+        elif value_type in (tuple, list) or typing.get_origin(value_type) in (tuple, list):
+            item = (typing.get_args(value_type) or (type(default[0]),))[0]
+            parser.add_argument(flag, type=item, nargs="+", default=default, help=text)
+        else:
+            parser.add_argument(flag, type=value_type, default=default, required=required, help=text)
+    return parser.parse_args(argv)
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes"):
+        return True
+    if text.lower() in ("0", "false", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+# ---- progress
+
+
+def progress(*args: Any, **kwargs: Any):
+    """tqdm with rate and time left; where nobody watches (a log file) a line every 15 seconds instead of many."""
+    from tqdm import tqdm
+
+    watched = sys.stderr.isatty()
+    return tqdm(*args, **{"dynamic_ncols": True, "mininterval": 0.2 if watched else 15.0, **kwargs})
+
+
+# ---- files
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well it is synced and renamed to `path`.
+
+    A full disk becomes an InputError, and no half file stays behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"Could not write {path} ({error}); free some disk and run again to continue.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path | str, mend: str) -> Any:
+    """Read a JSON file. Raises InputError, ending in `mend`, when it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"No {Path(path).name} in {Path(path).parent}; {mend}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); {mend}") from None
+
+
+def sha256(path: Path | str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files that killed processes left in `folder`. Call with the folder's lock held."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path | str, rank: int = 0, barrier: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold `folder` for this run alone; a second run on it raises InputError.
+
+    Rank 0 takes the lock alone and then shares it with the other ranks of its run, so that workers which outlive a
+    killed torchrun still keep others out. The system drops the lock when the last holder dies, however it dies.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    refusal = f"{folder} is in use by another process; wait for it to end or choose another output folder."
+    with open(folder / ".lock", "a") as file:
+        if rank == 0:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(refusal) from None
+            remove_leftovers(folder)
+            fcntl.flock(file, fcntl.LOCK_SH)
+        barrier()
+        if rank > 0:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(refusal) from None
+        yield
+
+
+def require_disk(folder: Path | str, needed_bytes: int) -> None:
+    """Raise InputError when the disk that will hold `folder` has less than `needed_bytes` free."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed_bytes > free:
+        raise InputError(
+            f"{folder} needs about {gb(needed_bytes)} but its disk has {gb(free)} free; free some or write elsewhere."
+        )
+
+
+def gb(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+# ---- manifests
+
+
+def git_commit() -> str | None:
+    """The commit this code stands at, with -dirty behind it when tracked files differ; None outside a checkout."""
+    git = ["git", "-C", str(PROJECT_DIR)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("-dirty" if changed.strip() else "")
+
+
+def write_manifest(folder: Path | str, stage: str, complete: bool, **fields: Any) -> dict:
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "stage": stage,
+        "complete": complete,
+        "git_commit": git_commit(),
+        "written_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **fields,
+    }
+    write_json(Path(folder) / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(folder: Path | str, stage: str) -> dict:
+    """Read the manifest that `stage` (a script's name) completed in `folder`, or raise InputError."""
+    folder = Path(folder)
+    mend = f"run {stage} to make it."
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder}; {mend}")
+    manifest = read_json(folder / MANIFEST, mend)
+    if not isinstance(manifest, dict) or manifest.get("stage") != stage:
+        found = manifest.get("stage") if isinstance(manifest, dict) else "something else"
+        raise InputError(f"{folder / MANIFEST} is from {found}, not from {stage}; name the folder {stage} wrote.")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{folder / MANIFEST} has format version {manifest.get('format_version')}, this code reads "
+            f"{FORMAT_VERSION}; run {stage} again."
+        )
+    if not manifest.get("complete"):
+        raise InputError(f"{folder} is not complete; run {stage} again with the same options, it continues.")
+    return manifest
+
+
+def begin_or_continue(folder: Path | str, stage: str, decides: dict[str, Any]) -> bool:
+    """Check an output folder before writing to it. Returns True when its work is already complete.
+
+    `decides` holds everything the result depends on. A folder begun with other values is refused by naming the first
+    difference; a fresh folder gets an incomplete manifest that records them.
+    """
+    folder = Path(folder)
+    decides = json.loads(json.dumps(decides))
+    if (folder / MANIFEST).exists():
+        manifest = read_json(folder / MANIFEST, "remove the folder or name another.")
+        old = manifest.get("decides", {}) if manifest.get("stage") == stage else {"stage": manifest.get("stage")}
+        for name in sorted(decides.keys() | old.keys()):
+            if decides.get(name) != old.get(name):
+                raise InputError(
+                    f"{folder} was begun with {name} = {old.get(name)!r}, now it is {decides.get(name)!r}; "
+                    "use the old value, remove the folder or name another."
+                )
+        return bool(manifest["complete"])
+    others = [p.name for p in folder.glob("*") if not p.name.startswith(".")] if folder.is_dir() else []
+    if others:
+        raise InputError(f"{folder} holds other files ({others[0]}, ...) and no {MANIFEST}; name an empty folder.")
+    write_manifest(folder, stage, complete=False, decides=decides)
+    return False
+
+
+def check_files(folder: Path | str, shards: list[dict], stage: str) -> None:
+    """Raise InputError unless each shard of a manifest is there with its size in bytes (checksums: see `sha256`)."""
+    for shard in shards:
+        path = Path(folder) / shard["file"]
+        if not path.is_file():
+            raise InputError(f"{path} is missing; run {stage} again.")
+        if path.stat().st_size != shard["bytes"]:
+            raise InputError(
+                f"{path} has {path.stat().st_size} bytes instead of {shard['bytes']}; delete it and the manifest "
+                f"beside it, and run {stage} again."
+            )
