@@ -4,8 +4,9 @@ Reads   docstrings of the Python standard library and of PACKAGES, pydoc_data.to
 Writes  OUTPUT_DIR/documents.parquet (text, source, held_out), manifest.json
 Cost    about 20 s on two cores; 12 MB of text
 
-What is kept is prose: whole paragraphs with sentence punctuation that are mostly words. Code, doctests, tables, headings
-and reST markup go; a paragraph that occurs twice is kept once. One document is one file, one topic or one description.
+What is kept is prose: whole paragraphs with sentence punctuation that are mostly words. Code, doctests, tables,
+headings and reST markup go; a paragraph that occurs twice is kept once. A document is one file, one topic or one
+package's description.
 
     python documentation_corpus.py --output_dir data/documents
 """
@@ -25,22 +26,83 @@ OUTPUT_DIR = "data/documents"  # folder for documents.parquet
 MAX_MB = 0.0  # stop after this many MB of text, files taken evenly from the whole; 0 for all
 
 # Installed packages whose documentation counts as English prose; a missing one is skipped.
-_PACKAGES = (
-    "anthropic, blobfile, click, contourpy, fontTools, fsspec, gradio, huggingface_hub, jinja2, joblib, matplotlib, "
-    "mpmath, networkx, nltk, numpy, packaging, pandas, PIL, pyarrow, pydantic, pyparsing, safetensors, sympy, tiktoken, "
-    "tokenizers, torch, tqdm, urllib3, wandb, yaml"
-).split(", ")
+_PACKAGES = [
+    "anthropic",
+    "blobfile",
+    "click",
+    "contourpy",
+    "fontTools",
+    "fsspec",
+    "gradio",
+    "huggingface_hub",
+    "jinja2",
+    "joblib",
+    "matplotlib",
+    "mpmath",
+    "networkx",
+    "nltk",
+    "numpy",
+    "packaging",
+    "pandas",
+    "PIL",
+    "pyarrow",
+    "pydantic",
+    "pyparsing",
+    "safetensors",
+    "sympy",
+    "tiktoken",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "urllib3",
+    "wandb",
+    "yaml",
+]
 # Files whose text no model here is trained on, relative to the standard library or to site-packages.
 _HELD_OUT = frozenset(
-    "argparse.py asyncio/queues.py calendar.py concurrent/futures/_base.py datetime.py email/message.py fractions.py "
-    "http/cookiejar.py json/decoder.py logging/handlers.py statistics.py textwrap.py threading.py unittest/mock.py "
-    "topics:formatstrings topics:import topics:naming topics:assert topics:exceptions topics:typesseq "
-    "gradio/blocks.py matplotlib/legend.py matplotlib/ticker.py mpmath/calculus/quadrature.py "
-    "networkx/algorithms/clique.py networkx/algorithms/traversal/depth_first_search.py nltk/tokenize/punkt.py "
-    "nltk/translate/bleu_score.py numpy/fft/_pocketfft.py numpy/lib/_function_base_impl.py numpy/polynomial/hermite.py "
-    "pandas/core/groupby/groupby.py pandas/core/resample.py PIL/ImageDraw.py sympy/geometry/polygon.py "
-    "sympy/stats/crv_types.py torch/nn/modules/loss.py torch/optim/lr_scheduler.py torch/distributed/rpc/api.py "
-    "torch/utils/data/dataloader.py wandb/sdk/artifacts/artifact.py".split()
+    [
+        "argparse.py",
+        "asyncio/queues.py",
+        "calendar.py",
+        "concurrent/futures/_base.py",
+        "datetime.py",
+        "email/message.py",
+        "fractions.py",
+        "http/cookiejar.py",
+        "json/decoder.py",
+        "logging/handlers.py",
+        "statistics.py",
+        "textwrap.py",
+        "threading.py",
+        "unittest/mock.py",
+        "topics:formatstrings",
+        "topics:import",
+        "topics:naming",
+        "topics:assert",
+        "topics:exceptions",
+        "topics:typesseq",
+        "gradio/blocks.py",
+        "matplotlib/legend.py",
+        "matplotlib/ticker.py",
+        "mpmath/calculus/quadrature.py",
+        "networkx/algorithms/clique.py",
+        "networkx/algorithms/traversal/depth_first_search.py",
+        "nltk/tokenize/punkt.py",
+        "nltk/translate/bleu_score.py",
+        "numpy/fft/_pocketfft.py",
+        "numpy/lib/_function_base_impl.py",
+        "numpy/polynomial/hermite.py",
+        "pandas/core/groupby/groupby.py",
+        "pandas/core/resample.py",
+        "PIL/ImageDraw.py",
+        "sympy/geometry/polygon.py",
+        "sympy/stats/crv_types.py",
+        "torch/nn/modules/loss.py",
+        "torch/optim/lr_scheduler.py",
+        "torch/distributed/rpc/api.py",
+        "torch/utils/data/dataloader.py",
+        "wandb/sdk/artifacts/artifact.py",
+    ]
 )
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "_vendor", "idlelib", "lib2to3", "site-packages", "__pycache__"}
 

@@ -2,8 +2,8 @@
 
 Reads   INPUT_PATH: a parquet file with a column `text`, or a folder of such files
 Writes  OUTPUT_DIR/sentences-*.parquet (text, doc_idx, start, gap), punkt.json, manifest.json
-Method  NLTK Punkt (Kiss and Strunk 2006, Computational Linguistics 32:4); spans untouched, so that texts and gaps joined
-        give every document back
+Method  NLTK Punkt (Kiss and Strunk 2006, Computational Linguistics 32:4); spans untouched, so that texts and
+        gaps joined give every document back
 Cost    the README's table has the rate; disk about that of the documents
 
     python openwebtext_sentences_dataset.py --input_path data/documents --output_dir data/sentences
@@ -13,7 +13,6 @@ The reader: `SentenceDataset(folder)[i]` is sentence i in the seeded order of th
 
 import collections
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,14 +146,18 @@ def split_document(splitter, text: str) -> list[tuple[str, int, str]]:
         return [("", 0, text)]
     spans[0] = (0, spans[0][1])
     ends = [start for start, _ in spans[1:]] + [len(text)]
-    return [(text[start:end], start, text[end:next_start]) for (start, end), next_start in zip(spans, ends, strict=True)]
+    return [
+        (text[start:end], start, text[end:next_start]) for (start, end), next_start in zip(spans, ends, strict=True)
+    ]
 
 
-def write_shard(path: Path, first_doc_idx: int, documents: list[str | bytes], punkt: dict[str, Any]) -> None:
-    """Split a shard's documents and write them; runs in a worker process."""
+def write_shard(path: Path, first_doc_idx: int, documents: list[str | bytes], punkt: dict[str, Any]) -> dict:
+    """Split a shard's documents and write them, unless done; runs in a worker process. Returns the shard's record."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if path.exists():
+        return describe_shard(path)
     splitter = make_splitter(punkt)
     rows = {"text": [], "doc_idx": [], "start": [], "gap": []}
     for doc_idx, document in enumerate(documents, first_doc_idx):
@@ -173,6 +176,7 @@ def write_shard(path: Path, first_doc_idx: int, documents: list[str | bytes], pu
     table = pa.table(columns).replace_schema_metadata({name: str(n) for name, n in counts.items()})
     with stage.atomic_path(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
+    return describe_shard(path)
 
 
 def shards_of_documents(files: list[Path], shard_chars: int) -> Iterator[tuple[int, list[str | bytes]]]:
@@ -264,7 +268,9 @@ def main() -> None:
     files = document_files(config.input_path)
     n_bytes = sum(f.stat().st_size for f in files)
     folder = Path(config.output_dir)
-    print(f"Reading {len(files)} files of documents, {stage.gb(n_bytes)}, from {config.input_path}; writing to {folder}.")
+    print(
+        f"Reading {len(files)} files of documents, {stage.gb(n_bytes)}, from {config.input_path}; writing to {folder}."
+    )
     decides = {
         "documents": [[f.name, f.stat().st_size] for f in files],
         "punkt": config.punkt,
@@ -282,28 +288,17 @@ def main() -> None:
         punkt = json.loads((folder / "punkt.json").read_text())
         print(f"Punkt: {punkt['origin']}.")
 
-        shards: list[Path] = []
-        n_workers = config.num_processes or os.cpu_count()
-        with multiprocessing.Pool(n_workers) as pool, stage.progress(unit="doc", desc="sentences") as bar:
-            running: collections.deque = collections.deque()
-            for first, documents in shards_of_documents(files, int(config.shard_mb * 1e6)):
-                path = folder / f"sentences-{len(shards):05d}.parquet"
-                shards.append(path)
-                if path.exists():
-                    bar.update(len(documents))
-                    continue
-                running.append((len(documents), pool.apply_async(write_shard, (path, first, documents, punkt))))
-                while len(running) > n_workers:  # bounds the documents held in memory
-                    n_docs, result = running.popleft()
-                    result.get()
-                    bar.update(n_docs)
-            for n_docs, result in running:
-                result.get()
-                bar.update(n_docs)
-        described = [describe_shard(path) for path in shards]
-        counts = {
-            name: sum(s[f"n_{name}"] for s in described) for name in ("sentences", "docs", "invalid_utf8")
-        }
+        n_workers = config.num_processes or os.cpu_count() or 1
+        jobs = (
+            (folder / f"sentences-{number:05d}.parquet", first, documents, punkt)
+            for number, (first, documents) in enumerate(shards_of_documents(files, int(config.shard_mb * 1e6)))
+        )
+        described = []
+        with stage.Workers(n_workers) as workers, stage.progress(unit="doc", desc="sentences") as bar:
+            for record in workers.map(write_shard, jobs):
+                described.append(record)
+                bar.update(record["n_docs"])
+        counts = {name: sum(s[f"n_{name}"] for s in described) for name in ("sentences", "docs", "invalid_utf8")}
         stage.write_manifest(
             folder,
             _STAGE,

@@ -1,11 +1,13 @@
-"""What every stage script shares: constants as options, one-sentence errors, manifests, atomic files, the folder lock."""
+"""What stage scripts share: constants as options, one-sentence errors, manifests, atomic files, the folder lock."""
 
 import argparse
 import ast
+import collections
 import contextlib
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -13,7 +15,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,36 @@ def progress(*args: Any, **kwargs: Any):
     return tqdm(*args, **{"dynamic_ncols": True, "mininterval": 0.2 if watched else 15.0, **kwargs})
 
 
+class Workers:
+    """Processes that work through jobs in order, a bounded number at a time. They are spawned, not forked: torch's
+    threads do not survive a fork. An InputError of a worker is raised where its result is read."""
+
+    def __init__(self, n_workers: int):
+        self.n_workers = n_workers
+
+    def __enter__(self) -> "Workers":
+        self.pool = multiprocessing.get_context("spawn").Pool(self.n_workers) if self.n_workers > 1 else None
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.pool:
+            self.pool.terminate()
+            self.pool.join()
+
+    def map(self, function: Callable, jobs: Iterable[tuple]) -> Iterator[Any]:
+        """function(*job) for each job, in order; `jobs` is read only a little ahead of what runs."""
+        running: collections.deque = collections.deque()
+        for job in jobs:
+            if self.pool is None:
+                yield function(*job)
+                continue
+            running.append(self.pool.apply_async(function, job))
+            if len(running) > self.n_workers:
+                yield running.popleft().get()
+        while running:
+            yield running.popleft().get()
+
+
 # ---- files
 
 
@@ -124,6 +156,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(file.fileno(), 0o666 & ~umask)  # some libraries write files only their owner can read
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"Could not write {path} ({error}); free some disk and run again to continue.") from error

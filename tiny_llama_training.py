@@ -209,9 +209,10 @@ def main() -> None:
     n_rows = (len(held_out) - 1) // config.context
     rows = torch.from_numpy(held_out[: n_rows * config.context]).long().view(n_rows, config.context)
     tokens = torch.cat([torch.full((n_rows, 1), tokenizer.bos_id), rows[:, :-1]], dim=1)
-    held_out_loss = sum(
-        loss_sum(t.to(device), r.to(device)).item() for t, r in zip(tokens.split(32), rows.split(32), strict=True)
-    ) / rows.numel()
+    held_out_loss = (
+        sum(loss_sum(t.to(device), r.to(device)).item() for t, r in zip(tokens.split(32), rows.split(32), strict=True))
+        / rows.numel()
+    )
     counts = np.bincount(stream, minlength=tokenizer.vocab_size) + 1.0
     unigram_loss = -np.log(counts / counts.sum())[rows.numpy()].mean()
     report = {

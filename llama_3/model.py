@@ -267,9 +267,7 @@ class Transformer(nn.Module):
         return found[sites] if isinstance(sites, str) else {site: found[site] for site in wanted}
 
     @contextlib.contextmanager
-    def intervene(
-        self, site: str, fn: Callable[[Tensor], Tensor], skip_tokens: Sequence[int] = ()
-    ) -> Iterator[None]:
+    def intervene(self, site: str, fn: Callable[[Tensor], Tensor], skip_tokens: Sequence[int] = ()) -> Iterator[None]:
         """Replace the activations at `site` by fn of them, (..., d_model) -> same, inside the with block.
 
         Positions that hold one of `skip_tokens` keep their value. Blocks nest: the outer function runs first. A

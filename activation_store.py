@@ -1,0 +1,95 @@
+"""The activation file format: what capture_activations.py writes and later stages read.
+
+One folder per site holds safetensors shards and a manifest.json. A shard holds whole sentences, in order:
+
+    acts          (n_tokens, d_model) bfloat16   one row a token
+    token_ids     (n_tokens,) int32
+    sentence_idx  (n_sentences,) int64           index into the sentence dataset's seeded order, ascending
+    offsets       (n_sentences + 1,) int64       sentence s has the rows offsets[s] to offsets[s + 1]
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import stage
+
+CAPTURE_STAGE = "capture_activations.py"
+
+
+def open_shard(path: Path, made_by: str) -> Any:
+    """A memory-mapped safetensors file; InputError when its header is broken."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise stage.InputError(f"{path} cannot be read ({error}); delete it and run {made_by} again.") from None
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    with stage.atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:  # how the library reports a full disk
+            raise OSError(str(error)) from error
+
+
+class Shard(NamedTuple):
+    """One shard's tensors; `acts` is memory-mapped."""
+
+    acts: Tensor
+    token_ids: Tensor
+    sentence_idx: Tensor
+    offsets: Tensor
+
+
+class ActivationStore:
+    """Read one site's captured activations. Raises InputError for a folder that is incomplete or damaged."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        sites = sorted(self.folder.glob("layers.*/manifest.json"))
+        if sites and not (self.folder / stage.MANIFEST).exists():
+            raise stage.InputError(f"{folder} holds a folder for each site; name one of them: {sites[0].parent}.")
+        self.manifest = stage.read_manifest(folder, CAPTURE_STAGE)
+        self.records = self.manifest["shards"]
+        stage.check_files(folder, self.records, CAPTURE_STAGE)
+        self.d_model: int = self.manifest["d_model"]
+        self.n_tokens: int = self.manifest["counts"]["tokens"]
+
+    @cached_property
+    def _files(self) -> list[Any]:
+        return [open_shard(self.folder / record["file"], CAPTURE_STAGE) for record in self.records]
+
+    def shard(self, i: int) -> Shard:
+        file = self._files[i]
+        shard = Shard(*(file.get_tensor(name) for name in Shard._fields))
+        if shard.acts.shape != (self.records[i]["n_tokens"], self.d_model):
+            raise stage.InputError(
+                f"{self.folder / self.records[i]['file']} holds activations of shape {tuple(shard.acts.shape)}, the "
+                f"manifest says {(self.records[i]['n_tokens'], self.d_model)}; capture into an empty folder again."
+            )
+        return shard
+
+    def shards(self) -> Iterator[Shard]:
+        for i in range(len(self.records)):
+            yield self.shard(i)
+
+    def sentence(self, sentence_idx: int) -> tuple[Tensor, Tensor] | None:
+        """(acts, token_ids) of one sentence; None when it was not captured (it had no tokens)."""
+        i = bisect_right([record["first_sentence_idx"] for record in self.records], sentence_idx) - 1
+        if i < 0:
+            return None
+        file = self._files[i]
+        sentences = file.get_tensor("sentence_idx")
+        row = int(torch.searchsorted(sentences, sentence_idx))
+        if row == len(sentences) or int(sentences[row]) != sentence_idx:
+            return None
+        start, end = file.get_tensor("offsets")[row : row + 2].tolist()
+        return file.get_slice("acts")[start:end], file.get_slice("token_ids")[start:end]

@@ -1,0 +1,73 @@
+"""Process-group set-up: the same script runs under python, on CPU, and under torchrun on any number of processes."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+
+class World(NamedTuple):
+    """This process's place. rank counts over all nodes; without torchrun the world is one process."""
+
+    rank: int
+    size: int
+    device: Any  # torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def print(self, *args: Any) -> None:
+        if self.is_main:
+            print(*args, flush=True)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+    def all_reduce(self, tensor: Any) -> Any:
+        """Sum `tensor` over the processes, in place."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's picklable value, in order of rank, on every process."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextlib.contextmanager
+def world() -> Iterator[World]:
+    """Join the process group that torchrun describes in the environment: nccl on GPUs, gloo on CPUs."""
+    import torch
+
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        if size > 1:  # torchrun gives each process one thread; share the cores instead
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    if size > 1:
+        import torch.distributed as dist
+
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, device)
+        if size > 1:
+            dist.barrier()
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
