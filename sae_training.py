@@ -233,8 +233,8 @@ def main() -> None:
             stage.require_disk(folder, 3 * sae_bytes * config.keep_checkpoints + sae_bytes)
         w.print(
             f"Reading {manifest['counts']['train']:,} activations of {manifest['site']} from {config.data_dir}; "
-            f"writing {save_path} ({stage.gb(sae_bytes)}) and checkpoints ({stage.gb(3 * sae_bytes)} each) to {folder}; "
-            f"{n_steps:,} steps of {config.batch_size} on {w.size} x {w.device.type}."
+            f"writing {save_path} ({stage.gb(sae_bytes)}) and checkpoints ({stage.gb(3 * sae_bytes)} each) to "
+            f"{folder}; {n_steps:,} steps of {config.batch_size} on {w.size} x {w.device.type}."
         )
 
         if config.model_load_path:
