@@ -183,8 +183,8 @@ def main() -> None:
             raise stage.InputError(f"{sae_path} has no JSON that names its site; train it with this project.")
         highest = highest_activation(sae_path, config.latent)
         function = steer_by_latent(sae, config.latent, config.strength, highest)
-        skip = () if sae.info["begin_of_text"] else (tokenizer.bos_id,)  # it was never trained on
-        steered = complete(model, tokenizer, prompts, **options, steering=(sae.info["site"], function, skip))
+        skip_tokens = (tokenizer.bos_id,)  # no SAE here was trained on begin-of-text
+        steered = complete(model, tokenizer, prompts, **options, steering=(sae.info["site"], function, skip_tokens))
     for i, prompt in enumerate(prompts):
         print(f"{prompt!r}\n  clean    {clean[i]!r}")
         if steered is not None:

@@ -90,8 +90,8 @@ class Validation(NamedTuple):
     l0: float  # kept values above zero per activation
 
 
-def validate(sae, data_dir: str, manifest: dict, batch_size: int, w) -> Validation:
-    """Measure the SAE on all held-out activations, shared out over the processes."""
+def validate(sae, data_dir: str, manifest: dict, batch_size: int, w) -> Validation | None:
+    """Measure the SAE on all held-out activations, shared out over the processes; None where there are none."""
     import torch
 
     from activation_store import open_shard
@@ -115,7 +115,7 @@ def validate(sae, data_dir: str, manifest: dict, batch_size: int, w) -> Validati
     w.all_reduce(sums)
     total, squares, (error, l0, count) = sums[:d], sums[d : 2 * d], sums[2 * d :].tolist()
     if count == 0:
-        return Validation(math.nan, math.nan, math.nan)
+        return None
     variance = float((squares - total.square() / count).sum())
     return Validation(error / (count * d), error / variance, l0 / count)
 
@@ -351,6 +351,7 @@ def main() -> None:
                     }
                     if epoch_ends:
                         quality = validate(sae, config.data_dir, manifest, config.batch_size, w)
+                    if epoch_ends and quality:
                         values |= {"val_main": quality.main, "val_fvu": quality.fvu, "val_l0": quality.l0}
                     log(**values)
                     fvu = main_loss / variance
@@ -365,7 +366,7 @@ def main() -> None:
             "normalization": "layer_norm",
             "activations_dir": manifest["input_dir"],
             "tokens_trained": step * config.batch_size,
-            "quality": {name: last[name] for name in ("val_main", "val_fvu", "val_l0", "dead_frac")},
+            "quality": {name: last.get(name) for name in ("val_main", "val_fvu", "val_l0", "dead_frac")},
             "config": vars(config),
             "git_commit": stage.git_commit(),
         }
@@ -374,10 +375,10 @@ def main() -> None:
             stage.write_manifest(folder, _STAGE, complete=True, decides=decides, config=vars(config))
             if wandb_run:
                 wandb_run.finish()
-        w.print(
-            f"FVU {last['val_fvu']:.4f}, L0 {last['val_l0']:.1f} on held-out activations, {last['dead_frac']:.1%} dead "
-            f"latents: {save_path}"
-        )
+        quality = ""
+        if "val_fvu" in last:
+            quality = f"FVU {last['val_fvu']:.4f}, L0 {last['val_l0']:.1f} on held-out activations, "
+        w.print(f"{quality}{last['dead_frac']:.1%} dead latents: {save_path}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,286 @@
+"""Run every stage of the pipeline on the embedded tiny Llama, on a laptop CPU, and show what came out.
+
+Writes  demo_run/: every stage's files, report.md, sae.curves.png
+Cost    minutes on two cores, no network
+
+    make demo
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import stage
+
+RUN_DIR = "demo_run"  # folder for everything; emptied first
+NUM_SAMPLES = 32_000  # sentences to capture
+NUM_EPOCHS = 3  # of SAE training
+STEERING_SAMPLES = 128  # completions counted, clean and steered each
+STRENGTH = 6.0  # of steering, in multiples of the latent's highest activation
+
+_MODEL_DIR = "llama_3/tiny_llama"
+_SITE = "layers.6.attention_norm"  # of 8 layers: about 5/6 of the depth
+_PROMPTS = ("This is", "The", "It can be", "Note that", "When the", "A", "In this case", "The second")
+
+
+def python(script: str, **options: object) -> list[str]:
+    return [sys.executable, script, *_flags(options)]
+
+
+def torchrun(script: str, **options: object) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        script,
+        *_flags(options),
+    ]
+
+
+def _flags(options: dict[str, object]) -> list[str]:
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def stages(run: Path, config) -> list[tuple[str, list[str]]]:
+    """(title, command) of every stage: the real scripts, with small sizes."""
+    sae = run / "sae.pth"
+    activations = run / "activations" / _SITE
+    return [
+        (
+            "Documents: the documentation on this machine",
+            python("documentation_corpus.py", output_dir=run / "documents"),
+        ),
+        (
+            "Sentences",
+            python(
+                "openwebtext_sentences_dataset.py",
+                input_path=run / "documents",
+                output_dir=run / "sentences",
+                punkt="corpus",
+                punkt_train_mb=1,
+                shard_mb=2,
+            ),
+        ),
+        (
+            "Activations of the tiny Llama, two processes",
+            torchrun(
+                "capture_activations.py",
+                model_dir=_MODEL_DIR,
+                sentences_dir=run / "sentences",
+                output_dir=run / "activations",
+                num_samples=config.num_samples,
+                sites=_SITE,
+                dtype="float32",
+                batch_tokens=2048,
+                window_sentences=4000,
+            ),
+        ),
+        (
+            "Shuffled batches",
+            python("sae_preprocessing.py", input_dir=activations, output_dir=run / "batches", shard_gb=0.1),
+        ),
+        (
+            "Sparse autoencoder, two processes",
+            torchrun(
+                "sae_training.py",
+                data_dir=run / "batches",
+                model_save_path=sae,
+                checkpoint_dir=run / "checkpoints",
+                n_latents=4096,
+                k=32,
+                k_aux=128,
+                num_epochs=config.num_epochs,
+                batch_size=4096,
+                learning_rate=1e-3,
+                learning_rate_min_ratio=0.05,
+                warmup_steps=20,
+                dead_after_tokens=300_000,
+                wandb="off",
+            ),
+        ),
+        ("What the SAE keeps of the model", python("sae_evaluation.py", sae_model_path=sae, num_sentences=1000)),
+        (
+            "Top sentences of every latent",
+            python("capture_top_activating_sentences.py", data_dir=activations, model_path=sae, top_sentences=20),
+        ),
+        (
+            "Names of the latents",
+            python("interpret_top_sentences_distinctive_words.py", model_path=sae, top_sentences=20),
+        ),
+    ]
+
+
+def interesting_latents(run: Path, n: int) -> list[dict]:
+    """Named latents worth showing: certain, neither rare nor everywhere, about different words, rarest words first."""
+    import pyarrow.parquet as pq
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    meanings = yaml.load((run / "sae.meaning_distinctive-words_max.yaml").read_text(), loader)
+    statistics = pq.read_table(run / "sae.latents.parquet").to_pydict()
+    good = []
+    for latent, meaning in meanings.items():
+        words = meaning["common_semantic"].split(", ")
+        frequency = statistics["frequency"][latent]
+        if meaning["certainty"] >= 0.9 and len(words[0]) > 4 and 2e-4 <= frequency <= 5e-3:
+            good.append({"latent": latent, "words": words, **meaning, "frequency": frequency})
+    good.sort(key=lambda entry: (-entry["certainty"], entry["latent"]))
+    chosen, used = [], set()
+    for entry in good:
+        if not used & {word[:4] for word in entry["words"]}:
+            used |= {word[:4] for word in entry["words"]}
+            chosen.append(entry)
+    return chosen[:n]
+
+
+def top_sentences(run: Path, latents: list[int], tokenizer) -> dict[int, list[str]]:
+    """The three strongest sentences of each latent by its highest token, that token between « and »."""
+    import pyarrow.parquet as pq
+
+    filters = [("latent", "in", latents), ("aggregation", "=", "max"), ("rank", "<", 3)]
+    marked: dict[int, list[str]] = {latent: [] for latent in latents}
+    for row in pq.read_table(run / "sae.top.parquet", filters=filters).to_pylist():
+        acts = [float(a) for a in row["token_activations"]]
+        strongest = acts.index(max(acts))
+        ids = row["token_ids"]
+        before, token, after = (
+            tokenizer.decode(part) for part in (ids[:strongest], ids[strongest : strongest + 1], ids[strongest + 1 :])
+        )
+        space = " " if token.startswith(" ") else ""
+        marked[row["latent"]].append(f"{before}{space}«{token.strip()}»{after}")
+    return marked
+
+
+def count_hits(texts: list[str], words: list[str]) -> int:
+    """Texts that hold one of the words."""
+    from interpret_top_sentences_distinctive_words import words_of
+
+    return sum(bool(words_of(text) & set(words)) for text in texts)
+
+
+def steer(run: Path, candidates: list[dict], config) -> dict:
+    """Try the candidates on a few completions, then count the best one's words in fresh ones, clean and steered."""
+    from llama_3 import load_model, load_tokenizer
+    from llama_3_inference import complete, highest_activation, steer_by_latent
+    from sae import load_sae_model
+
+    model, tokenizer = load_model(_MODEL_DIR), load_tokenizer(_MODEL_DIR)
+    sae_path = str(run / "sae.pth")
+    sae = load_sae_model(sae_path)
+
+    def completions(n: int, first_seed: int, entry: dict | None) -> list[str]:
+        steering = None
+        if entry:
+            highest = highest_activation(sae_path, entry["latent"])
+            steering = (_SITE, steer_by_latent(sae, entry["latent"], config.strength, highest), (tokenizer.bos_id,))
+        prompts = [_PROMPTS[i % len(_PROMPTS)] for i in range(n)]
+        seeds = [first_seed + i for i in range(n)]
+        options = {"max_new_tokens": 30, "temperature": 0.8, "top_p": 0.95, "seeds": seeds}
+        return complete(model, tokenizer, prompts, **options, steering=steering)
+
+    n_try = 24
+    clean = completions(n_try, 0, None)
+    gain = lambda entry: count_hits(completions(n_try, 0, entry), entry["words"]) - count_hits(clean, entry["words"])
+    best = max(stage.progress(candidates, unit="latent", desc="steering"), key=gain)
+    n = config.steering_samples
+    clean, steered = completions(n, 1_000_000, None), completions(n, 1_000_000, best)
+    hits = [count_hits(clean, best["words"]), count_hits(steered, best["words"])]
+    return {**best, "clean": clean, "steered": steered, "hits": hits, "n": n}
+
+
+def make_report(run: Path, times: list[tuple[str, float]], config) -> str:
+    from llama_3 import load_tokenizer
+
+    capture = stage.read_manifest(run / "activations" / _SITE, "capture_activations.py")
+    quality = stage.read_json(run / "sae.evaluation.json", "run sae_evaluation.py.")
+    info = stage.read_json(run / "sae.json", "run sae_training.py.")
+    latents = interesting_latents(run, 30)
+    started = time.time()
+    steering = steer(run, latents, config)
+    times = [*times, ("Steering", time.time() - started)]
+    shown = latents[:10]
+    if steering["latent"] not in [entry["latent"] for entry in shown]:
+        shown = [*shown[:9], next(entry for entry in latents if entry["latent"] == steering["latent"])]
+    sentences = top_sentences(run, [entry["latent"] for entry in shown], load_tokenizer(_MODEL_DIR))
+    lines = [
+        "# What the demo found",
+        "",
+        f"| measured on {_SITE} of the tiny Llama | |",
+        "|---|---|",
+        f"| tokens captured | {capture['counts']['tokens']:,} of {capture['counts']['sentences']:,} sentences |",
+        f"| activations trained on | {info['tokens_trained']:,} |",
+        f"| FVU, held-out sentences | {quality['fvu']:.4f} |",
+        f"| L0 | {quality['l0']:.1f} of {info['n_latents']} latents |",
+        f"| dead latents | {info['quality']['dead_frac']:.1%} |",
+        f"| language-model loss, clean | {quality['loss_clean']:.4f} nats a token |",
+        f"| ... with the SAE spliced in | {quality['loss_spliced']:.4f} |",
+        f"| ... with the site set to zero | {quality['loss_zeroed']:.4f} |",
+        f"| loss recovered | {quality['loss_recovered']:.1%} |",
+        "",
+        "| stage | time |",
+        "|---|---|",
+        *(f"| {title} | {seconds:.0f} s |" for title, seconds in times),
+        f"| all | {stage.duration(sum(seconds for _, seconds in times))} |",
+        "",
+        "## Ten latents",
+        "",
+        "Name (its top sentences' distinctive words), and the sentences that activate it most, strongest token marked.",
+        "",
+    ]
+    for entry in shown:
+        lines.append(f"**{entry['latent']}: {entry['common_semantic']}** (certainty {entry['certainty']:.2f})")
+        lines += [f"- {sentence}" for sentence in sentences[entry["latent"]]]
+        lines.append("")
+    (clean_hits, steered_hits), n = steering["hits"], steering["n"]
+    words = " or ".join(f"“{word}”" for word in steering["words"])
+    lines += [
+        f"## Steering with latent {steering['latent']}: {steering['common_semantic']}",
+        "",
+        f"Of {n} completions, {clean_hits} held {words} without steering and {steered_hits} with it.",
+        f"(Same prompts and seeds; strength {config.strength:g} times its highest activation. The latent was chosen "
+        f"among {len(latents)} by other completions than those counted.)",
+        "",
+    ]
+    for i in range(4):
+        prompt = _PROMPTS[i % len(_PROMPTS)]
+        for kind in ("clean", "steered"):
+            lines.append(f"- {kind:7s} **{prompt}**{' '.join(steering[kind][i].split(' '))}".replace("\n", " "))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    config = stage.parse_constants(globals())
+    os.chdir(stage.PROJECT_DIR)
+    run = Path(config.run_dir)
+    with stage.locked(run):
+        for path in run.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        times = []
+        todo = stages(run, config)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
+        for number, (title, command) in enumerate(todo, 1):
+            shown = " ".join(part.replace(sys.executable, "python") for part in command)
+            shown = shown.replace("python -m torch.distributed.run", "torchrun")
+            print(f"\n[{number}/{len(todo)}] {title}\n$ {shown}", flush=True)
+            started = time.time()
+            env = environment if "torch.distributed.run" in command else None
+            code = subprocess.run(command, env=env).returncode
+            if code:
+                raise stage.InputError(f"The stage {title!r} failed with exit code {code}; its message is above.")
+            times.append((title, time.time() - started))
+            print(f"[{number}/{len(todo)}] done in {times[-1][1]:.0f} s", flush=True)
+        report = make_report(run, times, config)
+        (run / "report.md").write_text(report)
+    print("\n" + report)
+    print(f"Training curves: {run / 'sae.curves.png'}. Everything is in {run.resolve()}")
+
+
+if __name__ == "__main__":
+    stage.run(main)

@@ -1,0 +1,229 @@
+"""The tokenizer against transformers' TikTokenConverter, against itself there and back, and against known Llama 3 ids.
+
+Texts come from hypothesis; the tests with the real vocabulary skip where its file, which is not in the repository, is
+absent.
+
+    .venv/bin/python -m pytest tests/test_tokenizer.py
+"""
+
+import base64
+import re
+import time
+from functools import cache
+
+import pytest
+from conftest import PROJECT_DIR, TINY_MERGES, tiny_ranks
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from llama_3.tokenizer import MAX_CHARS, MAX_RUN_CHARS, Tokenizer, read_ranks, write_ranks
+from stage import InputError
+
+DATA_DIR = PROJECT_DIR.parent / "shared" / "data"
+REAL_TOKENIZER = DATA_DIR / "llama3_tokenizer.model"
+REAL_TEXT = DATA_DIR / "real_text.parquet"
+
+TINY = Tokenizer(tiny_ranks())
+N_RANKS = 256 + len(TINY_MERGES)
+
+characters = st.characters(exclude_categories=["Cs"])  # everything but surrogates, which UTF-8 has no bytes for
+pieces = st.sampled_from(
+    ["hello", " the", "  ", "\n\n", "\r\n", "12345", "'Ll", "<|eot_id|>", "é", "\u3000", "👩‍🚀", "\0"]
+)
+texts = st.lists(st.one_of(pieces, st.text(characters, max_size=8))).map("".join)
+
+
+# ---- there and back
+
+
+@given(texts)
+def test_round_trip(text):
+    ids = TINY.encode(text)
+    assert TINY.decode(ids) == text
+    assert b"".join(map(TINY.token_bytes, ids)) == text.encode()
+
+
+@given(texts, st.booleans(), st.booleans())
+def test_bos_and_eos_are_added_at_the_ends_alone(text, bos, eos):
+    plain = TINY.encode(text)
+    assert TINY.encode(text, bos=bos, eos=eos) == [TINY.bos_id] * bos + plain + [TINY.eos_id] * eos
+
+
+def test_special_tokens_follow_the_ranks():
+    assert TINY.vocab_size == N_RANKS + 256
+    assert sorted(TINY.special_ids) == list(range(N_RANKS, N_RANKS + 256))
+    assert TINY.decode([TINY.bos_id]) == "<|begin_of_text|>" and TINY.decode([TINY.eos_id]) == "<|end_of_text|>"
+    assert len(TINY.special_tokens) == 256
+    assert all(TINY.decode([i]) == name for name, i in TINY.special_tokens.items())
+
+
+def test_a_special_token_in_a_text_is_text():
+    for name in TINY.special_tokens:
+        text = f"hello{name} {name}"
+        ids = TINY.encode(text, bos=True)
+        assert not TINY.special_ids & set(ids[1:])
+        assert TINY.decode(ids[1:]) == text
+
+
+def test_half_a_character_decodes_to_the_replacement_character():
+    ids = TINY.encode("\u4e2d")
+    assert len(ids) == 3 and TINY.decode(ids[:2]) == "\ufffd" and TINY.decode([]) == ""
+
+
+# ---- against transformers
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory):
+    """transformers' conversion of the tiny tokenizer: its own split pattern and its own merging."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    converter = TikTokenConverter()
+    converter.load_tiktoken_bpe = lambda _: tiny_ranks()  # tiktoken's loader caches by path
+    return converter.converted()
+
+
+@given(texts)
+@example("hello  the\n\n  aaaaa 123456 it'LL  \t x\r\n!?\r\n\n end ")
+def test_ids_equal_transformers(oracle, text):
+    assert TINY.encode(text) == oracle.encode(text).ids
+
+
+# ---- long texts
+
+
+@pytest.mark.parametrize("text", ["a" * 200_000, " " * 200_000, "a b" * 150_000, "\u00e9\n" * 210_000, "xy " * 200_000])
+def test_long_texts_round_trip_quickly(text):
+    begin = time.perf_counter()
+    ids = TINY.encode(text)
+    assert time.perf_counter() - begin < 5  # takes 0.02 to 0.3 s
+    assert TINY.decode(ids) == text
+
+
+@pytest.mark.xfail(strict=True, reason="searching for long runs takes time quadratic in the length of each run")
+def test_runs_just_under_the_limit_are_quick():
+    text = ("x" * 20_000 + "\n") * 3  # like lines of base64
+    begin = time.perf_counter()
+    assert TINY.decode(TINY.encode(text)) == text
+    assert time.perf_counter() - begin < 0.5  # 0.02 s for the same characters in runs over the limit
+
+
+@pytest.mark.parametrize("n", [MAX_RUN_CHARS - 1, MAX_RUN_CHARS, MAX_RUN_CHARS + 1, 2 * MAX_RUN_CHARS, MAX_CHARS + 1])
+@pytest.mark.parametrize("character", "a ")
+def test_cuts_lose_and_repeat_nothing(n, character):
+    text = "hello" + character * n + "\u4e2d hello"
+    assert TINY.decode(TINY.encode(text)) == text
+
+
+def test_only_runs_beyond_the_limit_are_cut():
+    """A cut splits merges: aaaa pairs up anew behind it."""
+    four = TINY.encode("aaaa")
+    assert len(four) == 1
+    assert TINY.encode("a" * MAX_RUN_CHARS) == four * (MAX_RUN_CHARS // 4)
+    assert TINY.encode("a" * (MAX_RUN_CHARS + 4)) == four * (MAX_RUN_CHARS // 4 + 1)
+    assert TINY.encode("aa" + " " * MAX_RUN_CHARS)[0] == TINY.encode("aa")[0]
+
+
+# ---- the file
+
+
+def test_write_then_read_gives_the_ranks(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    shuffled = dict(sorted(tiny_ranks().items(), key=lambda item: hash(item[0])))
+    write_ranks(path, shuffled)
+    assert read_ranks(str(path)) == tiny_ranks()
+    lines = path.read_text().splitlines()  # what tiktoken and Meta write: base64, a space, the rank, in order of rank
+    assert lines[256] == f"{base64.b64encode(TINY_MERGES[0]).decode()} 256" and len(lines) == N_RANKS
+
+
+def test_a_tokenizer_retrained_at_the_same_path_is_read_anew(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    write_ranks(path, tiny_ranks())
+    assert len(Tokenizer(read_ranks(str(path))).encode("hello")) == 1
+    retrained = {token: rank for token, rank in tiny_ranks().items() if rank < 256}
+    write_ranks(path, retrained | {b"he": 256, b"lo": 257})
+    assert Tokenizer(read_ranks(str(path))).encode("hello") == [256, ord("l"), 257]
+
+
+def ranks_file(change) -> bytes:
+    lines = [base64.b64encode(token) + b" " + str(rank).encode() for token, rank in tiny_ranks().items()]
+    change(lines)
+    return b"\n".join(lines) + b"\n"
+
+
+def doubled_rank(lines: list[bytes]) -> None:
+    lines[-1] = lines[-1].split()[0] + b" 5"
+
+
+BROKEN = {
+    "empty": b"",
+    "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2183982\n",
+    "binary": bytes(range(256)) * 9,
+    "not base64": ranks_file(lambda lines: lines.insert(3, b"!!!! 3")),
+    "rank is no number": ranks_file(lambda lines: lines.insert(3, b"IQ== three")),
+    "three fields": ranks_file(lambda lines: lines.insert(3, b"IQ== 3 4")),
+    "a rank missing": ranks_file(lambda lines: lines.pop(77)),
+    "a rank twice": ranks_file(doubled_rank),
+    "fewer than 256": ranks_file(lambda lines: lines.__delitem__(slice(200, None))),
+    "cut inside a token": ranks_file(lambda lines: None)[:-7],
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_file_is_refused_by_name(tmp_path, kind):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(BROKEN[kind])
+    with pytest.raises(InputError, match=re.escape(str(path))) as caught:
+        read_ranks(str(path))
+    assert "fetch it again" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    with pytest.raises(InputError, match=f"no tokenizer at {re.escape(str(path))}"):
+        read_ranks(str(path))
+
+
+# ---- the real vocabulary
+
+
+@cache
+def real_tokenizer() -> Tokenizer:
+    return Tokenizer(read_ranks(str(REAL_TOKENIZER)))
+
+
+needs_real = pytest.mark.skipif(not REAL_TOKENIZER.exists(), reason=f"no {REAL_TOKENIZER}: fetch Llama 3's tokenizer")
+
+
+@needs_real
+def test_real_ids():
+    tokenizer = real_tokenizer()
+    assert tokenizer.vocab_size == 128256
+    assert tokenizer.encode("hello world") == [15339, 1917]
+    assert tokenizer.encode("hello world", bos=True, eos=True) == [128000, 15339, 1917, 128001]
+    published = {  # where Meta's and Hugging Face's files agree
+        "<|begin_of_text|>": 128000,
+        "<|end_of_text|>": 128001,
+        "<|reserved_special_token_0|>": 128002,
+        "<|reserved_special_token_1|>": 128003,
+        "<|finetune_right_pad_id|>": 128004,
+        "<|start_header_id|>": 128006,
+        "<|end_header_id|>": 128007,
+        "<|eom_id|>": 128008,
+        "<|eot_id|>": 128009,
+        "<|python_tag|>": 128010,
+    }
+    assert {name: tokenizer.special_tokens.get(name) for name in published} == published
+
+
+@needs_real
+@pytest.mark.skipif(not REAL_TEXT.exists(), reason=f"no {REAL_TEXT}")
+def test_real_texts_round_trip():
+    import pyarrow.parquet as pq
+
+    batch = next(pq.ParquetFile(REAL_TEXT).iter_batches(batch_size=300, columns=["text"]))
+    assert len(batch) == 300
+    for text in batch.column(0).to_pylist():
+        ids = real_tokenizer().encode(text)
+        assert real_tokenizer().decode(ids) == text
+        assert len(ids) < len(text.encode()) / 2
