@@ -260,7 +260,7 @@ def main() -> None:
     run = Path(config.run_dir)
     with stage.locked(run):
         for path in run.iterdir():
-            if path.name != ".lock":
+            if not path.name.endswith(".lock"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         times = []
         todo = stages(run, config)

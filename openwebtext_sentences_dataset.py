@@ -47,21 +47,42 @@ def document_files(input_path: str) -> list[Path]:
     return files
 
 
-def iter_documents(files: list[Path]) -> Iterator[str | bytes]:
-    """Every document in order; bytes where it is not valid UTF-8."""
+def open_documents(path: Path) -> Any:
+    """The parquet file, once its column `text` is known to be there. Raises InputError."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise stage.InputError(f"{path} is not a parquet file ({error}); fetch it again.") from None
+    types = {field.name: field.type for field in file.schema_arrow}
+    if "text" not in types:
+        raise stage.InputError(f"{path} has no column `text`; name files of documents with one.")
+    if not any(
+        is_text(types["text"]) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
+    ):
+        raise stage.InputError(f"The column `text` of {path} holds {types['text']}, not text; name other files.")
+    return file
+
+
+def iter_text(path: Path, batch_size: int) -> Iterator[Any]:
+    """The column `text` in batches, as bytes (Arrow large_binary, nulls as empty)."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    try:
+        for batch in open_documents(path).iter_batches(batch_size=batch_size, columns=["text"]):
+            yield pc.fill_null(batch.column(0).cast(pa.large_binary()), b"")
+    except (pa.ArrowInvalid, OSError) as error:
+        raise stage.InputError(f"{path} is damaged ({error}); fetch it again.") from None
+
+
+def iter_documents(files: list[Path]) -> Iterator[str | bytes]:
+    """Every document in order; bytes where it is not valid UTF-8."""
     for path in files:
-        try:
-            file = pq.ParquetFile(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise stage.InputError(f"{path} is not a parquet file ({error}); fetch it again.") from None
-        if "text" not in file.schema_arrow.names:
-            raise stage.InputError(f"{path} has no column `text`; name files of documents with one.")
-        for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-            for text in batch.column(0).cast(pa.large_binary()):
-                raw = text.as_py() or b""
+        for batch in iter_text(path, 1024):
+            for raw in batch.to_pylist():
                 try:
                     yield raw.decode("utf-8")
                 except UnicodeDecodeError:
@@ -82,15 +103,14 @@ def load_punkt(kind: str, files: list[Path], train_mb: float) -> tuple[dict[str,
     trainer = PunktTrainer()
     trainer.INCLUDE_ALL_COLLOCS = True
     left = int(train_mb * 1e6)
-    bar = stage.progress(total=left, unit="B", unit_scale=True, desc="training Punkt")
-    for document in iter_documents(files):
-        if left <= 0:
-            break
-        text = _as_text(document)[:left]
-        trainer.train(text, finalize=False)
-        left -= len(text)
-        bar.update(len(text))
-    bar.close()
+    with stage.progress(total=left, unit="B", unit_scale=True, desc="training Punkt") as bar:
+        for document in iter_documents(files):
+            if left <= 0:
+                break
+            text = _as_text(document)[:left]
+            trainer.train(text, finalize=False)
+            left -= len(text)
+            bar.update(len(text))
     return _to_json(trainer.get_params()), f"trained on up to {train_mb:g} MB of the documents"
 
 
@@ -220,8 +240,6 @@ class SentenceDataset:
     """
 
     def __init__(self, folder: str | Path, num_samples: int | None = None, seed: int = _SHUFFLE_SEED):
-        import pyarrow as pa
-
         self.folder = Path(folder)
         if (self.folder / stage.MANIFEST).exists():
             self.manifest = stage.read_manifest(self.folder, _STAGE)
@@ -231,25 +249,34 @@ class SentenceDataset:
             self.manifest = {}
             files = document_files(str(folder))
         arrow_path = self.folder / "sentences.arrow"
-        if not arrow_path.exists() or arrow_path.stat().st_mtime < max(f.stat().st_mtime for f in files):
-            self._write_arrow(files, arrow_path)
-        try:
-            self.texts = pa.ipc.open_file(pa.memory_map(str(arrow_path))).read_all().column("text")
-        except pa.ArrowInvalid as error:
-            raise stage.InputError(f"{arrow_path} is broken ({error}); delete it, it is made again.") from None
+        of = json.dumps([[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]).encode()
+        table = self._open_arrow(arrow_path)
+        if table is None or table.schema.metadata != {b"of": of}:
+            self._write_arrow(files, arrow_path, of)
+            table = self._open_arrow(arrow_path)
+        self.texts = table.column("text")
         self.order = np.random.default_rng(seed).permutation(len(self.texts))
         self.n = min(num_samples or len(self.texts), len(self.texts))
 
     @staticmethod
-    def _write_arrow(files: list[Path], arrow_path: Path) -> None:
+    def _open_arrow(path: Path) -> Any:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        schema = pa.schema([("text", pa.large_string())])
+        try:
+            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        except (pa.ArrowInvalid, OSError):
+            return None
+
+    @staticmethod
+    def _write_arrow(files: list[Path], arrow_path: Path, of: bytes) -> None:
+        """Copy the column `text` of the files; `of` says which files, and is compared when the copy is opened."""
+        import pyarrow as pa
+
+        schema = pa.schema([("text", pa.large_string())], metadata={"of": of})
         with stage.atomic_path(arrow_path) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
             for path in files:
-                for batch in pq.ParquetFile(path).iter_batches(columns=["text"]):
-                    writer.write_batch(batch.cast(schema))
+                for batch in iter_text(path, 65_536):
+                    writer.write_batch(pa.record_batch([batch.cast(pa.large_string())], schema=schema))
 
     def __len__(self) -> int:
         return self.n
@@ -266,6 +293,8 @@ class SentenceDataset:
 def main() -> None:
     config = stage.parse_constants(globals())
     files = document_files(config.input_path)
+    for path in files:
+        open_documents(path)
     n_bytes = sum(f.stat().st_size for f in files)
     folder = Path(config.output_dir)
     print(

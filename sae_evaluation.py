@@ -1,4 +1,4 @@
-"""Measure a sparse autoencoder on held-out sentences: how well it reconstructs, and what splicing it in costs the model.
+"""Measure a sparse autoencoder on held-out sentences: its reconstruction, and what splicing it in costs the model.
 
 Reads   SAE_MODEL_PATH with its JSON, the model and the sentences it was trained on
 Writes  NAME.evaluation.json beside the SAE; prints a table

@@ -9,6 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import reprlib
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +77,12 @@ def parse_constants(module_globals: dict[str, Any], argv: list[str] | None = Non
             continue
         default = module_globals.get(target.id)
         annotation = module_globals.get("__annotations__", {}).get(target.id, type(default))
-        options = [t for t in typing.get_args(annotation) if t is not types.NoneType] or [annotation]
-        value_type = options[0]
-        _, _, comment = lines[node.end_lineno - 1].partition("#")
+        if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+            annotation = next(t for t in typing.get_args(annotation) if t is not types.NoneType)
+        value_type = annotation
+        _, _, comment = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().partition("#")
         required = isinstance(node, ast.AnnAssign) and node.value is None
-        text = comment.strip().replace("%", "%%") + ("" if required else f" (default: {default})")
+        text = (comment.strip() + ("" if required else f" (default: {default})")).replace("%", "%%")
         flag = f"--{target.id.lower()}"
         if value_type is bool:
             parser.add_argument(flag, type=_parse_bool, nargs="?", const=True, default=default, help=text)
@@ -118,13 +121,13 @@ class Workers:
         self.n_workers = n_workers
 
     def __enter__(self) -> "Workers":
-        self.pool = multiprocessing.get_context("spawn").Pool(self.n_workers) if self.n_workers > 1 else None
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(self.n_workers, mp_context=context) if self.n_workers > 1 else None
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self.pool:
-            self.pool.terminate()
-            self.pool.join()
+            self.pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable, jobs: Iterable[tuple]) -> Iterator[Any]:
         """function(*job) for each job, in order; `jobs` is read only a little ahead of what runs."""
@@ -133,11 +136,11 @@ class Workers:
             if self.pool is None:
                 yield function(*job)
                 continue
-            running.append(self.pool.apply_async(function, job))
+            running.append(self.pool.submit(function, *job))
             if len(running) > self.n_workers:
-                yield running.popleft().get()
+                yield running.popleft().result()
         while running:
-            yield running.popleft().get()
+            yield running.popleft().result()
 
 
 # ---- files
@@ -168,13 +171,13 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 def write_json(path: Path | str, value: Any) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path | str, mend: str) -> Any:
     """Read a JSON file. Raises InputError, ending in `mend`, when it is missing or broken."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"No {Path(path).name} in {Path(path).parent}; {mend}") from None
     except (OSError, ValueError) as error:
@@ -196,26 +199,25 @@ def remove_leftovers(folder: Path) -> None:
 def locked(folder: Path | str, rank: int = 0, barrier: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold `folder` for this run alone; a second run on it raises InputError.
 
-    Rank 0 takes the lock alone and then shares it with the other ranks of its run, so that workers which outlive a
-    killed torchrun still keep others out. The system drops the lock when the last holder dies, however it dies.
+    Rank 0 holds .lock; the other ranks of its run share .workers.lock, so that workers which outlive a killed torchrun
+    still keep others out. The system drops a lock when its last holder dies, however it dies.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    refusal = f"{folder} is in use by another process; wait for it to end or choose another output folder."
-    with open(folder / ".lock", "a") as file:
-        if rank == 0:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(refusal) from None
-            remove_leftovers(folder)
-            fcntl.flock(file, fcntl.LOCK_SH)
-        barrier()
-        if rank > 0:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(refusal) from None
+    with open(folder / ".lock", "a") as lock, open(folder / ".workers.lock", "a") as workers_lock:
+        try:
+            if rank == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(workers_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(workers_lock, fcntl.LOCK_UN)
+                remove_leftovers(folder)
+            barrier()
+            if rank > 0:
+                fcntl.flock(workers_lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder} is in use by another process; wait for it to end or choose another output folder."
+            ) from None
         yield
 
 
@@ -301,9 +303,10 @@ def begin_or_continue(folder: Path | str, stage: str, decides: dict[str, Any]) -
         old = manifest.get("decides", {}) if manifest.get("stage") == stage else {"stage": manifest.get("stage")}
         for name in sorted(decides.keys() | old.keys()):
             if decides.get(name) != old.get(name):
+                then, now = (reprlib.repr(values.get(name)) for values in (old, decides))
                 raise InputError(
-                    f"{folder} was begun with {name} = {old.get(name)!r}, now it is {decides.get(name)!r}; "
-                    "use the old value, remove the folder or name another."
+                    f"{folder} was begun with {name} = {then}, now it is {now}; use the old value, remove the folder "
+                    "or name another."
                 )
         return bool(manifest["complete"])
     others = [p.name for p in folder.glob("*") if not p.name.startswith(".")] if folder.is_dir() else []

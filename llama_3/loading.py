@@ -32,7 +32,10 @@ def read_params(model_dir: str, rope_scaling_factor: float | None = None) -> Mod
     path = blobfile.join(model_dir, "params.json")
     try:
         with blobfile.BlobFile(path, "r") as file:
-            params = json.load(file)
+            params = dict(json.load(file))
+        for name in ("dim", "n_layers", "n_heads", "vocab_size"):
+            if not isinstance(params[name], int) or params[name] < 1:
+                raise ValueError(f"{name} = {params[name]!r}")
         if rope_scaling_factor is None:
             rope_scaling_factor = 1.0
             if params.get("use_scaled_rope", False):
@@ -51,7 +54,7 @@ def read_params(model_dir: str, rope_scaling_factor: float | None = None) -> Mod
         )
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"There is no model at {model_dir}: params.json is missing; name a Llama folder.") from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, OSError) as error:
         raise InputError(f"{path} is not a Llama 3 params.json ({error!r}); fetch it again.") from None
 
 
@@ -75,6 +78,8 @@ def load_model(
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is truncated or not a checkpoint ({reason}); fetch it again.") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{path} is not a state dict of tensors; fetch it again.")
     with torch.device("meta"):
         model = Transformer(args)
     expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}

@@ -288,7 +288,7 @@ class Transformer(nn.Module):
         def hook(site: str, x: Tensor) -> Tensor:
             for intervention in active:
                 if intervention.site == site:
-                    changed = intervention.fn(x)
+                    changed = intervention.fn(x.clone())  # fn may work in place
                     if intervention.skip_tokens:
                         skip = torch.isin(tokens, torch.tensor(intervention.skip_tokens, device=tokens.device))
                         changed = torch.where(skip[..., None], x, changed)

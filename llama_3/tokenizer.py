@@ -7,6 +7,7 @@ import base64
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import blobfile
@@ -36,7 +37,7 @@ NAMED_SPECIAL_TOKENS = (
 # characters, and a run of this many characters without (or of) whitespace is cut. Same limits as Meta's tokenizer.
 MAX_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
-_LONG_RUNS = re.compile(rf"\s{{{MAX_RUN_CHARS}}}(?=\s)|\S{{{MAX_RUN_CHARS}}}(?=\S)")
+_RUN = re.compile(r"\s+|\S+")
 
 
 def read_ranks(path: str) -> dict[bytes, int]:
@@ -79,8 +80,10 @@ class Tokenizer:
         ids = [self.bos_id] if bos else []
         for start in range(0, len(text), MAX_CHARS):
             piece = text[start : start + MAX_CHARS]
-            cuts = [0, *(match.end() for match in _LONG_RUNS.finditer(piece)), len(piece)]
-            for begin, end in zip(cuts, cuts[1:], strict=False):
+            cuts = [0]
+            for run in _RUN.finditer(piece):
+                cuts += range(run.start() + MAX_RUN_CHARS, run.end(), MAX_RUN_CHARS)
+            for begin, end in pairwise([*cuts, len(piece)]):
                 ids += self.model.encode(piece[begin:end], disallowed_special=())
         return ids + [self.eos_id] if eos else ids
 

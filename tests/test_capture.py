@@ -1,0 +1,408 @@
+"""Captured activations against `model.activations` of each sentence alone, and the rest of the stage's promises.
+
+Float32 rounds differently in batches of other shapes, so a stored bfloat16 may be its neighbour (one ulp). Shards of one
+and of two processes, and of a killed run that was continued, must be byte-identical: the batches are the same ones.
+
+    .venv/bin/python -m pytest tests/test_capture.py
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import PROJECT_DIR, TINY_PARAMS, write_tiny_model
+from helpers_pipeline import SITE, as_flags, call, refusal, some_texts, the_sentence, torchrun, without_ranks
+from helpers_pipeline import write_sentences as write_sentences_to
+from hypothesis import given
+from hypothesis import strategies as st
+
+import capture_activations as capture
+import stage
+from activation_store import ActivationStore
+from llama_3 import load_model, load_tokenizer
+
+SITES = ("layers.2.mlp_out", "layers.0.resid_pre", SITE)
+MAX_TOKENS = 30
+TEXTS = some_texts(45)
+SHARD_TOKENS = 100
+OPTIONS = {
+    "dtype": "float32",
+    "max_tokens": MAX_TOKENS,
+    "batch_tokens": 200,
+    "window_sentences": 16,  # three windows
+    "shard_gb": SHARD_TOKENS * 2 * TINY_PARAMS["dim"] / 1e9,
+}
+
+
+@pytest.fixture(scope="module")
+def sentences_dir(tmp_path_factory):
+    return write_sentences_to(tmp_path_factory.mktemp("capture") / "sentences", TEXTS)
+
+
+@pytest.fixture(scope="module")
+def options(tiny_model_dir, sentences_dir):
+    return {"model_dir": tiny_model_dir, "sentences_dir": sentences_dir, **OPTIONS}
+
+
+@pytest.fixture(scope="module")
+def captured(options, tmp_path_factory):
+    """An output folder with three sites."""
+    folder = tmp_path_factory.mktemp("captured") / "activations"
+    call(capture, **options, sites=SITES, output_dir=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def token_ids(tiny_model_dir):
+    return [load_tokenizer(tiny_model_dir).encode(text)[:MAX_TOKENS] for text in TEXTS]
+
+
+def assert_within_an_ulp(stored, expected):
+    """stored: bfloat16; expected: float32. Equal to the rounded value or its neighbour, and almost always equal."""
+    rounded = expected.to(torch.bfloat16)
+    _, exponent = torch.frexp(rounded.float())
+    ulp = 2.0 ** (exponent - 8)  # frexp's mantissa is in [0.5, 1), bfloat16 has 8 bits of it
+    assert stored.dtype == torch.bfloat16 and stored.shape == expected.shape
+    # Values near 0 are differences of larger ones: float32 noise there is more than an ulp.
+    assert ((stored.float() - rounded.float()).abs() <= ulp + 1e-6).all()
+    assert (stored == rounded).float().mean() > 0.97
+
+
+# ---- what is stored
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_every_sentence_has_the_activations_it_has_alone(captured, tiny_model_dir, token_ids, site):
+    model = load_model(tiny_model_dir)
+    store = ActivationStore(captured / site)
+    assert store.manifest["site"] == site and store.d_model == TINY_PARAMS["dim"]
+    for i, ids in enumerate(token_ids):
+        found = store.sentence(i)
+        if not ids:
+            assert found is None
+            continue
+        assert found[1].tolist() == ids
+        assert_within_an_ulp(found[0], model.activations(torch.tensor([ids]), site)[0])
+    assert store.sentence(len(TEXTS)) is None
+
+
+def test_shards_hold_every_sentence_once_in_order(captured, token_ids):
+    store = ActivationStore(captured / SITE)
+    sentence_idx = [i for shard in store.shards() for i in shard.sentence_idx.tolist()]
+    ids = [t for shard in store.shards() for t in shard.token_ids.tolist()]
+    assert sentence_idx == [i for i, ids in enumerate(token_ids) if ids]
+    assert ids == [t for ids in token_ids for t in ids]
+    assert sum(len(shard.acts) for shard in store.shards()) == store.n_tokens == len(ids)
+    for shard in store.shards():
+        assert shard.offsets.diff().tolist() == [len(token_ids[i]) for i in shard.sentence_idx.tolist()]
+
+
+def test_counts(captured, tiny_model_dir, token_ids):
+    lengths = [len(load_tokenizer(tiny_model_dir).encode(text)) for text in TEXTS]
+    assert json.loads((captured / SITE / stage.MANIFEST).read_text())["counts"] == {
+        "sentences": sum(n > 0 for n in lengths),
+        "tokens": sum(map(len, token_ids)),
+        "empty_sentences": lengths.count(0),
+        "cut_sentences": sum(n > MAX_TOKENS for n in lengths),
+    }
+    assert lengths.count(0) > 0 and max(lengths) > MAX_TOKENS  # the data has what this is about
+
+
+def test_folder_holds_what_the_manifest_names_and_no_more(captured):
+    assert sorted(p.name for p in captured.iterdir() if p.name != ".lock") == sorted(SITES)
+    for site in SITES:
+        records = ActivationStore(captured / site).records
+        names = sorted(p.name for p in (captured / site).iterdir())
+        assert names == sorted([stage.MANIFEST, *(r["file"] for r in records)])
+        assert all(stage.sha256(captured / site / r["file"]) == r["sha256"] for r in records)
+
+
+def test_shards_respect_shard_gb(captured):
+    store = ActivationStore(captured / SITE)
+    by_window: dict[str, list] = {}
+    for record, shard in zip(store.records, store.shards(), strict=True):
+        assert record["n_tokens"] <= SHARD_TOKENS or record["n_sentences"] == 1
+        by_window.setdefault(record["file"].split("-")[1], []).append(shard)
+    assert max(map(len, by_window.values())) > 2
+    for shards in by_window.values():
+        for shard, after in zip(shards, shards[1:], strict=False):
+            assert len(shard.acts) + int(after.offsets[1]) > SHARD_TOKENS  # full: the next sentence did not fit
+
+
+def test_a_sentence_larger_than_a_shard_has_its_own(options, tmp_path):
+    call(capture, **options | {"shard_gb": 1e-9}, sites=[SITE], output_dir=tmp_path / "out")
+    assert {r["n_sentences"] for r in ActivationStore(tmp_path / "out" / SITE).records} == {1}
+
+
+def test_begin_of_text_is_seen_and_not_stored(options, tmp_path, tiny_model_dir, token_ids):
+    call(capture, **options, sites=[SITE], begin_of_text="true", output_dir=tmp_path / "out")
+    model, bos_id = load_model(tiny_model_dir), load_tokenizer(tiny_model_dir).bos_id
+    store = ActivationStore(tmp_path / "out" / SITE)
+    assert store.manifest["begin_of_text"] is True and store.manifest["bos_id"] == bos_id
+    assert store.n_tokens == sum(map(len, token_ids))
+    for i, ids in enumerate(token_ids):
+        if ids:
+            acts, stored_ids = store.sentence(i)
+            assert stored_ids.tolist() == ids
+            assert_within_an_ulp(acts, model.activations(torch.tensor([[bos_id, *ids]]), SITE)[0, 1:])
+
+
+def test_num_samples_takes_the_first(options, captured, tmp_path):
+    call(capture, **options, sites=[SITE], num_samples=10, output_dir=tmp_path / "out")
+    few, all_ = ActivationStore(tmp_path / "out" / SITE), ActivationStore(captured / SITE)
+    assert few.manifest["counts"]["sentences"] + few.manifest["counts"]["empty_sentences"] == 10
+    assert few.sentence(10) is None
+    assert few.sentence(9)[1].equal(all_.sentence(9)[1])
+
+
+@pytest.mark.parametrize("texts", [[""], ["", "a"], ["a", ""], ["a"] + [""] * 40])
+def test_empty_sentences_at_the_edges(tiny_model_dir, tmp_path, texts):
+    sentences_dir = write_sentences_to(tmp_path / "sentences", texts)
+    options = {**OPTIONS, "model_dir": tiny_model_dir, "sentences_dir": sentences_dir, "sites": [SITE]}
+    call(capture, **options, output_dir=tmp_path / "out")
+    store = ActivationStore(tmp_path / "out" / SITE)
+    assert [store.sentence(i) is None for i in range(len(texts))] == [not text for text in texts]
+    assert store.manifest["counts"]["empty_sentences"] == texts.count("")
+
+
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 200))
+def test_batches_hold_every_index_once_within_the_budget(lengths, batch_tokens):
+    batches = capture.make_batches(lengths, batch_tokens)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    in_order = [lengths[i] for batch in batches for i in batch]
+    assert in_order == sorted(lengths, reverse=True)
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= batch_tokens
+    for batch, after in zip(batches, batches[1:], strict=False):
+        assert (len(batch) + 1) * lengths[batch[0]] > batch_tokens and after  # none could take one more
+
+
+# ---- processes and interruptions
+
+
+def records_of(folder, site=SITE):
+    return ActivationStore(folder / site).records  # with sha256
+
+
+def test_two_processes_write_the_same_bytes(options, captured, tmp_path):
+    done = torchrun(2, "capture_activations.py", **options, sites=SITES, output_dir=tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    for site in SITES:
+        assert records_of(tmp_path / "out", site) == records_of(captured, site)
+
+
+def test_interrupted_run_continues(options, captured, tmp_path, monkeypatch):
+    calls = []
+    capture_window = capture.capture_window
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 5:  # two to measure the rate, then two windows
+            raise KeyboardInterrupt
+        return capture_window(*args)
+
+    monkeypatch.setattr(capture, "capture_window", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        call(capture, **options, sites=SITES, output_dir=tmp_path / "out")
+    assert exit_.value.code == 130
+    with pytest.raises(stage.InputError, match="not complete"):
+        ActivationStore(tmp_path / "out" / SITE)
+    first = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / SITE).glob("acts-00000-*")}
+    assert first
+
+    monkeypatch.setattr(capture, "capture_window", lambda *args: calls.append(args) or capture_window(*args))
+    calls.clear()
+    call(capture, **options, sites=SITES, output_dir=tmp_path / "out")
+    assert len(calls) == 3  # two to measure the rate, then the last window
+    assert all(p.stat().st_mtime_ns == t for p, t in first.items())
+    for site in SITES:
+        assert records_of(tmp_path / "out", site) == records_of(captured, site)
+
+    calls.clear()
+    call(capture, **options, sites=SITES, output_dir=tmp_path / "out")
+    assert not calls  # complete
+
+
+def test_a_lost_window_is_captured_again(options, captured, tmp_path):
+    """The state a kill leaves: no complete manifest, no notes but of finished windows, half of a window's shards."""
+    out = tmp_path / "out"
+    call(capture, **options, sites=[SITE], output_dir=out)
+    manifest = json.loads((out / SITE / stage.MANIFEST).read_text())
+    records = manifest["shards"]
+    for number in (0, 2):
+        of_window = [r for r in records if r["file"].startswith(f"acts-{number:05d}")]
+        n = sum(r["n_sentences"] for r in of_window)
+        start, end = number * 16, min(number * 16 + 16, len(TEXTS))
+        note = {"shards": of_window, "n_empty": end - start - n, "n_cut": 0}
+        stage.write_json(capture.window_note(out / SITE, number), note)
+    (out / SITE / "acts-00001-00.safetensors").unlink()
+    stage.write_manifest(out / SITE, "capture_activations.py", complete=False, decides=manifest["decides"])
+    call(capture, **options, sites=[SITE], output_dir=out)
+    assert records_of(out) == records_of(captured)
+
+
+def test_killed_while_writing_a_shard(options, captured, tmp_path):
+    source = """
+        import os, signal, stage
+        import activation_store, capture_activations
+
+        save_file = activation_store.save_file
+        def killed(tensors, path):
+            save_file(tensors, path)
+            if "acts-00001-01" in str(path):
+                os.truncate(path, 1000)
+                os.kill(os.getpid(), signal.SIGKILL)
+        activation_store.save_file = killed
+        stage.run(capture_activations.main)
+    """
+    flags = as_flags({**options, "sites": [SITE], "output_dir": tmp_path / "out"})
+    command = [sys.executable, "-c", "if True:" + source, *flags]
+    dead = subprocess.run(command, cwd=PROJECT_DIR, env=without_ranks(), capture_output=True, timeout=60)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()
+    names = [p.name for p in (tmp_path / "out" / SITE).iterdir()]
+    assert "acts-00001-00.safetensors" in names and "acts-00001-01.safetensors" not in names
+
+    call(capture, **options, sites=[SITE], output_dir=tmp_path / "out")
+    assert records_of(tmp_path / "out") == records_of(captured)
+    left = {p.name for p in (tmp_path / "out" / SITE).iterdir()}
+    assert left == {stage.MANIFEST, *(r["file"] for r in records_of(captured))}
+
+
+def test_another_site_later_in_the_same_folder(options, captured, tmp_path):
+    call(capture, **options, sites=[SITE], output_dir=tmp_path / "out")
+    call(capture, **options, sites=SITES, output_dir=tmp_path / "out")
+    for site in SITES:
+        assert records_of(tmp_path / "out", site) == records_of(captured, site)
+
+
+def test_killed_between_the_manifests_of_two_sites(options, captured, tmp_path, monkeypatch):
+    """Every window is written by then: continuing must compute nothing."""
+    write_manifest = stage.write_manifest
+
+    def interrupted(folder, name, complete, **fields):
+        if complete and folder.name == SITES[1]:
+            raise KeyboardInterrupt
+        return write_manifest(folder, name, complete, **fields)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(stage, "write_manifest", interrupted)
+        call(capture, **options, sites=SITES, output_dir=tmp_path / "out")
+    ActivationStore(tmp_path / "out" / SITES[0])  # whole
+
+    calls = []
+    capture_window = capture.capture_window
+    monkeypatch.setattr(capture, "capture_window", lambda *args: calls.append(args) or capture_window(*args))
+    call(capture, **options, sites=SITES, output_dir=tmp_path / "out")
+    for site in SITES:
+        assert records_of(tmp_path / "out", site) == records_of(captured, site)
+    assert len(calls) <= 2  # to measure the rate
+
+
+# ---- refusals
+
+
+def no_output(folder):
+    assert not list(folder.rglob("*.safetensors")) and not list(folder.rglob("*.json"))
+
+
+def test_refuses_a_missing_sentences_folder(options, tmp_path, capsys):
+    missing = tmp_path / "nowhere"
+    said = refusal(capsys, capture, **options | {"sentences_dir": missing}, sites=[SITE], output_dir=tmp_path / "out")
+    assert str(missing) in said
+    no_output(tmp_path)
+
+
+def test_refuses_a_folder_without_a_model(options, tmp_path, capsys):
+    said = refusal(capsys, capture, **options | {"model_dir": tmp_path}, sites=[SITE], output_dir=tmp_path / "out")
+    assert str(tmp_path) in said and "params.json" in said
+    no_output(tmp_path)
+
+
+@pytest.mark.parametrize("site", ["layers.3.attention_norm", "layers.1.nowhere", "attention_norm"])
+def test_refuses_an_unknown_site(options, tmp_path, capsys, site):
+    said = refusal(capsys, capture, **options, sites=[SITE, site], output_dir=tmp_path / "out")
+    assert repr(site) in said
+    no_output(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["consolidated.00.pth", "tokenizer.model"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_refuses_a_damaged_model(options, tiny_model_dir, tmp_path, capsys, file, damage):
+    model_dir = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model_dir)
+    if damage == "missing":
+        (model_dir / file).unlink()
+    else:
+        whole = (model_dir / file).read_bytes()
+        (model_dir / file).write_bytes(whole[: len(whole) // 2])
+    said = refusal(capsys, capture, **options | {"model_dir": model_dir}, sites=[SITE], output_dir=tmp_path / "out")
+    assert file in said and str(model_dir) in said
+    no_output(tmp_path / "out")
+
+
+def test_refuses_a_tokenizer_larger_than_the_vocabulary(options, tmp_path, capsys):
+    model_dir = write_tiny_model(tmp_path / "model", vocab_size=300)
+    said = refusal(capsys, capture, **options | {"model_dir": model_dir}, sites=[SITE], output_dir=tmp_path / "out")
+    assert str(model_dir) in said and "300" in said and str(TINY_PARAMS["vocab_size"]) in said
+    no_output(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_tokens", 29), ("dtype", "bfloat16"), ("begin_of_text", "true"), ("window_sentences", 8), ("num_samples", 7)],
+)
+def test_refuses_a_folder_begun_with_another_constant(options, captured, tmp_path, capsys, name, value):
+    before = {p: p.stat().st_mtime_ns for p in captured.rglob("*.*")}
+    said = refusal(capsys, capture, **options | {name: value}, sites=[SITE], output_dir=captured)
+    assert str(captured / SITE) in said and (name in said or (name == "num_samples" and "'sentences': 7" in said))
+    assert before == {p: p.stat().st_mtime_ns for p in captured.rglob("*.*")}
+
+
+def test_refuses_another_model_in_the_same_folder(options, captured, tmp_path, capsys):
+    model_dir = write_tiny_model(tmp_path / "other", rope_theta=10_000.0)
+    said = refusal(capsys, capture, **options | {"model_dir": model_dir}, sites=[SITE], output_dir=captured)
+    assert "with model" in said
+
+
+def with_nan_for(character: str, tiny_model_dir, folder):
+    shutil.copytree(tiny_model_dir, folder)
+    state = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    state["tok_embeddings.weight"][ord(character)] = torch.nan
+    torch.save(state, folder / "consolidated.00.pth")
+    return folder
+
+
+@pytest.mark.parametrize(("where", "n"), [(7, 45), (70, 90)])  # among those that measure the rate, and not
+def test_nan_names_the_sentence(options, tiny_model_dir, tmp_path, capsys, where, n):
+    model_dir = with_nan_for("#", tiny_model_dir, tmp_path / "model")
+    texts = [f"aaaa {i}" for i in range(n)]
+    texts[where] = "the #"
+    sentences_dir = write_sentences_to(tmp_path / "sentences", texts)
+    site = "layers.0.attention_norm"  # before any attention: 0 x NaN is NaN, so attention spreads it to earlier tokens
+    changed = {"model_dir": model_dir, "sentences_dir": sentences_dir, "sites": [site]}
+    said = refusal(capsys, capture, **options | changed, output_dir=tmp_path / "out")
+    token = len(load_tokenizer(model_dir).encode("the #")) - 1
+    assert f"sentence {where}, token {token}" in said and site in said
+    with pytest.raises(stage.InputError):
+        ActivationStore(tmp_path / "out" / site)
+
+
+def test_nan_names_the_sentence_of_a_large_set(options, tiny_model_dir, tmp_path, capsys):
+    """From 2,000 sentences on, every second or fewer measure the rate."""
+    model_dir = with_nan_for("#", tiny_model_dir, tmp_path / "model")
+    sentences_dir = write_sentences_to(tmp_path / "sentences", ["the #" if i == 10 else "aaaa" for i in range(2000)])
+    changed = {"model_dir": model_dir, "sentences_dir": sentences_dir, "sites": [SITE]}
+    said = refusal(capsys, capture, **options | changed, output_dir=tmp_path / "out")
+    assert "sentence 10," in said
+
+
+def test_torchrun_says_what_is_missing_once(options, tmp_path):
+    options = options | {"sentences_dir": tmp_path / "nowhere"}
+    done = torchrun(2, "capture_activations.py", **options, sites=[SITE], output_dir=tmp_path / "out")
+    assert done.returncode != 0
+    assert str(tmp_path / "nowhere") in the_sentence(done.stderr)
+    no_output(tmp_path)
