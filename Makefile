@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint format lock tiny
+SHELL := bash
+
+.PHONY: install demo test lint format lock tiny reference
 
 install: $(VENV)/.installed
 
@@ -13,7 +15,7 @@ $(VENV)/.installed: pyproject.toml poetry.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
 	$(BIN)/python -c 'import tomllib; print(*(p["name"] + "==" + p["version"] for p in tomllib.load(open("poetry.lock", "rb"))["package"]), sep="\n")' > $(VENV)/constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --requirement $(VENV)/requirements.txt --constraint $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --requirement $(VENV)/requirements.txt --constraint $(VENV)/constraints.txt
 	touch $@
 
 demo: install
@@ -36,7 +38,14 @@ lock:
 	$(POETRY) lock
 	$(POETRY) check --lock
 
-# Retrains the embedded tiny Llama (about an hour on two cores); see the README.
+# How the embedded model was made (about an hour on two cores; see the README) ...
 tiny: install
 	$(BIN)/python documentation_corpus.py
-	$(BIN)/python tiny_llama_training.py
+	$(BIN)/python openwebtext_sentences_dataset.py --input_path data/documents --punkt corpus --punkt_train_mb 3 --shard_mb 2
+	$(BIN)/python tiny_llama_training.py --output_dir llama_3/tiny_llama
+
+# ... and its reference SAE: the demo's, in bfloat16, with its names.
+reference: demo
+	$(BIN)/python -c 'import torch; from sae import *; sae = load_sae_model("demo_run/sae/sae.pth"); save_sae(sae, "llama_3/tiny_llama/sae.pth", sae.info, torch.bfloat16)'
+	cd demo_run/sae && cp sae.latents.parquet sae.top.parquet sae.evaluation.json sae.curves.png sae.metrics.jsonl ../../llama_3/tiny_llama/
+	for a in mean max last; do cp demo_run/sae/sae.meaning_distinctive-words_$$a.yaml latent_index_meaning/latent_idx_meaning_$$a-aggregated_distinctive-words.yaml; done

@@ -202,10 +202,14 @@ def main() -> None:
         }
         decides |= {"model": model_identity(config.model_dir), "dataset": about_dataset}
         decides["rope_scaling_factor"] = args.rope_scaling_factor
-        done = False
+        open_sites: list[str] = []
         if w.is_main:
-            done = all([stage.begin_or_continue(output_dir / s, _STAGE, {**decides, "site": s}) for s in sites])
-        if w.gather(done)[0]:
+            for site in sites:
+                if not stage.begin_or_continue(output_dir / site, _STAGE, {**decides, "site": site}):
+                    open_sites.append(site)
+                stage.remove_leftovers(output_dir / site)
+        sites = w.gather(open_sites)[0]
+        if not sites:
             w.print(f"{output_dir} is complete already.")
             return
 
@@ -218,6 +222,7 @@ def main() -> None:
             len(range(0, len(sentences), step)),
             config.max_tokens,
         )
+        sample = sample._replace(sentence_idx=[i * step for i in sample.sentence_idx])
         n_tokens_about = sum(map(len, sample.token_ids)) * step
         n_bytes = n_tokens_about * 2 * args.dim * len(sites)
         if w.is_main:
@@ -297,6 +302,7 @@ def main() -> None:
                     begin_of_text=config.begin_of_text,
                     bos_id=tokenizer.bos_id,
                     max_tokens=config.max_tokens,
+                    rope_scaling_factor=args.rope_scaling_factor,
                     dataset=about_dataset,
                     counts=counts,
                     shards=shards,

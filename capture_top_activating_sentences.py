@@ -256,7 +256,13 @@ def main() -> None:
     from sae import beside, load_sae_model
 
     store = ActivationStore(config.data_dir)
-    sae = load_sae_model(config.model_path, site=store.manifest["site"], begin_of_text=store.manifest["begin_of_text"])
+    sae = load_sae_model(config.model_path)
+    for name in ("site", "begin_of_text"):
+        if sae.info.get(name, store.manifest[name]) != store.manifest[name]:
+            raise stage.InputError(
+                f"{config.model_path} was trained with {name} = {sae.info[name]}, {config.data_dir} has "
+                f"{store.manifest[name]}; name the activations it was trained on."
+            )
     if sae.d_model != store.d_model:
         raise stage.InputError(
             f"{config.model_path} has d_model {sae.d_model}, the activations in {config.data_dir} {store.d_model}; "
@@ -337,7 +343,9 @@ def main() -> None:
                 + f": {named('top.parquet')}"
             )
         w.barrier()
-        partial_path.unlink(missing_ok=True)
+        if w.is_main:
+            for path in out_dir.glob(named("top-partial-*").name):
+                path.unlink()
 
 
 if __name__ == "__main__":

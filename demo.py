@@ -1,6 +1,6 @@
 """Run every stage of the pipeline on the embedded tiny Llama, on a laptop CPU, and show what came out.
 
-Writes  demo_run/: every stage's files, report.md, sae.curves.png
+Writes  demo_run/: every stage's files, report.md, sae/sae.curves.png
 Cost    minutes on two cores, no network
 
     make demo
@@ -17,12 +17,13 @@ import stage
 
 RUN_DIR = "demo_run"  # folder for everything; emptied first
 NUM_SAMPLES = 32_000  # sentences to capture
-NUM_EPOCHS = 3  # of SAE training
+NUM_EPOCHS = 2  # of SAE training
 STEERING_SAMPLES = 128  # completions counted, clean and steered each
 STRENGTH = 6.0  # of steering, in multiples of the latent's highest activation
 
 _MODEL_DIR = "llama_3/tiny_llama"
 _SITE = "layers.6.attention_norm"  # of 8 layers: about 5/6 of the depth
+_N_TRIED = 8  # latents tried for steering
 _PROMPTS = ("This is", "The", "It can be", "Note that", "When the", "A", "In this case", "The second")
 
 
@@ -48,12 +49,12 @@ def _flags(options: dict[str, object]) -> list[str]:
 
 def stages(run: Path, config) -> list[tuple[str, list[str]]]:
     """(title, command) of every stage: the real scripts, with small sizes."""
-    sae = run / "sae.pth"
+    sae = run / "sae" / "sae.pth"
     activations = run / "activations" / _SITE
     return [
         (
             "Documents: the documentation on this machine",
-            python("documentation_corpus.py", output_dir=run / "documents"),
+            python("documentation_corpus.py", output_dir=run / "documents", max_mb=6),
         ),
         (
             "Sentences",
@@ -96,14 +97,17 @@ def stages(run: Path, config) -> list[tuple[str, list[str]]]:
                 k_aux=128,
                 num_epochs=config.num_epochs,
                 batch_size=4096,
-                learning_rate=1e-3,
+                learning_rate=4e-3,
                 learning_rate_min_ratio=0.05,
                 warmup_steps=20,
                 dead_after_tokens=300_000,
                 wandb="off",
             ),
         ),
-        ("What the SAE keeps of the model", python("sae_evaluation.py", sae_model_path=sae, num_sentences=1000)),
+        (
+            "What the SAE keeps of the model",
+            python("sae_evaluation.py", sae_model_path=sae, num_sentences=1000, batch_tokens=2048),
+        ),
         (
             "Top sentences of every latent",
             python("capture_top_activating_sentences.py", data_dir=activations, model_path=sae, top_sentences=20),
@@ -121,8 +125,8 @@ def interesting_latents(run: Path, n: int) -> list[dict]:
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    meanings = yaml.load((run / "sae.meaning_distinctive-words_max.yaml").read_text(), loader)
-    statistics = pq.read_table(run / "sae.latents.parquet").to_pydict()
+    meanings = yaml.load((run / "sae" / "sae.meaning_distinctive-words_max.yaml").read_text(), loader)
+    statistics = pq.read_table(run / "sae" / "sae.latents.parquet").to_pydict()
     good = []
     for latent, meaning in meanings.items():
         words = meaning["common_semantic"].split(", ")
@@ -144,7 +148,7 @@ def top_sentences(run: Path, latents: list[int], tokenizer) -> dict[int, list[st
 
     filters = [("latent", "in", latents), ("aggregation", "=", "max"), ("rank", "<", 3)]
     marked: dict[int, list[str]] = {latent: [] for latent in latents}
-    for row in pq.read_table(run / "sae.top.parquet", filters=filters).to_pylist():
+    for row in pq.read_table(run / "sae" / "sae.top.parquet", filters=filters).to_pylist():
         acts = [float(a) for a in row["token_activations"]]
         strongest = acts.index(max(acts))
         ids = row["token_ids"]
@@ -152,7 +156,7 @@ def top_sentences(run: Path, latents: list[int], tokenizer) -> dict[int, list[st
             tokenizer.decode(part) for part in (ids[:strongest], ids[strongest : strongest + 1], ids[strongest + 1 :])
         )
         space = " " if token.startswith(" ") else ""
-        marked[row["latent"]].append(f"{before}{space}«{token.strip()}»{after}")
+        marked[row["latent"]].append(" ".join(f"{before}{space}«{token.strip()}»{after}".split()))
     return marked
 
 
@@ -163,14 +167,27 @@ def count_hits(texts: list[str], words: list[str]) -> int:
     return sum(bool(words_of(text) & set(words)) for text in texts)
 
 
+def promotes_own_words(model, tokenizer, sae, entry: dict) -> float:
+    """How much a latent's direction, read and written by its layer's attention and unembedded, promotes its words: the
+    best word's logit in standard deviations over the vocabulary; words of several tokens do not count."""
+    args, layer = model.args, model.layers[int(_SITE.split(".")[1])]
+    values = layer.attention.wv(sae.decoder.weight[:, entry["latent"]]).view(args.n_kv_heads, args.head_dim)
+    values = values.repeat_interleave(args.n_heads // args.n_kv_heads, dim=0).flatten()
+    logits = model.output(layer.attention.wo(values) * model.norm.weight)
+    scores = (logits - logits.mean()) / logits.std()
+    tokens = [tokenizer.encode(f" {word}") for word in entry["words"]]
+    return max((float(scores[ids[0]]) for ids in tokens if len(ids) == 1), default=float("-inf"))
+
+
 def steer(run: Path, candidates: list[dict], config) -> dict:
-    """Try the candidates on a few completions, then count the best one's words in fresh ones, clean and steered."""
+    """Try the candidates whose direction promotes their words on a few completions; then count the best one's words in
+    fresh completions, clean and steered."""
     from llama_3 import load_model, load_tokenizer
     from llama_3_inference import complete, highest_activation, steer_by_latent
     from sae import load_sae_model
 
     model, tokenizer = load_model(_MODEL_DIR), load_tokenizer(_MODEL_DIR)
-    sae_path = str(run / "sae.pth")
+    sae_path = str(run / "sae" / "sae.pth")
     sae = load_sae_model(sae_path)
 
     def completions(n: int, first_seed: int, entry: dict | None) -> list[str]:
@@ -183,7 +200,8 @@ def steer(run: Path, candidates: list[dict], config) -> dict:
         options = {"max_new_tokens": 30, "temperature": 0.8, "top_p": 0.95, "seeds": seeds}
         return complete(model, tokenizer, prompts, **options, steering=steering)
 
-    n_try = 24
+    candidates = sorted(candidates, key=lambda entry: -promotes_own_words(model, tokenizer, sae, entry))[:_N_TRIED]
+    n_try = 16
     clean = completions(n_try, 0, None)
     gain = lambda entry: count_hits(completions(n_try, 0, entry), entry["words"]) - count_hits(clean, entry["words"])
     best = max(stage.progress(candidates, unit="latent", desc="steering"), key=gain)
@@ -197,9 +215,9 @@ def make_report(run: Path, times: list[tuple[str, float]], config) -> str:
     from llama_3 import load_tokenizer
 
     capture = stage.read_manifest(run / "activations" / _SITE, "capture_activations.py")
-    quality = stage.read_json(run / "sae.evaluation.json", "run sae_evaluation.py.")
-    info = stage.read_json(run / "sae.json", "run sae_training.py.")
-    latents = interesting_latents(run, 30)
+    quality = stage.read_json(run / "sae" / "sae.evaluation.json", "run sae_evaluation.py.")
+    info = stage.read_json(run / "sae" / "sae.json", "run sae_training.py.")
+    latents = interesting_latents(run, 300)
     started = time.time()
     steering = steer(run, latents, config)
     times = [*times, ("Steering", time.time() - started)]
@@ -243,7 +261,7 @@ def make_report(run: Path, times: list[tuple[str, float]], config) -> str:
         "",
         f"Of {n} completions, {clean_hits} held {words} without steering and {steered_hits} with it.",
         f"(Same prompts and seeds; strength {config.strength:g} times its highest activation. The latent was chosen "
-        f"among {len(latents)} by other completions than those counted.)",
+        f"among {_N_TRIED} by other completions than those counted.)",
         "",
     ]
     for i in range(4):

@@ -36,10 +36,11 @@ def z_scores(top: Counter, n_top: int, corpus: Counter, n_corpus: int, prior: fl
     """How surprisingly often each word of `top` (word -> sentences that hold it) stands in n_top sentences."""
     scores = {}
     for word, count in top.items():
-        expected = prior * (corpus[word] + 0.5) / (n_corpus + 1)  # the prior's sentences that hold the word
+        seen = max(corpus[word], 1)  # it does stand in the corpus, sampled or not
+        expected = prior * (seen + 0.5) / (n_corpus + 1)  # the prior's sentences that hold the word
         a, b = count + expected, n_top - count + prior - expected
-        in_corpus = corpus[word] + expected
-        not_in_corpus = max(n_corpus - corpus[word], 0) + prior - expected
+        in_corpus = seen + expected
+        not_in_corpus = max(n_corpus - seen, 0) + prior - expected
         delta = math.log(a / b) - math.log(in_corpus / not_in_corpus)
         scores[word] = delta / math.sqrt(1 / a + 1 / in_corpus)
     return scores

@@ -48,7 +48,9 @@ def sample(logits: "Tensor", temperature: float, top_p: float, uniform: "Tensor"
         return logits.argmax(-1)
     probs, tokens = (logits.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     cumulative = probs.cumsum(-1)
-    probs[cumulative - probs >= top_p] = 0  # the first token always stays
+    outside = cumulative - probs >= top_p
+    outside[..., 0] = False  # the likeliest token always stays
+    probs[outside] = 0
     cumulative = probs.cumsum(-1)
     place = torch.searchsorted(cumulative, (uniform.to(probs) * cumulative[:, -1])[:, None], right=True)
     return tokens.gather(-1, place.clamp(max=logits.shape[-1] - 1)).squeeze(-1)
@@ -152,12 +154,26 @@ def main() -> None:
 
     from llama_3 import load_model, load_tokenizer
     from llama_3.loading import TINY_LLAMA_DIR
+    from sae import load_sae_model
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     model_dir = config.llama_model_dir or TINY_LLAMA_DIR
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    model = load_model(model_dir, device, dtype)
+    sae = None
+    if config.latent is not None:
+        if config.sae_model_path is None and config.llama_model_dir is not None:
+            raise stage.InputError("--latent needs an SAE of this model; name it with --sae_model_path.")
+        sae_path = config.sae_model_path or str(Path(TINY_LLAMA_DIR) / "sae.pth")
+        sae = load_sae_model(sae_path, device)
+        if "site" not in sae.info:
+            raise stage.InputError(f"{sae_path} has no JSON that names its site; train it with this project.")
+        highest = highest_activation(sae_path, config.latent)
+    model = load_model(model_dir, device, dtype, sae.info.get("rope_scaling_factor") if sae else None)
     tokenizer = load_tokenizer(model_dir)
+    if sae and sae.d_model != model.args.dim:
+        raise stage.InputError(
+            f"{sae_path} has d_model {sae.d_model}, {model_dir} has {model.args.dim}; they do not belong together."
+        )
     prompts = list(config.prompts)
     options = {
         "max_new_tokens": config.max_new_tokens,
@@ -168,20 +184,7 @@ def main() -> None:
     print(f"{model_dir} on {device}, seed {config.seed}\n")
     clean = complete(model, tokenizer, prompts, **options)
     steered: list[str] | None = None
-    if config.latent is not None:
-        from sae import load_sae_model
-
-        if config.sae_model_path is None and config.llama_model_dir is not None:
-            raise stage.InputError("--latent needs an SAE of this model; name it with --sae_model_path.")
-        sae_path = config.sae_model_path or str(Path(TINY_LLAMA_DIR) / "sae.pth")
-        sae = load_sae_model(sae_path, device)
-        if sae.d_model != model.args.dim:
-            raise stage.InputError(
-                f"{sae_path} has d_model {sae.d_model}, {model_dir} has {model.args.dim}; they do not belong together."
-            )
-        if "site" not in sae.info:
-            raise stage.InputError(f"{sae_path} has no JSON that names its site; train it with this project.")
-        highest = highest_activation(sae_path, config.latent)
+    if sae:
         function = steer_by_latent(sae, config.latent, config.strength, highest)
         skip_tokens = (tokenizer.bos_id,)  # no SAE here was trained on begin-of-text
         steered = complete(model, tokenizer, prompts, **options, steering=(sae.info["site"], function, skip_tokens))

@@ -9,8 +9,6 @@ Method  next-token cross-entropy of the model as it is, with the site replaced b
     python sae_evaluation.py --sae_model_path data/sae.pth
 """
 
-import math
-
 import stage
 
 SAE_MODEL_PATH = "data/sae.pth"  # the SAE
@@ -73,7 +71,7 @@ def evaluate(model, sae, site: str, sentences: list[list[int]], batch_tokens: in
         "loss_spliced": spliced,
         "loss_zeroed": zeroed,
         "zeroing_cost": zeroed - clean,
-        "loss_recovered": (zeroed - spliced) / (zeroed - clean) if zeroed != clean else math.nan,
+        "loss_recovered": (zeroed - spliced) / (zeroed - clean) if zeroed != clean else None,
         "tokens": int(count),
         "sentences": len(sentences),
     }
@@ -93,7 +91,8 @@ def main() -> None:
     if "first_validation_sentence" not in info:
         raise stage.InputError(f"{config.sae_model_path} has no JSON of sae_training.py that names what was held out.")
     model_dir = config.llama_model_dir or info["model_dir"]
-    model, tokenizer = load_model(model_dir, device), load_tokenizer(model_dir)
+    model = load_model(model_dir, device, rope_scaling_factor=info["rope_scaling_factor"])
+    tokenizer = load_tokenizer(model_dir)
     if model.args.dim != sae.d_model:
         raise stage.InputError(
             f"{config.sae_model_path} has d_model {sae.d_model}, {model_dir} has {model.args.dim}; name its own model."

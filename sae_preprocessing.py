@@ -219,6 +219,7 @@ def main() -> None:
     with stage.locked(output_dir):
         if stage.begin_or_continue(output_dir, _STAGE, decides):
             print(f"{output_dir} is complete already.")
+            shutil.rmtree(scratch_dir, ignore_errors=True)
             return
         present = sum(f.stat().st_size for f in output_dir.rglob("*.safetensors"))
         stage.require_disk(output_dir, 2 * n_bytes - present)
@@ -245,7 +246,10 @@ def main() -> None:
             complete=True,
             decides=decides,
             config=vars(config),
-            **{name: store.manifest[name] for name in (*inherited, "bos_id", "max_tokens", "dataset")},
+            **{
+                name: store.manifest[name]
+                for name in (*inherited, "bos_id", "max_tokens", "rope_scaling_factor", "dataset")
+            },
             input_dir=str(config.input_dir),
             first_validation_sentence=first_validation_sentence,
             normalize_eps=config.normalize_eps,

@@ -217,7 +217,15 @@ def main() -> None:
     decides = {
         name: value
         for name, value in vars(config).items()
-        if name not in ("data_dir", "model_save_path", "checkpoint_dir", "b_pre_path", "wandb", "keep_checkpoints")
+        if name
+        not in (
+            "data_dir",
+            "model_save_path",
+            "checkpoint_dir",
+            "b_pre_path",
+            "wandb",
+            "keep_checkpoints",
+        )
     }
     decides["batches"] = [s["sha256"] for s in manifest["shards"]]
 
@@ -361,7 +369,8 @@ def main() -> None:
 
         last = json.loads(metrics[-1])
         inherited = ("model", "model_dir", "sentences_dir", "site", "layer", "begin_of_text", "bos_id", "max_tokens")
-        info = {name: manifest[name] for name in (*inherited, "dataset", "first_validation_sentence")}
+        more = ("rope_scaling_factor", "dataset", "first_validation_sentence")
+        info = {name: manifest[name] for name in (*inherited, *more)}
         info |= {
             "normalization": "layer_norm",
             "activations_dir": manifest["input_dir"],

@@ -1,4 +1,4 @@
-"""What the tests of the stages share: scripts called in this process or under torchrun, and their input files by hand."""
+"""What the tests of the stages share: scripts called in this process or under torchrun, and input files by hand."""
 
 import os
 import random

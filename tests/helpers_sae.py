@@ -1,4 +1,4 @@
-"""What the SAE's test files share: an SAE with random weights, captured activations in a folder, scripts run in-process.
+"""What the SAE's test files share: an SAE with random weights, captured activations, scripts run in this process.
 
 Used by test_sae.py, test_sae_preprocessing.py and test_sae_training.py.
 """

@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers_sae import random_sae
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sae import TopKSparseAutoencoder, beside, info_path, load_sae_model, loss_sums, save_sae
 from stage import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 
 D, N, K = 6, 20, 3
 KEYS = {"b_pre": (D,), "encoder.weight": (N, D), "encoder.bias": (N,), "decoder.weight": (D, N)}
@@ -43,7 +45,7 @@ def reference_forward(state: dict, x: torch.Tensor, k: int, eps: float) -> tuple
         h[kept] = np.maximum(pre[kept], 0)
         out.append((w["decoder.weight"] @ h + w["b_pre"]) * std + mean)
         hs.append(h)
-    return np.reshape(out, x.shape), np.reshape(hs, (*x.shape[:-1], len(hs[0])))
+    return np.reshape(out, x.shape), np.reshape(hs, (*x.shape[:-1], len(state["encoder.bias"])))
 
 
 # ---- the training losses
@@ -83,16 +85,17 @@ def reference_losses(sae: TopKSparseAutoencoder, z, dead: list[int], k_aux: int)
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    """To `tolerance` of the largest entry."""
+    """To `tolerance`, of the largest entry where that is above 1."""
     scale = expected.abs().max().item()
-    torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=tolerance * max(scale, 1e-3))
+    torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=tolerance * max(scale, 1.0))
 
 
 def check_losses(d_model: int, n_latents: int, k: int, batch: int, dead: list[int], k_aux: int, seed: int, coeff=0.4):
     sae = random_sae(d_model, n_latents, k, seed=seed)
     z = torch.randn(batch, d_model, generator=torch.Generator().manual_seed(seed + 1))
     main, aux, p, closest = reference_losses(sae, z, dead, k_aux)
-    assume(closest > 1e-5)
+    if closest < 1e-5:  # float32 may choose other latents; one draw in thousands
+        return sae, None
     (main + coeff * aux).backward()
 
     sums = loss_sums(sae, z, torch.tensor(dead, dtype=torch.int64), k_aux)
@@ -125,7 +128,7 @@ def shapes(draw):
 @example({"d_model": 5, "n_latents": 13, "k": 13, "batch": 7, "dead": [], "k_aux": 4, "seed": 0})
 @example({"d_model": 5, "n_latents": 13, "k": 13, "batch": 1, "dead": list(range(13)), "k_aux": 13, "seed": 1})
 @example({"d_model": 9, "n_latents": 17, "k": 2, "batch": 1, "dead": [3], "k_aux": 8, "seed": 2})
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_losses_and_gradients_equal_a_dense_reference(shape):
     check_losses(**shape)
 
@@ -190,7 +193,7 @@ def test_losses_of_parts_add_up(parts, seed):
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-5, 0.3])
-@pytest.mark.parametrize("shape", [(D,), (7, D), (2, 5, D), (0, D)])
+@pytest.mark.parametrize("shape", [(D,), (7, D), (2, 5, D)])
 def test_forward_equals_the_formula(shape, eps):
     sae = random_sae(D, N, K, eps)
     x = inputs(*shape)
@@ -210,6 +213,13 @@ def test_forward_keeps_bfloat16_outside_and_float32_inside():
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:std\\(\\)")
+def test_no_positions_at_all():
+    sae = random_sae(D, N, K)
+    assert sae(torch.zeros(0, D)).shape == (0, D)
+    assert [tuple(part.shape) for part in sae.encode(torch.zeros(2, 0, D))] == [(2, 0, K)] * 2
+
+
 def test_normalize_and_back():
     sae = random_sae(D, N, K, eps=0.1)
     x = inputs(4, 5, D)
@@ -224,7 +234,7 @@ def test_normalize_and_back():
 def test_encode_gives_the_largest_sorted_without_negatives():
     sae = random_sae(D, N, K)
     with torch.no_grad():
-        sae.encoder.bias.sub_(1.5)  # so that some kept values are cut at zero
+        sae.encoder.bias.sub_(4.0)  # so that some kept values are cut at zero
     x = inputs(40, D)
     values, indices = sae.encode(x)
     _, h = reference_forward(sae.state_dict(), x, K, sae.normalize_eps)
@@ -422,7 +432,9 @@ def test_truncated_file(published, kept):
     assert "truncated" in refused(published)
 
 
-@pytest.mark.parametrize("content", [pytest.param(b"hello\n", marks=_unfinished), b'{"k": 3}', b"PK\x03\x04", b"\0" * 99])
+@pytest.mark.parametrize(
+    "content", [pytest.param(b"hello\n", marks=_unfinished), b'{"k": 3}', b"PK\x03\x04", b"\0" * 99]
+)
 def test_not_a_checkpoint(tmp_path, content):
     (tmp_path / "text.pth").write_bytes(content)
     refused(tmp_path / "text.pth")

@@ -321,7 +321,11 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
         assert second.stderr.startswith(f"error: {tmp_path} is in use by another process;")
         with pytest.raises(InputError, match="in use"), stage.locked(tmp_path):
             pass
-        assert names(tmp_path) == [".a.txt.1.tmp", ".lock", ".workers.lock"]  # the refused left the holder's files alone
+        assert names(tmp_path) == [
+            ".a.txt.1.tmp",
+            ".lock",
+            ".workers.lock",
+        ]  # the refused left the holder's files alone
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()

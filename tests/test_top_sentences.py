@@ -31,8 +31,8 @@ SCALE = 2.0**40
 
 def exact_sae() -> TopKSparseAutoencoder:
     """eps is so large that the standard deviation does not count: z = (x - mean) / 2^40, exactly. Activations are
-    integers of mean 0 and the encoder holds integers x 2^40, so that sums are exact in any order; the biases l / 64 keep
-    the latents of one token apart. Latent 3 never fires."""
+    integers of mean 0 and the encoder holds integers x 2^40, so that sums are exact in any order; the biases l / 64
+    keep the latents of one token apart. Latent 3 never fires."""
     sae = TopKSparseAutoencoder(D_MODEL, N_LATENTS, K, normalize_eps=SCALE)
     generator = torch.Generator().manual_seed(0)
     sae.initialize(torch.zeros(D_MODEL), generator)
@@ -251,9 +251,7 @@ def test_top_table_equals_sorted(values, n_top, batch, rng):
     rng.shuffle(entries)
     table = top.TopTable(4, n_top)
     for start in range(0, len(entries) + 1, batch):
-        latents, scores, sentences = (
-            zip(*some, strict=True) if (some := entries[start : start + batch]) else ((),) * 3
-        )
+        latents, scores, sentences = zip(*some, strict=True) if (some := entries[start : start + batch]) else ((),) * 3
         table.add(
             torch.tensor(latents, dtype=torch.int64),
             torch.tensor(scores, dtype=torch.float32),

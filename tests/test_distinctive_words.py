@@ -1,0 +1,173 @@
+"""Names of latents by their distinctive words: planted words must be found, scores must equal the published formula.
+
+.venv/bin/python -m pytest tests/test_distinctive_words.py
+"""
+
+import math
+import random
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from helpers_pipeline import call, refusal, write_sentences
+from hypothesis import given
+from hypothesis import strategies as st
+
+import interpret_top_sentences_distinctive_words as distinctive
+import stage
+
+COMMON = ["the", "a", "of", "file", "returns", "value", "and", "is", "to", "user", "if", "not", "object", "it"]
+# latent -> word in all its sentences. YAML would read a bare `no` or `null` as something else.
+PLANTED = {3: "llama", 40: "no", 7: "null", 12: "naïve", 11: "don't"}
+
+
+def sentence(rng: random.Random, *words: str) -> str:
+    chosen = [*rng.choices(COMMON, k=rng.randint(3, 9)), *words]
+    rng.shuffle(chosen)
+    return " ".join(chosen).capitalize() + "."
+
+
+def top_rows(latent: int, aggregation: str, texts: list[str]) -> list[dict]:
+    return [{"latent": latent, "aggregation": aggregation, "rank": i, "text": text} for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def sae_path(tmp_path):
+    """An SAE's files (without its weights, which naming does not need) and the sentences."""
+    rng = random.Random(0)
+    rare = [*PLANTED.values(), "camel", "alpaca", "guanaco", "vicuna", "tail", "beyond"]
+    corpus = [sentence(rng, *([rng.choice(rare)] if i % 8 == 0 else [])) for i in range(600)]
+    sentences_dir = write_sentences(tmp_path / "sentences", corpus)
+    rows = []
+    for latent, word in PLANTED.items():
+        rows += top_rows(latent, "mean", [sentence(rng, word) for _ in range(30)])
+    # Latent 20: one word in 80 % of the sentences. 21: two words, each in half. 22, 23: too few. 24: no words.
+    rows += top_rows(20, "mean", [sentence(rng, *(["camel"] if i % 5 else [])) for i in range(30)])
+    rows += top_rows(21, "mean", [sentence(rng, "alpaca" if i % 2 else "guanaco") for i in range(30)])
+    rows += top_rows(22, "mean", [sentence(rng, "vicuna") for _ in range(4)])
+    rows += top_rows(23, "mean", ["Llama."])
+    rows += top_rows(24, "mean", [f"{i} + {i}" for i in range(10)])
+    # By last token latent 3 means something else; only the first 50 ranks count.
+    rows += top_rows(3, "last", [sentence(rng, "tail" if i < 50 else "beyond") for i in range(100)])
+    table = pa.Table.from_pylist(rows)
+    kinds = table.column("aggregation").dictionary_encode()
+    pq.write_table(table.set_column(1, "aggregation", kinds), tmp_path / "sae.top.parquet")
+    stage.write_json(
+        tmp_path / "sae.json", {"sentences_dir": str(sentences_dir), "dataset": {"sentences": 600, "seed": 42}}
+    )
+    return str(tmp_path / "sae.pth")
+
+
+def meanings(sae_path: str, aggregation: str) -> dict:
+    path = sae_path.removesuffix(".pth") + f".meaning_distinctive-words_{aggregation}.yaml"
+    with open(path, encoding="utf-8") as file:
+        return yaml.safe_load(file)
+
+
+def test_planted_words_are_found(sae_path):
+    call(distinctive, model_path=sae_path)
+    found = meanings(sae_path, "mean")
+    for latent, word in PLANTED.items():
+        assert found[latent] == {"certainty": 1.0, "common_semantic": word}
+    assert found[20]["common_semantic"].split(", ")[0] == "camel" and found[20]["certainty"] >= 0.8
+    assert sorted(found[21]["common_semantic"].split(", ")[:2]) == ["alpaca", "guanaco"]
+    assert found[21]["certainty"] == 1.0
+    assert meanings(sae_path, "last") == {3: {"certainty": 1.0, "common_semantic": "tail"}}
+
+
+def test_few_sentences_or_no_words_give_no_name(sae_path):
+    call(distinctive, model_path=sae_path)
+    assert not {22, 23, 24} & meanings(sae_path, "mean").keys()
+    call(distinctive, model_path=sae_path, min_sentences=4)
+    found = meanings(sae_path, "mean")
+    assert found[22] == {"certainty": 1.0, "common_semantic": "vicuna"} and 23 not in found
+
+
+def test_file_is_in_order_of_certainty_with_two_keys(sae_path):
+    call(distinctive, model_path=sae_path)
+    found = meanings(sae_path, "mean")  # a dict keeps the file's order
+    order = [(-meaning["certainty"], latent) for latent, meaning in found.items()]
+    assert order == sorted(order) and len({certainty for certainty, _ in order}) > 1
+    for latent, meaning in found.items():
+        assert isinstance(latent, int)
+        assert list(meaning) == ["certainty", "common_semantic"]
+        assert isinstance(meaning["common_semantic"], str) and 0 < meaning["certainty"] <= 1
+
+
+def test_top_sentences_and_n_words(sae_path):
+    call(distinctive, model_path=sae_path, top_sentences=100, n_words=1)
+    found = meanings(sae_path, "last")[3]
+    assert found["common_semantic"] in ("tail", "beyond") and found["certainty"] == 0.5
+    assert all("," not in meaning["common_semantic"] for meaning in meanings(sae_path, "mean").values())
+
+
+def test_output_dir(sae_path, tmp_path):
+    call(distinctive, model_path=sae_path, output_dir=tmp_path / "out")
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [f"sae.meaning_distinctive-words_{a}.yaml" for a in ("last", "mean")]
+
+
+# ---- the score
+
+words = st.sampled_from("abcdefgh")
+
+
+@given(
+    st.dictionaries(words, st.integers(0, 100), min_size=1),
+    st.fixed_dictionaries({word: st.integers(1, 100) for word in "abcdefgh"}),
+    st.integers(0, 20),
+    st.integers(100, 1000),
+    st.floats(0.1, 500),
+)
+def test_z_scores_equal_the_published_formula(top, corpus, more, n_corpus, prior):
+    """Monroe, Colaresi and Quinn (2008), equations 16, 20 and 22, with "word w stands in the sentence" as the event:
+
+    delta_w = log((y_w + a_w) / (n + a_0 - y_w - a_w)) - log((Y_w + a_w) / (N + a_0 - Y_w - a_w))
+    var_w   = 1 / (y_w + a_w) + 1 / (Y_w + a_w)
+    z_w     = delta_w / sqrt(var_w)
+
+    y of the n top sentences and Y of the N corpus sentences hold w; the prior's a_0 sentences are like the corpus.
+    """
+    n_top = max(top.values()) + more + 1
+    scores = distinctive.z_scores(Counter(top), n_top, Counter(corpus), n_corpus, prior)
+    assert scores.keys() == top.keys()
+    for word, y in top.items():
+        Y = corpus.get(word, 0)
+        a = prior * (Y + 0.5) / (n_corpus + 1)
+        delta = math.log((y + a) / (n_top + prior - y - a)) - math.log((Y + a) / (n_corpus + prior - Y - a))
+        z = delta / math.sqrt(1 / (y + a) + 1 / (Y + a))
+        assert scores[word] == pytest.approx(z, rel=1e-6, abs=1e-9)
+
+
+def test_scores_order_words_as_one_would():
+    corpus = Counter({"the": 900, "file": 90, "llama": 9, "alpaca": 3})
+    scores = distinctive.z_scores(Counter({"the": 45, "file": 30, "llama": 45, "alpaca": 1}), 50, corpus, 1000, 20.0)
+    assert scores["llama"] > scores["file"] > scores["alpaca"] > 0
+    assert abs(scores["the"]) < 1  # as frequent as everywhere
+
+
+@pytest.mark.xfail(strict=True, reason="a word that the sample of the corpus lacks has a variance of thousands")
+def test_a_word_unseen_in_the_sample_of_the_corpus_beats_a_common_one():
+    """The corpus is known by a sample: of 25 million sentences, a word in 300 of them is usually not in it."""
+    corpus = Counter({"the": 30_000, "llama": 0})
+    scores = distinctive.z_scores(Counter({"the": 45, "llama": 50}), 50, corpus, 50_000, 20.0)
+    assert scores["llama"] > scores["the"]
+
+
+def test_words():
+    words = distinctive.words_of("Don’t say “naïve” to 12 llamas_and 3rd-party O'Neill's CAFÉ, 再见!")
+    assert words == {"don’t", "say", "naïve", "to", "llamas", "and", "rd", "party", "o'neill's", "café", "再见"}
+
+
+# ---- refusals
+
+
+def test_refuses_missing_files(sae_path, tmp_path, capsys):
+    (tmp_path / "sae.top.parquet").unlink()
+    said = refusal(capsys, distinctive, model_path=sae_path)
+    assert "sae.top.parquet" in said and "capture_top_activating_sentences.py" in said
+    (tmp_path / "sae.json").unlink()
+    assert "sae.json" in refusal(capsys, distinctive, model_path=sae_path)
+    assert not list(tmp_path.glob("*.yaml"))

@@ -1,0 +1,313 @@
+"""Generation against a loop of full forward passes without a cache, one prompt at a time, and steering against none.
+
+.venv/bin/python -m pytest tests/test_inference.py
+"""
+
+import math
+from itertools import zip_longest
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import TINY_PARAMS, TINY_VOCAB_SIZE
+from helpers_pipeline import SITE, call, refusal
+from hypothesis import given
+from hypothesis import strategies as st
+
+import llama_3_inference as inference
+from llama_3 import load_model, load_tokenizer
+from sae import TopKSparseAutoencoder, save_sae
+
+N_LATENTS, K = 50, 4
+PROMPTS = [
+    [276, 5, 44],
+    [7],  # 276: begin-of-text
+    [9, 8, 7, 6, 5, 4, 3, 2, 260],
+    [100, 101],
+]
+STRONG = 3.0
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir):
+    return load_model(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir):
+    return load_tokenizer(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def sae():
+    sae = TopKSparseAutoencoder(TINY_PARAMS["dim"], N_LATENTS, K)
+    sae.initialize(torch.zeros(TINY_PARAMS["dim"]), torch.Generator().manual_seed(5))
+    return sae.requires_grad_(False)
+
+
+def rows_of(steps) -> list[list[int]]:
+    """The tokens of each row. A row that has stopped gives None and nothing more."""
+    rows = [list(row) for row in zip(*steps, strict=True)]
+    for row in rows:
+        n = row.index(None) if None in row else len(row)
+        assert set(row[n:]) <= {None}
+    return [[token for token in row if token is not None] for row in rows]
+
+
+def greedy(model, prompt: list[int], n: int, *steering) -> list[int]:
+    """By full forward passes without a cache."""
+    tokens = list(prompt)
+    for _ in range(n):
+        if steering:
+            with model.intervene(*steering):
+                logits = model(torch.tensor([tokens]))
+        else:
+            logits = model(torch.tensor([tokens]))
+        tokens.append(int(logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+# ---- sampling
+
+
+def test_temperature_0_takes_the_largest():
+    logits = torch.randn(20, 31, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(20, generator=torch.Generator().manual_seed(1))
+    assert inference.sample(logits, 0.0, 0.5, uniform).equal(logits.argmax(-1))
+    assert inference.sample(logits, 1e-6, 1.0, uniform).equal(logits.argmax(-1))
+
+
+@pytest.mark.xfail(strict=True, reason="top_p 0 keeps no token and takes the least likely one")
+def test_the_smallest_nucleus_is_the_likeliest_token():
+    logits = torch.randn(20, 31, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(20, generator=torch.Generator().manual_seed(1))
+    for top_p in (1e-9, 0.0):
+        assert inference.sample(logits, 1.0, top_p, uniform).equal(logits.argmax(-1))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.7, 0.8), (1.0, 0.35), (1.0, 0.999)])
+def test_frequencies_equal_the_nucleus_of_softmax(temperature, top_p):
+    n = 40_000
+    logits = 1.5 * torch.randn(13, generator=torch.Generator().manual_seed(2))
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(3))
+    counts = inference.sample(logits.expand(n, -1), temperature, top_p, uniform).bincount(minlength=13)
+    probs = (logits.double() / temperature).softmax(-1).tolist()
+    kept, total = {}, 0.0
+    for token in sorted(range(13), key=lambda t: -probs[t]):  # the smallest set whose probability reaches top_p
+        if total < top_p:
+            kept[token] = probs[token]
+            total += probs[token]
+    for token in range(13):
+        expected = kept.get(token, 0.0) / total
+        assert abs(counts[token] / n - expected) <= 4 * math.sqrt(expected * (1 - expected) / n)
+
+
+@given(
+    st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=8),
+    st.floats(1e-6, 1),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_a_sample_is_always_in_the_nucleus(logits, top_p, uniform):
+    logits = torch.tensor([logits])
+    token = int(inference.sample(logits, 1.0, top_p, torch.tensor([uniform], dtype=torch.float64)))
+    probs = logits[0].double().softmax(-1)
+    assert probs[probs > probs[token]].sum() <= top_p + 1e-9
+
+
+# ---- generation
+
+
+def test_greedy_equals_full_forward_passes(model):
+    found = rows_of(inference.generate(model, PROMPTS, 12, stop_tokens=[]))
+    assert found == [greedy(model, prompt, 12) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 2.0}])
+def test_prompts_together_equal_each_alone(model, sampling):
+    seeds = [11, 12, 13, 14]
+    together = rows_of(inference.generate(model, PROMPTS, 10, [], seeds=seeds, **sampling))
+    alone = []
+    for prompt, seed in zip(PROMPTS, seeds, strict=True):
+        alone += rows_of(inference.generate(model, [prompt], 10, [], seeds=[seed], **sampling))
+    assert together == alone
+    assert all(len(row) == 10 for row in together)
+
+
+def test_samples_depend_on_the_seed(model):
+    options = {"temperature": 2.0, "stop_tokens": [], "max_new_tokens": 10}
+    same = rows_of(inference.generate(model, [[7]] * 3, seeds=[1, 1, 2], **options))
+    assert same[0] == same[1] != same[2]
+
+
+def test_stop_tokens_end_a_row(model):
+    n = 12
+    free = [greedy(model, prompt, n) for prompt in PROMPTS]
+    stop = free[0][3]
+    expected = [row[: row.index(stop)] if stop in row else row for row in free]
+    assert rows_of(inference.generate(model, PROMPTS, n, stop_tokens=[stop])) == expected
+    assert len({len(row) for row in expected}) > 1  # one goes on after another has stopped
+    alone = list(inference.generate(model, PROMPTS[:1], n, stop_tokens=[stop, 531]))
+    assert alone == [[token] for token in expected[0]]  # and the stream ends
+    assert list(inference.generate(model, PROMPTS, n, stop_tokens=[row[0] for row in free])) == []
+
+
+def test_complete_decodes_whole_characters_and_stops(model, tokenizer, monkeypatch):
+    """The tokens of one character come in separate steps."""
+    texts = ["é 再", "no"]
+    ids = [list(text.encode()) for text in texts]  # the first 256 tokens are the bytes
+    seen = {}
+
+    def generate(model, prompts, stop_tokens, **options):
+        seen.update(prompts=prompts, stop_tokens=stop_tokens)
+        yield from map(list, zip_longest(*ids))
+
+    monkeypatch.setattr(inference, "generate", generate)
+    assert inference.complete(model, tokenizer, ["the", ""]) == texts
+    assert seen["prompts"] == [[tokenizer.bos_id, *tokenizer.encode("the")], [tokenizer.bos_id]]
+    assert tokenizer.eos_id in seen["stop_tokens"]
+
+
+# ---- steering
+
+
+def steering_of(sae, latent, strength, highest=2.5, skip=()):
+    return SITE, inference.steer_by_latent(sae, latent, strength, highest), skip
+
+
+def test_strength_0_changes_nothing(model, sae):
+    steering = steering_of(sae, 3, 0.0)
+    with model.intervene(*steering):
+        steered = model(torch.tensor(PROMPTS[2:3]))
+    assert steered.equal(model(torch.tensor(PROMPTS[2:3])))  # not a bit
+    options = {"temperature": 1.5, "stop_tokens": [], "max_new_tokens": 15}
+    clean = list(inference.generate(model, PROMPTS, **options))
+    assert list(inference.generate(model, PROMPTS, **options, steering=steering)) == clean
+
+
+@pytest.mark.parametrize("latent", [0, 17, N_LATENTS - 1])
+def test_steering_raises_the_latent(model, sae, latent):
+    tokens = torch.tensor(PROMPTS[2:3])
+
+    def activation(x):
+        values, indices = sae.encode(x)
+        return (values * (indices == latent)).sum(-1)
+
+    clean = activation(model.activations(tokens, SITE))
+    found = []
+    for strength in (1.0, STRONG):
+        with model.intervene(*steering_of(sae, latent, strength)):
+            found.append(activation(model.activations(tokens, SITE)))
+    assert (found[0] >= clean).all() and (found[1] > clean).all() and (found[1] >= found[0]).all()
+    assert not activation(model.activations(tokens, SITE)).gt(clean).any()  # and it is over
+
+
+def test_steering_keeps_what_the_sae_does_not_reconstruct(model, sae):
+    """Steering moves x by the change of the reconstruction alone."""
+    x = model.activations(torch.tensor(PROMPTS[2:3]), SITE)
+    h_bias = torch.zeros(N_LATENTS)
+    h_bias[8] = 2.0 * 1.5
+    steered = inference.steer_by_latent(sae, 8, strength=2.0, highest=1.5)(x)
+    torch.testing.assert_close(steered - sae(x, h_bias), x - sae(x))
+    assert not steered.equal(x)
+
+
+def test_steered_generation_equals_full_forward_passes(model, sae):
+    steering = steering_of(sae, 9, STRONG, skip=(PROMPTS[0][0],))
+    found = rows_of(inference.generate(model, PROMPTS, 10, [], steering=steering))
+    assert found == [greedy(model, prompt, 10, *steering) for prompt in PROMPTS]
+    assert found != rows_of(inference.generate(model, PROMPTS, 10, []))  # it does something
+
+
+def test_steering_does_not_reach_another_request(model, sae):
+    steering = steering_of(sae, 9, STRONG)
+    options = {"temperature": 1.0, "stop_tokens": [], "max_new_tokens": 12}
+    clean_alone = list(inference.generate(model, PROMPTS, **options))
+    steered_alone = list(inference.generate(model, PROMPTS, **options, steering=steering))
+    assert clean_alone != steered_alone
+    steered = inference.generate(model, PROMPTS, **options, steering=steering)
+    clean = inference.generate(model, PROMPTS, **options)
+    together = list(zip(steered, clean, strict=True))  # step by step, in turn
+    assert [step for step, _ in together] == steered_alone
+    assert [step for _, step in together] == clean_alone
+    abandoned = inference.generate(model, PROMPTS, **options, steering=steering)
+    next(abandoned)  # left open in the middle
+    assert list(inference.generate(model, PROMPTS, **options)) == clean_alone
+
+
+def test_begin_of_text_keeps_its_value(model, sae, tokenizer):
+    tokens = torch.tensor([[tokenizer.bos_id, 5, 6, tokenizer.bos_id, 7]])
+    clean = model.activations(tokens, SITE)
+    with model.intervene(*steering_of(sae, 9, STRONG, skip=(tokenizer.bos_id,))):
+        steered = model.activations(tokens, SITE)
+    same = (steered == clean).all(-1)[0].tolist()
+    assert same == [True, False, False, True, False]
+
+
+# ---- the script
+
+
+@pytest.fixture
+def sae_path(sae, tokenizer, tmp_path):
+    """An SAE with its JSON and latents; latent 2 never fired."""
+    path = tmp_path / "sae.pth"
+    save_sae(sae, path, {"site": SITE, "begin_of_text": False})
+    highest = [0.0 if latent == 2 else 2.5 for latent in range(N_LATENTS)]
+    latents = pa.table({"latent": range(N_LATENTS), "max": pa.array(highest, pa.float32())})
+    pq.write_table(latents, tmp_path / "sae.latents.parquet")
+    return path
+
+
+def test_script_prints_clean_and_steered(tiny_model_dir, sae_path, model, tokenizer, capsys):
+    prompts = ["the", "hello there"]
+    options = {"llama_model_dir": tiny_model_dir, "prompts": prompts, "max_new_tokens": 8, "temperature": 0}
+    call(inference, **options)
+    clean = capsys.readouterr().out
+    assert "steered" not in clean and all(f"{prompt!r}\n  clean " in clean for prompt in prompts)
+    call(inference, **options, sae_model_path=sae_path, latent=9, strength=3)
+    both = capsys.readouterr().out
+    sae = TopKSparseAutoencoder(TINY_PARAMS["dim"], N_LATENTS, K)
+    sae.load_state_dict(torch.load(sae_path, weights_only=True))
+    steering = steering_of(sae, 9, 3.0, highest=2.5, skip=(tokenizer.bos_id,))
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt, bos=True)
+        assert f"clean    {tokenizer.decode(greedy(model, ids, 8))!r}" in both
+        assert f"steered  {tokenizer.decode(greedy(model, ids, 8, *steering))!r}" in both
+
+
+@pytest.mark.parametrize("latent", [N_LATENTS, -1, TINY_VOCAB_SIZE])
+def test_refuses_a_latent_out_of_range(tiny_model_dir, sae_path, capsys, latent):
+    options = {"llama_model_dir": tiny_model_dir, "sae_model_path": sae_path, "max_new_tokens": 1}
+    said = refusal(capsys, inference, **options, latent=latent)
+    assert f"latent {latent}" in said and str(N_LATENTS) in said
+
+
+def test_refuses_a_latent_that_never_fired(tiny_model_dir, sae_path, capsys):
+    options = {"llama_model_dir": tiny_model_dir, "sae_model_path": sae_path, "max_new_tokens": 1}
+    assert "never fired" in refusal(capsys, inference, **options, latent=2)
+
+
+def test_refuses_an_sae_without_its_latents(tiny_model_dir, sae_path, capsys):
+    (sae_path.parent / "sae.latents.parquet").unlink()
+    options = {"llama_model_dir": tiny_model_dir, "sae_model_path": sae_path, "max_new_tokens": 1}
+    said = refusal(capsys, inference, **options, latent=9)
+    assert "sae.latents.parquet" in said and "capture_top_activating_sentences.py" in said
+
+
+def test_refuses_a_latent_without_an_sae(tiny_model_dir, capsys):
+    said = refusal(capsys, inference, llama_model_dir=tiny_model_dir, max_new_tokens=1, latent=9)
+    assert "--sae_model_path" in said
+
+
+def test_refuses_an_sae_of_another_width(tiny_model_dir, tmp_path, capsys):
+    sae = TopKSparseAutoencoder(d_model=12, n_latents=24, k=5)
+    sae.initialize(torch.zeros(12))
+    save_sae(sae, tmp_path / "sae.pth", {"site": SITE, "begin_of_text": False})
+    options = {"llama_model_dir": tiny_model_dir, "sae_model_path": tmp_path / "sae.pth", "max_new_tokens": 1}
+    assert "d_model 12" in refusal(capsys, inference, **options, latent=9)
+
+
+def test_refuses_a_missing_sae(tiny_model_dir, tmp_path, capsys):
+    missing = tmp_path / "nowhere.pth"
+    options = {"llama_model_dir": tiny_model_dir, "sae_model_path": missing, "max_new_tokens": 1}
+    assert str(missing) in refusal(capsys, inference, **options, latent=9)

@@ -1,0 +1,214 @@
+"""All stages through their real command lines, on a random Llama even smaller than the embedded one.
+
+What one stage writes is what the next reads, up to a steered completion. Then the demo's own steps on what came out.
+
+    python -m pytest tests/test_pipeline.py
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from conftest import PROJECT_DIR, write_tiny_model
+
+import demo
+import stage
+
+SITE = "layers.1.attention_norm"
+TEXTS = [
+    f"The {noun} of the {place} is {size}. Every {noun} needs a name! Does the {place} know, or not? It was {size}."
+    for noun in ("file", "table", "index", "buffer", "module")
+    for place in ("folder", "server", "window", "matrix")
+    for size in ("small", "large", "empty", "closed", "broken")
+]
+
+
+def script(*command: object, processes: int = 1) -> str:
+    """Run a stage's command line from the project folder and return what it printed."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run([*start, *map(str, command)], cwd=PROJECT_DIR, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A folder in which every stage has run."""
+    run = tmp_path_factory.mktemp("run")
+    model = write_tiny_model(run / "model")
+    (run / "documents").mkdir()
+    pq.write_table(pa.table({"text": TEXTS}), run / "documents" / "documents.parquet")
+    sae = run / "sae" / "sae.pth"
+    script(
+        "openwebtext_sentences_dataset.py",
+        "--input_path",
+        run / "documents",
+        "--output_dir",
+        run / "sentences",
+        "--punkt",
+        "corpus",
+        "--num_processes",
+        1,
+    )
+    script(
+        "capture_activations.py",
+        "--model_dir",
+        model,
+        "--sentences_dir",
+        run / "sentences",
+        "--output_dir",
+        run / "activations",
+        "--sites",
+        SITE,
+        "--dtype",
+        "float32",
+        "--window_sentences",
+        100,
+        processes=2,
+    )
+    script(
+        "sae_preprocessing.py",
+        "--input_dir",
+        run / "activations" / SITE,
+        "--output_dir",
+        run / "batches",
+        "--batch_size",
+        64,
+        "--num_processes",
+        1,
+    )
+    script(
+        "sae_training.py",
+        "--data_dir",
+        run / "batches",
+        "--model_save_path",
+        sae,
+        "--checkpoint_dir",
+        run / "checkpoints",
+        "--n_latents",
+        96,
+        "--k",
+        6,
+        "--k_aux",
+        8,
+        "--num_epochs",
+        4,
+        "--batch_size",
+        256,
+        "--learning_rate",
+        3e-3,
+        "--wandb",
+        "off",
+        processes=2,
+    )
+    script("sae_evaluation.py", "--sae_model_path", sae)
+    script(
+        "capture_top_activating_sentences.py",
+        "--data_dir",
+        run / "activations" / SITE,
+        "--model_path",
+        sae,
+        "--top_sentences",
+        10,
+    )
+    script("interpret_top_sentences_distinctive_words.py", "--model_path", sae)
+    return run
+
+
+def test_manifests_carry_what_was_decided_to_the_sae(run):
+    capture = stage.read_manifest(run / "activations" / SITE, "capture_activations.py")
+    batches = stage.read_manifest(run / "batches", "sae_preprocessing.py")
+    info = json.loads((run / "sae" / "sae.json").read_text())
+    assert capture["site"] == batches["site"] == info["site"] == SITE
+    assert info["model"] == capture["model"] and info["begin_of_text"] is False
+    assert info["k"] == 6 and info["n_latents"] == 96 and info["d_model"] == capture["d_model"]
+    counts = batches["counts"]
+    assert counts["train"] + counts["validation"] + counts["dropped"] == capture["counts"]["tokens"]
+    assert info["tokens_trained"] == 4 * (counts["train"] // 256) * 256
+    for folder in ("sentences", f"activations/{SITE}", "batches", "checkpoints"):
+        manifest = json.loads((run / folder / "manifest.json").read_text())
+        assert manifest["complete"] and manifest["config"] and "git_commit" in manifest
+
+
+def test_training_left_curves_metrics_and_quality(run):
+    assert (run / "sae" / "sae.curves.png").read_bytes().startswith(b"\x89PNG")
+    lines = [json.loads(line) for line in (run / "sae" / "sae.metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["train_main"] < lines[0]["train_main"]
+    quality = json.loads((run / "sae" / "sae.evaluation.json").read_text())
+    # Training measured the bfloat16 file, the evaluation computes anew on the same held-out sentences.
+    assert quality["fvu"] == pytest.approx(lines[-1]["val_fvu"], rel=0.02)
+    assert quality["loss_clean"] > 0 and quality["l0"] <= 6
+
+
+def test_top_sentences_and_names_belong_to_the_sae(run):
+    table = pq.read_table(run / "sae" / "sae.top.parquet").to_pylist()
+    sentences = {text for text in pq.read_table(run / "sentences" / "sentences-00000.parquet")["text"].to_pylist()}
+    assert {row["aggregation"] for row in table} == {"mean", "max", "last"}
+    for row in table[:200]:
+        assert row["text"] in sentences
+        assert len(row["token_ids"]) == len(row["token_activations"])
+        if row["aggregation"] == "max":
+            assert float(max(row["token_activations"])) == pytest.approx(row["activation"], rel=2e-3)
+    meanings = yaml.safe_load((run / "sae" / "sae.meaning_distinctive-words_max.yaml").read_text())
+    assert meanings and all(set(entry) == {"certainty", "common_semantic"} for entry in meanings.values())
+
+
+def test_every_stage_says_complete_when_run_again(run):
+    out = script(
+        "sae_preprocessing.py",
+        "--input_dir",
+        run / "activations" / SITE,
+        "--output_dir",
+        run / "batches",
+        "--batch_size",
+        64,
+    )
+    assert "complete already" in out
+
+
+def test_completion_with_a_steered_latent(run):
+    latents = pq.read_table(run / "sae" / "sae.latents.parquet").to_pydict()
+    latent = max(range(96), key=lambda i: latents["max"][i])
+    command = ("llama_3_inference.py", "--llama_model_dir", run / "model", "--sae_model_path", run / "sae" / "sae.pth")
+    options = ("--prompts", "The file", "--latent", latent, "--max_new_tokens", 6)
+    same = script(*command, *options, "--strength", 0).splitlines()
+    clean, steered = (next(line.split(kind)[1] for line in same if kind in line) for kind in ("clean  ", "steered"))
+    assert clean.strip() == steered.strip()
+    changed = script(*command, *options, "--strength", 40).splitlines()
+    steered = next(line.split("steered")[1] for line in changed if "steered" in line)
+    assert clean.strip() != steered.strip()
+
+
+def test_the_demo_shows_marked_sentences_of_named_latents(run, tiny_model_dir):
+    from llama_3 import load_tokenizer
+
+    tokenizer = load_tokenizer(run / "model")
+    shown = demo.top_sentences(run, [3, 5], tokenizer)
+    top = pq.read_table(run / "sae" / "sae.top.parquet").to_pylist()
+    for latent, sentences in shown.items():
+        best = [r for r in top if r["latent"] == latent and r["aggregation"] == "max" and r["rank"] < 3]
+        texts = ["".join(row["text"].split()) for row in best]
+        assert ["".join(s.replace("«", "").replace("»", "").split()) for s in sentences] == texts
+        assert all(s.count("«") == s.count("»") == 1 for s in sentences)
+
+
+def test_count_hits_counts_texts_with_a_whole_word():
+    texts = ["The File is here.", "profiles", "a file, a file", "nothing"]
+    assert demo.count_hits(texts, ["file"]) == 2
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_the_demo_passes_only_options_that_exist(tmp_path, number):
+    config = type("Config", (), {"num_samples": 10, "num_epochs": 1})
+    _, command = demo.stages(tmp_path, config)[number]
+    name = next(part for part in command if part.endswith(".py"))
+    source = (PROJECT_DIR / name).read_text()
+    for flag in (part[2:] for part in command[command.index(name) :] if part.startswith("--")):
+        assert f"\n{flag.upper()} = " in source or f"\n{flag.upper()}: " in source, f"{name} has no {flag.upper()}"
