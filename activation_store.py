@@ -68,13 +68,19 @@ class ActivationStore:
         return [open_shard(self.folder / record["file"], CAPTURE_STAGE) for record in self.records]
 
     def shard(self, i: int) -> Shard:
-        file = self._files[i]
-        shard = Shard(*(file.get_tensor(name) for name in Shard._fields))
+        path = self.folder / self.records[i]["file"]
+        try:
+            shard = Shard(*(self._files[i].get_tensor(name) for name in Shard._fields))
+        except SafetensorError as error:
+            raise stage.InputError(f"{path} is damaged ({error}); capture it again.") from None
         if shard.acts.shape != (self.records[i]["n_tokens"], self.d_model):
             raise stage.InputError(
-                f"{self.folder / self.records[i]['file']} holds activations of shape {tuple(shard.acts.shape)}, the "
-                f"manifest says {(self.records[i]['n_tokens'], self.d_model)}; capture into an empty folder again."
+                f"{path} holds activations of shape {tuple(shard.acts.shape)}, the manifest says "
+                f"{(self.records[i]['n_tokens'], self.d_model)}; capture into an empty folder again."
             )
+        offsets = shard.offsets
+        if len(offsets) != len(shard.sentence_idx) + 1 or offsets[0] != 0 or offsets[-1] != len(shard.acts):
+            raise stage.InputError(f"{path} is damaged: its offsets do not fit its activations; capture it again.")
         return shard
 
     def shards(self) -> Iterator[Shard]:

@@ -167,13 +167,13 @@ def main() -> None:
         sae = load_sae_model(sae_path, device)
         if "site" not in sae.info:
             raise stage.InputError(f"{sae_path} has no JSON that names its site; train it with this project.")
-        highest = highest_activation(sae_path, config.latent)
     model = load_model(model_dir, device, dtype, sae.info.get("rope_scaling_factor") if sae else None)
     tokenizer = load_tokenizer(model_dir)
     if sae and sae.d_model != model.args.dim:
         raise stage.InputError(
             f"{sae_path} has d_model {sae.d_model}, {model_dir} has {model.args.dim}; they do not belong together."
         )
+    highest = highest_activation(sae_path, config.latent) if sae else 0.0
     prompts = list(config.prompts)
     options = {
         "max_new_tokens": config.max_new_tokens,

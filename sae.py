@@ -72,7 +72,7 @@ class TopKSparseAutoencoder(nn.Module):
         return self.encode_normalized(z, h_bias)
 
     def encode_normalized(self, z: Tensor, h_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        pre_acts = self.encoder(z - self.b_pre)  # (..., n_latents)
+        pre_acts = self.encoder((z - self.b_pre).to(self.encoder.weight.dtype))  # (..., n_latents)
         if h_bias is not None:
             pre_acts = pre_acts + h_bias
         values, indices = pre_acts.float().topk(self.k, dim=-1)
@@ -220,22 +220,26 @@ def load_sae_model(
             state = torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise stage.InputError(f"There is no SAE at {path}; run sae_training.py or name a .pth file.") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        raise stage.InputError(f"{path} is truncated or not a state dict ({str(error).splitlines()[0]}).") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise stage.InputError(f"{path} is truncated or not a state dict ({reason}).") from None
     keys = {"b_pre", "encoder.weight", "encoder.bias", "decoder.weight"}
     if not isinstance(state, dict) or not keys <= state.keys():
         found = sorted(state)[:4] if isinstance(state, dict) else type(state).__name__
         raise stage.InputError(f"{path} is not an SAE: it needs {sorted(keys)} and holds {found}.")
-    n_latents, d_model = state["encoder.weight"].shape
-    shapes = {"b_pre": (d_model,), "encoder.bias": (n_latents,), "decoder.weight": (d_model, n_latents)}
-    for name, shape in shapes.items():
-        if tuple(state[name].shape) != shape:
-            raise stage.InputError(f"{path} holds {name} as {tuple(state[name].shape)} instead of {shape}.")
+    shapes = {name: tuple(getattr(state[name], "shape", ())) for name in keys}
+    if len(shapes["encoder.weight"]) != 2:
+        raise stage.InputError(f"{path} holds encoder.weight as {shapes['encoder.weight']}: it is not a matrix.")
+    n_latents, d_model = shapes["encoder.weight"]
+    right = {"b_pre": (d_model,), "encoder.bias": (n_latents,), "decoder.weight": (d_model, n_latents)}
+    for name, shape in right.items():
+        if shapes[name] != shape:
+            raise stage.InputError(f"{path} holds {name} as {shapes[name]} instead of {shape}.")
     info: dict[str, Any] = {}
     if blobfile.exists(info_path(path)):
         try:
-            info = json.loads(blobfile.read_text(info_path(path)))
-        except ValueError as error:
+            info = dict(json.loads(blobfile.read_text(info_path(path))))
+        except (ValueError, TypeError) as error:
             raise stage.InputError(f"{info_path(path)} is not JSON ({error}).") from None
     for name, value in keywords.items():
         if name in info and info[name] != value:
@@ -246,6 +250,8 @@ def load_sae_model(
             raise stage.InputError(
                 f"{path} has no JSON beside it; give {name} (the published SAE: k=64, normalize_eps=1e-6)."
             )
+    if not 0 < info["k"] <= n_latents:
+        raise stage.InputError(f"{path} has {n_latents} latents, k = {info['k']} of them cannot stay; correct k.")
     sae = TopKSparseAutoencoder(d_model, n_latents, info["k"], info["normalize_eps"]).to(device=device, dtype=dtype)
     sae.load_state_dict({name: state[name] for name in keys})
     sae.info = info

@@ -63,6 +63,8 @@ def normalize(x: np.ndarray, eps: float) -> np.ndarray:
 
 def plan_moves(n_rows: list[int], capacities: list[int], seed: tuple[int, ...]) -> np.ndarray:
     """Rows that input shard i gives to output shard o, (n_inputs, n_outputs), as a uniformly random order implies."""
+    if sum(n_rows) >= 10**9:
+        raise stage.InputError(f"{sum(n_rows):,} activations are more than the 10^9 shuffled at once; capture fewer.")
     rng = np.random.default_rng(seed)
     left = np.array(capacities, dtype=np.int64)
     moves = np.zeros((len(n_rows), len(capacities)), dtype=np.int64)

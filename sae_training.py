@@ -229,6 +229,19 @@ def main() -> None:
     }
     decides["batches"] = [s["sha256"] for s in manifest["shards"]]
 
+    if config.model_load_path:
+        sae = load_sae_model(config.model_load_path, normalize_eps=manifest["normalize_eps"], k=config.k)
+        if (sae.d_model, sae.n_latents) != (d_model, config.n_latents):
+            raise stage.InputError(
+                f"{config.model_load_path} has d_model {sae.d_model} and {sae.n_latents} latents, this run "
+                f"{d_model} and {config.n_latents}; load another or change --n_latents."
+            )
+        sae.requires_grad_(True)
+    else:
+        sae = TopKSparseAutoencoder(d_model, config.n_latents, config.k, manifest["normalize_eps"])
+        generator = torch.Generator().manual_seed(config.seed)
+        sae.initialize(statistics.get_tensor("mean_normalized").float(), generator)
+
     with world() as w, stage.locked(folder, w.rank, w.barrier):
         done = stage.begin_or_continue(folder, _STAGE, decides) if w.is_main else False
         if w.gather(done)[0] and save_path.exists():
@@ -245,18 +258,6 @@ def main() -> None:
             f"{folder}; {n_steps:,} steps of {config.batch_size} on {w.size} x {w.device.type}."
         )
 
-        if config.model_load_path:
-            sae = load_sae_model(config.model_load_path, normalize_eps=manifest["normalize_eps"], k=config.k)
-            if (sae.d_model, sae.n_latents) != (d_model, config.n_latents):
-                raise stage.InputError(
-                    f"{config.model_load_path} has d_model {sae.d_model} and {sae.n_latents} latents, this run "
-                    f"{d_model} and {config.n_latents}; load another or change --n_latents."
-                )
-            sae.requires_grad_(True)
-        else:
-            sae = TopKSparseAutoencoder(d_model, config.n_latents, config.k, manifest["normalize_eps"])
-            generator = torch.Generator().manual_seed(config.seed)
-            sae.initialize(statistics.get_tensor("mean_normalized").float(), generator)
         sae.to(w.device)
         optimizer = torch.optim.AdamW(
             sae.parameters(),

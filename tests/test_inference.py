@@ -78,7 +78,6 @@ def test_temperature_0_takes_the_largest():
     assert inference.sample(logits, 1e-6, 1.0, uniform).equal(logits.argmax(-1))
 
 
-@pytest.mark.xfail(strict=True, reason="top_p 0 keeps no token and takes the least likely one")
 def test_the_smallest_nucleus_is_the_likeliest_token():
     logits = torch.randn(20, 31, generator=torch.Generator().manual_seed(0))
     uniform = torch.rand(20, generator=torch.Generator().manual_seed(1))

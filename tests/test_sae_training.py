@@ -367,9 +367,6 @@ def test_a_second_process_on_the_checkpoints_is_refused(data, tmp_path, capsys):
     assert not (tmp_path / "sae.pth").exists()
 
 
-_begun = pytest.mark.xfail(strict=True, reason="the folder is begun before the SAE to load is opened")
-
-
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -378,7 +375,7 @@ _begun = pytest.mark.xfail(strict=True, reason="the folder is begun before the S
         ({"k": 49}, "--k 49 must lie between 1 and --n_latents 48"),
         ({"k": 0}, "--k 0 must lie between 1 and"),
         ({"b_pre_path": "/nowhere/statistics.safetensors"}, "no statistics at /nowhere/statistics.safetensors"),
-        pytest.param({"model_load_path": "/nowhere/sae.pth"}, "no SAE at /nowhere/sae.pth", marks=_begun),
+        ({"model_load_path": "/nowhere/sae.pth"}, "no SAE at /nowhere/sae.pth"),
         ({"data_dir": "/nowhere"}, "There is no folder /nowhere; run sae_preprocessing.py to make it."),
     ],
 )
