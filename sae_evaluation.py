@@ -91,7 +91,7 @@ def main() -> None:
     if "first_validation_sentence" not in info:
         raise stage.InputError(f"{config.sae_model_path} has no JSON of sae_training.py that names what was held out.")
     model_dir = config.llama_model_dir or info["model_dir"]
-    model = load_model(model_dir, device, rope_scaling_factor=info["rope_scaling_factor"])
+    model = load_model(model_dir, device, rope_scaling_factor=info.get("rope_scaling_factor"))
     tokenizer = load_tokenizer(model_dir)
     if model.args.dim != sae.d_model:
         raise stage.InputError(
@@ -112,7 +112,7 @@ def main() -> None:
         result = evaluate(model, sae, info["site"], sentences, config.batch_tokens, bos_id)
     stage.write_json(out_path, {"site": info["site"], **result})
     for name, value in result.items():
-        print(f"  {name:16s} {value:,.4f}" if isinstance(value, float) else f"  {name:16s} {value:,}")
+        print(f"  {name:16s} " + (f"{value:,.4f}" if isinstance(value, float) else f"{value}"))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from sae_training import Batches, learning_rate
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 
-D, N_LATENTS, K = 14, 48, 4
+D, N_LATENTS, K = 14, 96, 4
 STORED, BATCH = 32, 96  # rows of a stored batch, rows of a step
 ROWS = 3000
 OPTIONS = {
@@ -372,7 +372,7 @@ def test_a_second_process_on_the_checkpoints_is_refused(data, tmp_path, capsys):
     [
         ({"batch_size": 80}, "--batch_size 80 must be a multiple of the stored batches of 32"),
         ({"batch_size": 32 * 1000}, "fewer than --batch_size 32000"),
-        ({"k": 49}, "--k 49 must lie between 1 and --n_latents 48"),
+        ({"k": 97}, "--k 97 must lie between 1 and --n_latents 96"),
         ({"k": 0}, "--k 0 must lie between 1 and"),
         ({"b_pre_path": "/nowhere/statistics.safetensors"}, "no statistics at /nowhere/statistics.safetensors"),
         ({"model_load_path": "/nowhere/sae.pth"}, "no SAE at /nowhere/sae.pth"),
