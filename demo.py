@@ -297,7 +297,7 @@ def main() -> None:
         report = make_report(run, times, config)
         (run / "report.md").write_text(report)
     print("\n" + report)
-    print(f"Training curves: {run / 'sae.curves.png'}. Everything is in {run.resolve()}")
+    print(f"Training curves: {run / 'sae' / 'sae.curves.png'}. Everything is in {run.resolve()}")
 
 
 if __name__ == "__main__":

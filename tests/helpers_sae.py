@@ -64,6 +64,7 @@ def write_store(folder: Path, sentences: dict[int, Tensor], shard_starts: list[i
         begin_of_text=False,
         bos_id=256,
         max_tokens=192,
+        rope_scaling_factor=32,
         dataset=dataset,
         counts={"sentences": len(indices), "tokens": sum(map(len, sentences.values()))},
         shards=records,
