@@ -79,7 +79,8 @@ class ActivationStore:
                 f"{(self.records[i]['n_tokens'], self.d_model)}; capture into an empty folder again."
             )
         offsets = shard.offsets
-        if len(offsets) != len(shard.sentence_idx) + 1 or offsets[0] != 0 or offsets[-1] != len(shard.acts):
+        whole = len(offsets) == len(shard.sentence_idx) + 1 and offsets[0] == 0 and offsets[-1] == len(shard.acts)
+        if not whole or (offsets.diff() < 0).any():
             raise stage.InputError(f"{path} is damaged: its offsets do not fit its activations; capture it again.")
         return shard
 

@@ -220,9 +220,10 @@ def load_sae_model(
             state = torch.load(file, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise stage.InputError(f"There is no SAE at {path}; run sae_training.py or name a .pth file.") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise stage.InputError(f"{path} is truncated or not a state dict ({reason}).") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, OSError):
+        raise stage.InputError(
+            f"{path} is truncated or not a state dict of tensors; fetch or train it again."
+        ) from None
     keys = {"b_pre", "encoder.weight", "encoder.bias", "decoder.weight"}
     if not isinstance(state, dict) or not keys <= state.keys():
         found = sorted(state)[:4] if isinstance(state, dict) else type(state).__name__

@@ -181,7 +181,11 @@ def main() -> None:
     scratch_dir = output_dir / ".scattered"
     mean_path = Path(config.mean_filepath) if config.mean_filepath else output_dir / "statistics.safetensors"
     decides = {name: getattr(config, name) for name in ("batch_size", "validation_fraction", "normalize_eps", "seed")}
-    decides |= {"shard_gb": config.shard_gb, "activations": [s["sha256"] for s in store.records]}
+    decides |= {
+        "mean_filepath": config.mean_filepath,
+        "shard_gb": config.shard_gb,
+        "activations": [s["sha256"] for s in store.records],
+    }
 
     n_sentences = store.manifest["dataset"]["sentences"]
     first_validation_sentence = n_sentences - round(config.validation_fraction * n_sentences)

@@ -278,6 +278,9 @@ def main() -> None:
             silent_tokens.copy_(state["silent_tokens"])
             step, metrics = state["step"], state["metrics"]
             w.print(f"Continuing from step {step} ({found[-1]}).")
+        if w.is_main:  # lines beyond the checkpoint come again
+            save_path.parent.mkdir(parents=True, exist_ok=True)
+            metrics_path.write_text("".join(line + "\n" for line in metrics))
         wandb_run = start_wandb(config.wandb, folder, vars(config)) if w.is_main else None
         variance = float(statistics.get_tensor("var_normalized").mean())
         scale = 1 / (config.batch_size * d_model)
@@ -286,8 +289,8 @@ def main() -> None:
             tokens = step * config.batch_size
             metrics.append(json.dumps({"step": step, "tokens": tokens, **values}))
             if w.is_main:
-                save_path.parent.mkdir(parents=True, exist_ok=True)
-                metrics_path.write_text("\n".join(metrics) + "\n")
+                with open(metrics_path, "a") as file:
+                    file.write(metrics[-1] + "\n")
                 if wandb_run:
                     wandb_run.log(values, step=step)
 
@@ -340,7 +343,7 @@ def main() -> None:
                 bar.update(config.batch_size)
 
                 epoch_ends = step % per_epoch == 0
-                if step % log_every == 0 or epoch_ends:
+                if step % log_every == 0 or step % checkpoint_every == 0 or epoch_ends:
                     main_loss, aux_loss = (w.all_reduce(torch.stack([sums.main, sums.aux]).detach()) * scale).tolist()
                     if not math.isfinite(main_loss + aux_loss):
                         good = checkpoints(folder)

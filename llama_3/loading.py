@@ -75,9 +75,8 @@ def load_model(
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise InputError(f"There is no consolidated.00.pth in {model_dir}; name a folder in Meta's format.") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is truncated or not a checkpoint ({reason}); fetch it again.") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, OSError):
+        raise InputError(f"{path} is truncated or not a checkpoint of tensors; fetch it again.") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path} is not a state dict of tensors; fetch it again.")
     with torch.device("meta"):

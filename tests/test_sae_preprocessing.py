@@ -413,7 +413,6 @@ def test_altered_shard(own_store, tmp_path, capsys, where):
     assert str(path) in said
 
 
-@pytest.mark.xfail(strict=True, reason="only the first and last offset are checked before they are used")
 def test_altered_offset_where_validation_begins(own_store, tmp_path, capsys):
     path = own_store / "acts-00002-00.safetensors"
     start = data_start(path)
