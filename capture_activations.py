@@ -188,8 +188,10 @@ def main() -> None:
     n_windows = -(-len(sentences) // config.window_sentences)
     output_dir = Path(config.output_dir)
 
+    model = load_model(config.model_dir, "cpu", getattr(torch, config.dtype), config.rope_scaling_factor)
+
     with world() as w, stage.locked(output_dir, w.rank, w.barrier), torch.inference_mode():
-        model = load_model(config.model_dir, w.device, getattr(torch, config.dtype), config.rope_scaling_factor)
+        model.to(w.device)
         about_dataset = {
             "sentences": len(sentences),
             "sentences_in_all": len(sentences.order),
