@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import stage
 
-MODEL_DIR: str  # Llama checkpoint folder: consolidated.00.pth, params.json, tokenizer.model
+MODEL_DIR: str  # Llama folder, in Meta's or Hugging Face's format
 SENTENCES_DIR = "data/sentences"  # folder of sentences
 OUTPUT_DIR = "data/activations"  # folder for one folder per site
 NUM_SAMPLES = 25_000_000  # sentences to capture, from the first of the seeded order; 0 for all
@@ -146,20 +146,6 @@ def window_note(folder: Path, number: int) -> Path:
     return folder / f"window-{number:05d}.json"
 
 
-def model_identity(model_dir: str) -> dict:
-    """What tells one checkpoint from another without reading all of it."""
-    import hashlib
-
-    import blobfile
-
-    params = blobfile.read_text(blobfile.join(model_dir, "params.json"))
-    return {
-        "name": Path(model_dir).name,
-        "params_sha256": hashlib.sha256(params.encode()).hexdigest(),
-        "weights_bytes": blobfile.stat(blobfile.join(model_dir, "consolidated.00.pth")).size,
-    }
-
-
 def main() -> None:
     config = stage.parse_constants(globals())
     if config.dtype not in ("bfloat16", "float32"):
@@ -168,7 +154,7 @@ def main() -> None:
 
     from distributed import world
     from llama_3 import load_model, load_tokenizer
-    from llama_3.loading import read_params
+    from llama_3.loading import checkpoint_identity, read_params
     from llama_3.model import check_site
     from openwebtext_sentences_dataset import SentenceDataset
 
@@ -179,11 +165,6 @@ def main() -> None:
     except ValueError as error:
         raise stage.InputError(f"--sites: {error}") from None
     tokenizer = load_tokenizer(config.model_dir)
-    if tokenizer.vocab_size > args.vocab_size:
-        raise stage.InputError(
-            f"{config.model_dir}: the tokenizer has {tokenizer.vocab_size} tokens, params.json says {args.vocab_size}; "
-            "the two files belong to different models."
-        )
     sentences = SentenceDataset(config.sentences_dir, config.num_samples, config.seed)
     n_windows = -(-len(sentences) // config.window_sentences)
     output_dir = Path(config.output_dir)
@@ -202,7 +183,7 @@ def main() -> None:
             name: getattr(config, name)
             for name in ("max_tokens", "begin_of_text", "dtype", "batch_tokens", "window_sentences", "shard_gb")
         }
-        decides |= {"model": model_identity(config.model_dir), "dataset": about_dataset}
+        decides |= {"model": checkpoint_identity(config.model_dir), "dataset": about_dataset}
         decides["rope_scaling_factor"] = args.rope_scaling_factor
         open_sites: list[str] = []
         if w.is_main:

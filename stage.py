@@ -60,17 +60,23 @@ def exit_at_once(code: int) -> None:
 # ---- constants as options
 
 
-def parse_constants(module_globals: dict[str, Any], argv: list[str] | None = None) -> argparse.Namespace:
+def parse_constants(
+    module_globals: dict[str, Any], argv: list[str] | None = None, commands: dict[str, str] | None = None
+) -> argparse.Namespace:
     """Turn the upper-case constants of a script into options of the same name in lower case.
 
     A constant's value is the option's default, its annotation (or the value's type) the option's type, and the comment
     on its line the help text. `NAME: str` without a value is a required option. Names starting with _ are not options.
+    commands: name -> help of the words that may stand first, as `command`; the first one is the default.
     """
     source = Path(module_globals["__file__"]).read_text()
     lines = source.splitlines()
     parser = argparse.ArgumentParser(
         description=module_globals["__doc__"], formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    if commands:
+        text = "; ".join(f"{name}: {about}" for name, about in commands.items())
+        parser.add_argument("command", nargs="?", choices=list(commands), default=next(iter(commands)), help=text)
     for node in ast.parse(source).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if not isinstance(target, ast.Name) or not target.id.isupper() or target.id.startswith("_"):

@@ -129,6 +129,7 @@ def main() -> None:
         "norm_eps": 1e-5,
         "rope_theta": 500000.0,
         "use_scaled_rope": False,
+        "max_seq_len": config.context,
     }
     width = hidden_dim(config.dim, config.multiple_of, config.ffn_dim_multiplier)
     args = ModelArgs(config.dim, config.n_layers, config.n_heads, config.n_kv_heads, tokenizer.vocab_size, width)

@@ -1,17 +1,27 @@
-"""Open checkpoints: a folder in Meta's format with `consolidated.00.pth`, `params.json` and `tokenizer.model`.
+"""Open checkpoints: Llama folders in Meta's format and in Hugging Face's.
 
-Paths may be local, `gs://` or `az://` (blobfile).
+Meta          params.json, consolidated.00.pth, tokenizer.model; also inside `original/`, where Meta's repositories
+              on the hub keep them
+Hugging Face  config.json, model.safetensors or model-*.safetensors (with or without an index), tokenizer.json
+
+Any model of the Llama architecture will do: Llama 3.x, SmolLM2, TinyLlama. Paths may be local, `gs://` or `az://`
+(blobfile). Local weights are mapped, not read: tensors already in the wanted dtype stay on disk until they are used.
 """
 
+import hashlib
 import json
 import pickle
+import re
 import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import blobfile
 import torch
+from torch import Tensor
 
 from llama_3.model import ModelArgs, Transformer, hidden_dim
-from llama_3.tokenizer import Tokenizer, read_ranks
+from llama_3.tokenizer import JsonTokenizer, Tokenizer, read_ranks
 from stage import PROJECT_DIR, InputError
 
 TINY_LLAMA_DIR = str(PROJECT_DIR / "llama_3" / "tiny_llama")  # the embedded model
@@ -25,37 +35,186 @@ ROPE_SCALING_FACTORS = {
     (8192, 80): 8.0,  # Llama 3.1 70B
     (16384, 126): 8.0,  # Llama 3.1 405B
 }
+MAX_SEQ_LEN = {False: 8192, True: 131072}  # Llama 3 and Llama 3.1+, by use_scaled_rope
+
+# Hugging Face's names for the same tensors, without `model.` and `.weight`.
+HF_NAMES = {
+    "embed_tokens": "tok_embeddings",
+    "norm": "norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+# Tables that older checkpoints carry; they follow from the parameters.
+IGNORED = re.compile(r"rope\.freqs|(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+LFS_POINTER = b"version https://git-lfs"
+
+
+class Checkpoint(NamedTuple):
+    """Where a model's files are, and what its params.json or config.json holds."""
+
+    folder: str
+    config_path: str
+    config: dict[str, Any]
+    weights: list[str]  # paths
+
+    @property
+    def is_meta(self) -> bool:
+        return self.config_path.endswith("params.json")
+
+
+class Loaded(NamedTuple):
+    """A tensor as it lies in its file."""
+
+    tensor: Tensor
+    name: str  # its name there
+    path: str
+
+
+def find_checkpoint(model_dir: str) -> Checkpoint:
+    """The files of a Llama folder of either format. Raises InputError when there is none."""
+    model_dir = str(model_dir)
+    inside = lambda *parts: blobfile.join(model_dir, *parts)
+    names = sorted(blobfile.listdir(model_dir)) if blobfile.isdir(model_dir) else []
+    safetensors = [name for name in names if re.fullmatch(r"model.*\.safetensors", name)]
+    index = "model.safetensors.index.json"
+    if "params.json" not in names and "config.json" in names and (safetensors or index in names):
+        if index in names:
+            try:
+                safetensors = sorted(set(_read_json(inside(index))["weight_map"].values()))
+            except (KeyError, TypeError, AttributeError):
+                raise InputError(f"{inside(index)} is not an index of tensors; fetch it again.") from None
+        return Checkpoint(
+            model_dir,
+            inside("config.json"),
+            _read_json(inside("config.json")),
+            [inside(name) for name in safetensors],
+        )
+    for folder in (model_dir, inside("original")):
+        if blobfile.exists(blobfile.join(folder, "params.json")):
+            params = _read_json(path := blobfile.join(folder, "params.json"))
+            if blobfile.exists(blobfile.join(folder, "consolidated.01.pth")):
+                raise InputError(f"{folder} is split for several GPUs; name a Hugging Face folder of the same model.")
+            return Checkpoint(folder, path, params, [blobfile.join(folder, "consolidated.00.pth")])
+    if "config.json" in names:
+        raise InputError(f"There is no model*.safetensors beside {inside('config.json')}; fetch the weights as well.")
+    if "consolidated.00.pth" in names:
+        raise InputError(f"There is no params.json beside {inside('consolidated.00.pth')}; fetch it as well.")
+    raise InputError(
+        f"There is no model at {model_dir}: neither params.json (Meta's format) nor config.json (Hugging Face's) is "
+        "there; name a Llama folder, or fetch one with fetch_model.py."
+    )
+
+
+def _read_json(path: str) -> dict:
+    try:
+        with blobfile.BlobFile(path, "r") as file:
+            return dict(json.load(file))
+    except (TypeError, ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error!r}); fetch it again.") from None
+
+
+def _check_files(paths: Sequence[str]) -> None:
+    for path in paths:
+        if not blobfile.exists(path):
+            raise InputError(f"There is no {blobfile.basename(path)} in {blobfile.dirname(path)}; fetch it as well.")
+        with blobfile.BlobFile(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise InputError(f"{path} is a Git LFS pointer, not the weights; run git lfs pull in its folder.")
+
+
+def checkpoint_identity(model_dir: str) -> dict:
+    """What tells one checkpoint from another without reading all of it."""
+    found = find_checkpoint(model_dir)
+    return {
+        "name": blobfile.basename(str(model_dir).rstrip("/")),
+        "params_sha256": hashlib.sha256(blobfile.read_text(found.config_path).encode()).hexdigest(),
+        "weights_bytes": sum(blobfile.stat(path).size for path in found.weights),
+    }
+
+
+# ---- parameters
 
 
 def read_params(model_dir: str, rope_scaling_factor: float | None = None) -> ModelArgs:
     """ModelArgs of a checkpoint folder. rope_scaling_factor overrides what the parameters say (1: no scaling)."""
-    path = blobfile.join(model_dir, "params.json")
+    return model_args(find_checkpoint(model_dir), rope_scaling_factor)
+
+
+def model_args(found: Checkpoint, rope_scaling_factor: float | None = None) -> ModelArgs:
     try:
-        with blobfile.BlobFile(path, "r") as file:
-            params = dict(json.load(file))
-        for name in ("dim", "n_layers", "n_heads", "vocab_size"):
-            if not isinstance(params[name], int) or params[name] < 1:
-                raise ValueError(f"{name} = {params[name]!r}")
-        if rope_scaling_factor is None:
-            rope_scaling_factor = 1.0
-            if params.get("use_scaled_rope", False):
-                known = ROPE_SCALING_FACTORS.get((params["dim"], params["n_layers"]), 8.0)
-                rope_scaling_factor = float(params.get("rope_scaling_factor", known))
-        return ModelArgs(
-            dim=params["dim"],
-            n_layers=params["n_layers"],
-            n_heads=params["n_heads"],
-            n_kv_heads=params.get("n_kv_heads") or params["n_heads"],
-            vocab_size=params["vocab_size"],
-            hidden_dim=hidden_dim(params["dim"], params.get("multiple_of", 256), params.get("ffn_dim_multiplier")),
-            norm_eps=params.get("norm_eps", 1e-5),
-            rope_theta=params.get("rope_theta", 500000.0),
-            rope_scaling_factor=rope_scaling_factor,
-        )
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"There is no model at {model_dir}: params.json is missing; name a Llama folder.") from None
-    except (KeyError, TypeError, ValueError, ArithmeticError, OSError) as error:
-        raise InputError(f"{path} is not a Llama 3 params.json ({error!r}); fetch it again.") from None
+        args = (_meta_args if found.is_meta else _hf_args)(found.config)
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "head_dim"):
+            if not isinstance(args[name], int) or args[name] < 1:
+                raise ValueError(f"{name} = {args[name]!r}")
+        if rope_scaling_factor is not None:
+            args["rope_scaling_factor"] = float(rope_scaling_factor)
+        return ModelArgs(**args)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(f"{found.config_path} does not describe a Llama model ({error!r}); fetch it again.") from None
+
+
+def _meta_args(params: dict) -> dict:
+    scaled = bool(params.get("use_scaled_rope", False))
+    known = ROPE_SCALING_FACTORS.get((params["dim"], params["n_layers"]), 8.0)
+    return {
+        "dim": params["dim"],
+        "n_layers": params["n_layers"],
+        "n_heads": params["n_heads"],
+        "n_kv_heads": params.get("n_kv_heads") or params["n_heads"],
+        "vocab_size": params["vocab_size"],
+        "hidden_dim": hidden_dim(params["dim"], params.get("multiple_of", 256), params.get("ffn_dim_multiplier")),
+        "head_dim": params["dim"] // params["n_heads"],
+        "norm_eps": params.get("norm_eps", 1e-5),
+        "rope_theta": params.get("rope_theta", 500000.0),
+        "rope_scaling_factor": float(params.get("rope_scaling_factor", known)) if scaled else 1.0,
+        "max_seq_len": params.get("max_seq_len", MAX_SEQ_LEN[scaled]),
+    }
+
+
+def _hf_args(config: dict) -> dict:
+    for name, expected in {"model_type": "llama", "hidden_act": "silu"}.items():
+        if config.get(name, expected) != expected:
+            raise ValueError(f"{name} is {config[name]!r}, not {expected!r}")
+    for name in ("attention_bias", "mlp_bias", "quantization_config"):
+        if config.get(name):
+            raise ValueError(f"{name} is not supported")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # the newer and the older way
+    args = {
+        "dim": config["hidden_size"],
+        "n_layers": config["num_hidden_layers"],
+        "n_heads": config["num_attention_heads"],
+        "n_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+        "vocab_size": config["vocab_size"],
+        "hidden_dim": config["intermediate_size"],
+        "head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta", 10000.0)),
+        "max_seq_len": config.get("max_position_embeddings", 2048),
+    }
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type == "llama3":
+        args |= {
+            "rope_scaling_factor": float(rope["factor"]),
+            "rope_low_freq_factor": float(rope["low_freq_factor"]),
+            "rope_high_freq_factor": float(rope["high_freq_factor"]),
+            "rope_original_context": rope["original_max_position_embeddings"],
+        }
+    elif rope_type == "linear":
+        args |= {"rope_scaling_factor": float(rope["factor"]), "rope_original_context": 0}
+    elif rope_type != "default":
+        raise ValueError(f"rope_type {rope_type!r} is not supported")
+    return args
+
+
+# ---- weights
 
 
 def load_model(
@@ -64,38 +223,29 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     rope_scaling_factor: float | None = None,
 ) -> Transformer:
-    """Load a checkpoint for inference. Raises InputError, naming file and mend, when it is not whole."""
-    args = read_params(str(model_dir), rope_scaling_factor)
-    path = blobfile.join(str(model_dir), "consolidated.00.pth")
-    try:
-        if path.startswith(("gs://", "az://")):
-            with blobfile.BlobFile(path, "rb") as file:
-                state = torch.load(file, map_location="cpu", weights_only=True)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise InputError(f"There is no consolidated.00.pth in {model_dir}; name a folder in Meta's format.") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, OSError):
-        raise InputError(f"{path} is truncated or not a checkpoint of tensors; fetch it again.") from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"{path} is not a state dict of tensors; fetch it again.")
+    """Load a checkpoint for inference. Raises InputError, naming file and mend, when it is not whole.
+
+    Weights of another dtype or device are converted one tensor at a time; the others stay mapped to their file.
+    """
+    found = find_checkpoint(str(model_dir))
+    args = model_args(found, rope_scaling_factor)
+    _check_files(found.weights)
     with torch.device("meta"):
         model = Transformer(args)
     expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    state.pop("rope.freqs", None)  # older Meta checkpoints carry the table
-    for name, shape in expected.items():
-        if name not in state:
-            raise InputError(f"{path} lacks the tensor {name}; it does not belong to the params.json beside it.")
-        if tuple(state[name].shape) != shape:
-            raise InputError(
-                f"{path} holds {name} as {tuple(state[name].shape)}, but params.json says {shape}; "
-                "the two files belong to different models."
-            )
-    surplus = sorted(state.keys() - expected.keys())
-    if surplus:
-        raise InputError(f"{path} holds {surplus[0]}, unknown to this model; params.json belongs to another one.")
-    tied = state["output.weight"].data_ptr() == state["tok_embeddings.weight"].data_ptr()
-    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()}
+    loaded = _read_meta(found.weights[0]) if found.is_meta else _read_safetensors(found.weights)
+    if not found.is_meta and found.config.get("tie_word_embeddings") and "tok_embeddings.weight" in loaded:
+        loaded["output.weight"] = loaded["tok_embeddings.weight"]
+    _check(loaded, expected, found)
+    output, embedding = loaded["output.weight"].tensor, loaded["tok_embeddings.weight"].tensor
+    tied = output.data_ptr() == embedding.data_ptr()
+    state = {}
+    for name in expected:
+        tensor = loaded[name].tensor.to(device=device, dtype=dtype)
+        if not found.is_meta and name.endswith((".wq.weight", ".wk.weight")):
+            # Hugging Face rotates the first half of a head against the second, Meta neighbouring pairs.
+            tensor = tensor.view(-1, 2, args.head_dim // 2, args.dim).transpose(1, 2).reshape(tensor.shape)
+        state[name] = tensor
     if tied:
         state["output.weight"] = state["tok_embeddings.weight"]
     with warnings.catch_warnings():
@@ -104,6 +254,105 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-def load_tokenizer(model_dir: str = TINY_LLAMA_DIR) -> Tokenizer:
-    """The tokenizer of a checkpoint folder (its `tokenizer.model`)."""
-    return Tokenizer(read_ranks(blobfile.join(str(model_dir), "tokenizer.model")))
+def _is_remote(path: str) -> bool:
+    return path.startswith(("gs://", "az://"))
+
+
+def _read_meta(path: str) -> dict[str, Loaded]:
+    try:
+        if _is_remote(path):
+            with blobfile.BlobFile(path, "rb") as file:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, OSError):
+        raise InputError(f"{path} is truncated or not a checkpoint of tensors; fetch it again.") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} is not a state dict of tensors; fetch it again.")
+    return {name: Loaded(tensor, name, path) for name, tensor in state.items() if not IGNORED.fullmatch(name)}
+
+
+def _read_safetensors(paths: Sequence[str]) -> dict[str, Loaded]:
+    """The tensors of Hugging Face's files under Meta's names."""
+    import safetensors
+    import safetensors.torch
+
+    loaded = {}
+    for path in paths:
+        try:
+            if _is_remote(path):
+                with blobfile.BlobFile(path, "rb") as file:
+                    tensors = safetensors.torch.load(file.read())
+            else:
+                with safetensors.safe_open(path, "pt") as file:
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise InputError(f"{path} is truncated or not in safetensors' format ({error}); fetch it again.") from None
+        for name, tensor in tensors.items():
+            if not IGNORED.fullmatch(name):
+                loaded[_meta_name(name)] = Loaded(tensor, name, path)
+    return loaded
+
+
+def _meta_name(name: str) -> str:
+    """model.layers.3.mlp.up_proj.weight -> layers.3.feed_forward.w3.weight; unknown names stay what they are."""
+    match = re.fullmatch(r"(?:model\.)?(layers\.\d+\.)?(.+)\.weight", name)
+    if match is None or match[2] not in HF_NAMES:
+        return name
+    return f"{match[1] or ''}{HF_NAMES[match[2]]}.weight"
+
+
+def _check(loaded: dict[str, Loaded], expected: dict[str, tuple[int, ...]], found: Checkpoint) -> None:
+    """Raise InputError unless exactly the expected tensors are there, in shapes and dtypes that fit."""
+    config = blobfile.basename(found.config_path)
+    for name, shape in expected.items():
+        if name not in loaded:
+            raise InputError(
+                f"{found.weights[0]} lacks the tensor {name}; it does not belong to the {config} beside it."
+                if len(found.weights) == 1
+                else f"The files {found.weights[0]} to {found.weights[-1]} lack the tensor {name}; fetch them again."
+            )
+        tensor, their_name, path = loaded[name]
+        if tuple(tensor.shape) != shape:
+            raise InputError(
+                f"{path} holds {their_name} as {tuple(tensor.shape)}, but {config} says {shape}; "
+                "the two files belong to different models."
+            )
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise InputError(
+                f"{path} holds {their_name} in {str(tensor.dtype).removeprefix('torch.')}; "
+                "fetch the model in bfloat16, float16 or float32."
+            )
+    if surplus := sorted(loaded.keys() - expected.keys()):
+        _, their_name, path = loaded[surplus[0]]
+        raise InputError(f"{path} holds {their_name}, unknown to this model; {config} belongs to another one.")
+
+
+# ---- tokenizer
+
+
+def load_tokenizer(model_dir: str = TINY_LLAMA_DIR) -> Tokenizer | JsonTokenizer:
+    """The tokenizer of a checkpoint folder: tokenizer.model in Meta's format, tokenizer.json in Hugging Face's.
+
+    Raises InputError when it is missing, broken, or does not fit the vocabulary of the model beside it.
+    """
+    inside = lambda *parts: blobfile.join(str(model_dir), *parts)
+    configs = [inside(name) for name in ("params.json", "config.json", "original/params.json")]
+    config = next((_read_json(path) for path in configs if blobfile.exists(path)), {})
+    # TinyLlama's tokenizer.model is sentencepiece's: beside a config.json it is tokenizer.json that counts.
+    if blobfile.exists(inside("tokenizer.json")) and blobfile.exists(inside("config.json")):
+        generation = inside("generation_config.json")
+        ids = config | (_read_json(generation) if blobfile.exists(generation) else {})
+        tokenizer = JsonTokenizer(inside("tokenizer.json"), ids.get("bos_token_id"), ids.get("eos_token_id"))
+    else:
+        original = inside("original", "tokenizer.model")
+        path = original if blobfile.exists(original) else inside("tokenizer.model")
+        tokenizer = Tokenizer(read_ranks(path))
+    vocab_size = config.get("vocab_size", tokenizer.vocab_size)
+    # A model may carry rows that no token uses, to round the vocabulary up.
+    if not tokenizer.vocab_size <= vocab_size < tokenizer.vocab_size + 1024:
+        raise InputError(
+            f"The tokenizer in {model_dir} has {tokenizer.vocab_size} tokens, its model {vocab_size}; "
+            "the two belong to different models."
+        )
+    return tokenizer

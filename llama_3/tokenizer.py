@@ -1,12 +1,12 @@
-"""The Llama 3 tokenizer: byte-level BPE by tiktoken, from a `tokenizer.model` of base64 tokens and ranks.
+"""Text to token ids and back: Llama 3's `tokenizer.model` (tiktoken), and any `tokenizer.json` (tokenizers).
 
-The split pattern and the special tokens are Meta's published ones; the 256 special tokens follow the last rank.
+A `tokenizer.model` holds base64 tokens and ranks of a byte-level BPE; the split pattern and the special tokens are
+Meta's published ones, the 256 special tokens follow the last rank.
 """
 
 import base64
 import re
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,6 +38,8 @@ NAMED_SPECIAL_TOKENS = (
 MAX_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
 _RUN = re.compile(r"\s+|\S+")
+# Tokens that end an answer where a model has them: of a text, of a message, of a turn.
+STOP_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 
 
 def read_ranks(path: str) -> dict[bytes, int]:
@@ -75,6 +77,7 @@ class Tokenizer:
         self.vocab_size = n + N_SPECIAL_TOKENS
         self.bos_id = self.special_tokens["<|begin_of_text|>"]
         self.eos_id = self.special_tokens["<|end_of_text|>"]
+        self.starts_with_bos = True  # whether texts that the model was trained on do
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         ids = [self.bos_id] if bos else []
@@ -91,9 +94,76 @@ class Tokenizer:
         """Text of the tokens; bytes that are not whole UTF-8 characters become U+FFFD."""
         return self.model.decode(list(ids))
 
-    def token_bytes(self, token_id: int) -> bytes:
-        return self.model.decode_single_token_bytes(token_id)
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return frozenset(self.special_tokens[name] for name in STOP_TOKENS)
 
-    @cached_property
-    def special_ids(self) -> frozenset[int]:
-        return frozenset(self.special_tokens.values())
+
+class JsonTokenizer:
+    """A `tokenizer.json`, with the same methods. Special tokens written in a text are text here too."""
+
+    def __init__(self, path: str, bos_id: int | None, eos_ids: int | list[int] | None):
+        """bos_id, eos_ids: what config.json says. Raises InputError when the file is missing or broken."""
+        import tokenizers
+
+        try:
+            with blobfile.BlobFile(path, "r") as file:
+                self.model = tokenizers.Tokenizer.from_str(file.read())
+        except Exception as error:  # the library raises plain Exception
+            raise InputError(
+                f"{path} is not a tokenizer of the tokenizers library ({error}); fetch it again."
+            ) from None
+        self.model.no_truncation()
+        self.model.no_padding()
+        added = self.model.encode("").ids  # what the model expects before (and after) a text
+        self.model.encode_special_tokens = True
+        self.special_tokens = {t.content: i for i, t in self.model.get_added_tokens_decoder().items() if t.special}
+        self.vocab_size = 1 + max(self.model.get_vocab(with_added_tokens=True).values())
+        self.bos_id = added[0] if added else bos_id
+        self.starts_with_bos = bool(added)
+        ends = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
+        self.eos_id = ends[0] if ends else None
+        self.stop_ids = frozenset(ends) | {self.special_tokens[t] for t in STOP_TOKENS if t in self.special_tokens}
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        ids = self.model.encode(text, add_special_tokens=False).ids
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the tokens; bytes that are not whole UTF-8 characters become U+FFFD."""
+        return self.model.decode(list(ids), skip_special_tokens=False)
+
+
+CONTEXT_TOKENS = 4
+
+
+class TextStream:
+    """The text of tokens that come one by one, given out in whole characters.
+
+    A character may be spread over several tokens; what is not yet whole waits. The texts given out, joined, are what
+    `decode` makes of all the tokens after the prompt.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | JsonTokenizer, prompt: Sequence[int] = ()):
+        self.tokenizer = tokenizer
+        # Some decoders treat the first token apart (a leading space): the last tokens given out stay as context.
+        self.context = list(prompt[-CONTEXT_TOKENS:])
+        self.waiting: list[int] = []
+
+    def add(self, token: int) -> str:
+        self.waiting.append(token)
+        text = self._text()
+        return "" if text.endswith("\ufffd") else self._give(text)
+
+    def end(self) -> str:
+        """What is left, half characters as U+FFFD."""
+        return self._give(self._text())
+
+    def _text(self) -> str:
+        before = self.tokenizer.decode(self.context)
+        return self.tokenizer.decode(self.context + self.waiting)[len(before) :]
+
+    def _give(self, text: str) -> str:
+        self.context = (self.context + self.waiting)[-CONTEXT_TOKENS:]
+        self.waiting = []
+        return text

@@ -547,7 +547,7 @@ def truncate(folder) -> None:
 WK = "layers.1.attention.wk.weight"
 BREAKAGES = {
     "missing weights": (lambda f: (f / "consolidated.00.pth").unlink(), ["no consolidated.00.pth in"]),
-    "missing parameters": (lambda f: (f / "params.json").unlink(), ["no model at", "params.json is missing"]),
+    "missing parameters": (lambda f: (f / "params.json").unlink(), ["no params.json beside", "consolidated.00.pth"]),
     "broken parameters": (lambda f: (f / "params.json").write_text('{"dim": 36'), ["params.json"]),
     "parameters without dim": (lambda f: (f / "params.json").write_text("{}"), ["params.json", "dim"]),
     "missing tensor": (
