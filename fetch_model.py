@@ -148,6 +148,7 @@ def fetch_file(repo: str, revision: str, file: dict[str, Any], folder: Path) -> 
             )
         out.flush()
         os.fsync(out.fileno())
+    print(f"Comparing {file['file']} with the hub's checksum.", flush=True)  # takes a while with 16 GB
     if not is_whole(part, file):
         part.unlink()
         raise stage.InputError(
@@ -220,7 +221,8 @@ def main() -> None:
         missing = sum(bytes_missing(folder, file) for file in files)
         print(
             f"Fetching {model.repo} at {revision} to {folder}: {len(files)} files, "
-            f"{stage.gb(sum(file['bytes'] for file in files))}, {stage.gb(missing)} of it not yet here."
+            f"{stage.gb(sum(file['bytes'] for file in files))}, {stage.gb(missing)} of it not yet here.",
+            flush=True,
         )
         stage.require_disk(folder, missing)
         decides = {"repo": model.repo, "revision": revision}

@@ -55,7 +55,6 @@ def hub():
         hub.repos[SMOL_REPO] = Repo()
         hub.repos[SMOL_REPO].commit(SMOL_FILES | UNWANTED)
         hub.repos[LLAMA_REPO] = Repo(readers={"hf_accepted"})
-        hub.repos[LLAMA_REPO].commit({"original/params.json": b"{}", "original/tokenizer.model": b"YQ== 0"})
         hub.tokens = {"hf_accepted", "hf_other"}
         yield hub
 
@@ -281,7 +280,7 @@ def test_whatever_part_is_here_only_the_rest_is_sent(
     hub.repos[SMOL_REPO] = Repo()
     commit = hub.repos[SMOL_REPO].commit(SMOL_FILES | {name: content})
     hub.requests, hub.ignore_range = [], ignore_range
-    (file,) = [f for f in fetch_model.list_files(fetch_model._MODELS[SMOL], None)[1] if f["file"] == name]
+    _, (file,) = fetch_model.list_files(fetch_model.Model(SMOL_REPO, (name,)), None)
     here = content[: round(cut * len(content))]
     part = folder / f".{name}.part"
     part.write_bytes(here + extra)
@@ -302,7 +301,8 @@ def test_whatever_part_is_here_only_the_rest_is_sent(
 
 
 def test_without_a_token_it_says_where_to_get_one(hub: FakeHub, tmp_path: Path):
-    hub.repos[LLAMA_REPO].commit({name: b"{}" for name in fetch_model._META_FORMAT})
+    names = ("consolidated.00.pth", "params.json", "tokenizer.model")
+    hub.repos[LLAMA_REPO].commit({f"original/{name}": b"{}" for name in names})
     folder = tmp_path / "llama"
     said = refusal(hub, tmp_path, LLAMA, folder)
     for word in "needs a token", f"https://huggingface.co/{LLAMA_REPO}", "huggingface.co/settings/tokens", "HF_TOKEN":
