@@ -1,0 +1,240 @@
+"""Download a model by its name from the Hugging Face hub, into a folder that the other scripts read.
+
+Reads   the hub (HF_ENDPOINT names another); for Meta's models HF_TOKEN, of an account that accepted the licence
+Writes  OUTPUT_DIR: weights, parameters and tokenizer of MODEL, manifest.json (repository, commit, sizes, checksums)
+Method  Meta's models come in Meta's own format, the folder original/ of their repositories, others as Hugging Face
+        folders. A file is compared with the hub's size and checksum before it gets its name
+Cost    time is the network's; disk 2.5 GB (1B), 6.4 GB (3B), 16.1 GB (8B), 0.3 GB (smollm2-135M)
+
+    python fetch_model.py --model smollm2-135M
+    HF_TOKEN=hf_... python fetch_model.py --model llama_3.2-1B-Instruct
+
+A download that was cut continues where it was, at the same commit, when the command is run again.
+"""
+
+import hashlib
+import json
+import os
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import stage
+
+MODEL: str  # llama_3.2-1B, llama_3.2-3B, llama_3.1-8B, smollm2-135M, each also -Instruct; tinyllama-1.1B-Chat
+OUTPUT_DIR: str | None = None  # folder for the files; models/MODEL when not given
+
+_STAGE = "fetch_model.py"
+
+
+class Model(NamedTuple):
+    repo: str  # on the hub; its page has the licence
+    files: tuple[str, ...]  # patterns, each of at least one file
+
+
+_META_FORMAT = ("original/consolidated.00.pth", "original/params.json", "original/tokenizer.model")
+_HUGGING_FACE_FORMAT = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",  # one file, or several and their index
+    "special_tokens_map.json",
+    "tokenizer*.json",
+)
+_MODELS = {
+    "llama_3.2-1B": Model("meta-llama/Llama-3.2-1B", _META_FORMAT),
+    "llama_3.2-1B-Instruct": Model("meta-llama/Llama-3.2-1B-Instruct", _META_FORMAT),
+    "llama_3.2-3B": Model("meta-llama/Llama-3.2-3B", _META_FORMAT),
+    "llama_3.2-3B-Instruct": Model("meta-llama/Llama-3.2-3B-Instruct", _META_FORMAT),
+    "llama_3.1-8B": Model("meta-llama/Llama-3.1-8B", _META_FORMAT),
+    "llama_3.1-8B-Instruct": Model("meta-llama/Llama-3.1-8B-Instruct", _META_FORMAT),
+    "smollm2-135M": Model("HuggingFaceTB/SmolLM2-135M", _HUGGING_FACE_FORMAT),
+    "smollm2-135M-Instruct": Model("HuggingFaceTB/SmolLM2-135M-Instruct", _HUGGING_FACE_FORMAT),
+    "tinyllama-1.1B-Chat": Model("TinyLlama/TinyLlama-1.1B-Chat-v1.0", _HUGGING_FACE_FORMAT),
+}
+
+
+# ---- what to fetch
+
+
+def read_earlier_run(folder: Path, repo: str) -> tuple[str | None, bool]:
+    """The commit at which an earlier run began to fetch `repo` to `folder`, and whether its files are all here."""
+    if not (folder / stage.MANIFEST).exists():
+        return None, False
+    manifest = stage.read_json(folder / stage.MANIFEST, "remove the folder or name another.")
+    decided = manifest.get("decides", {})
+    if decided.get("repo") != repo:
+        return None, False  # begin_or_continue says what it is
+    return decided["revision"], manifest["complete"] and all(is_here(folder, file) for file in manifest["shards"])
+
+
+def list_files(model: Model, revision: str | None) -> tuple[str, list[dict[str, Any]]]:
+    """Ask the hub for the commit of `revision` (None: the newest) and the files to fetch at it, smallest first.
+
+    A file: its name here, its source in the repository, bytes, and what the hub has as its checksum: sha256 of a large
+    file, of a small one git_sha1 (git's blob id). Raises InputError when the repository does not have what a model
+    needs, or the answer is not a hub's.
+    """
+    from huggingface_hub import HfApi, constants
+
+    try:
+        info = HfApi().model_info(model.repo, revision=revision, files_metadata=True, timeout=30)
+        files = [
+            {
+                "file": Path(found.rfilename).name,
+                "source": found.rfilename,
+                "bytes": found.lfs.size if found.lfs else found.size,
+                **({"sha256": found.lfs.sha256} if found.lfs else {"git_sha1": found.blob_id}),
+            }
+            for found in info.siblings
+            if any(fnmatchcase(found.rfilename, pattern) for pattern in model.files)
+        ]
+        files.sort(key=lambda file: file["bytes"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise stage.InputError(
+            f"{constants.ENDPOINT} does not answer as the Hugging Face hub does; check HF_ENDPOINT and the network."
+        ) from None
+    for pattern in model.files:
+        if not any(fnmatchcase(file["source"], pattern) for file in files):
+            raise stage.InputError(f"{model.repo} has no {pattern} at {info.sha}; fetch another model.")
+    return info.sha, files
+
+
+def check_access(repo: str, revision: str, source: str) -> None:
+    """Ask for one file's headers; the hub refuses here, before anything is written, when it will refuse the file."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    get_hf_file_metadata(hf_hub_url(repo, source, revision=revision))
+
+
+# ---- fetching
+
+
+def part_path(folder: Path, file: dict[str, Any]) -> Path:
+    return folder / f".{file['file']}.part"
+
+
+def is_here(folder: Path, file: dict[str, Any]) -> bool:
+    """Whether a file is here with its size; its checksum was compared before it got its name."""
+    path = folder / file["file"]
+    return path.is_file() and path.stat().st_size == file["bytes"]
+
+
+def bytes_missing(folder: Path, file: dict[str, Any]) -> int:
+    if is_here(folder, file):
+        return 0
+    part = part_path(folder, file)
+    return file["bytes"] - (part.stat().st_size if part.exists() else 0)
+
+
+def fetch_file(repo: str, revision: str, file: dict[str, Any], folder: Path) -> None:
+    """Fetch one file unless it is here. Raises InputError, and removes the file, when it is not what the hub says."""
+    # Not snapshot_download: since huggingface_hub 1.x it forgets a partial file when its process ends (its issue 4196).
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    if is_here(folder, file):
+        return
+    part = part_path(folder, file)
+    with open(part, "ab") as out:
+        if bytes_missing(folder, file) > 0:
+            http_get(
+                hf_hub_url(repo, file["source"], revision=revision),
+                out,
+                resume_size=out.tell(),
+                headers=build_hf_headers(headers={"Accept-Encoding": "identity"}),  # a Range counts the file's bytes
+                displayed_filename=file["file"],
+                tqdm_class=stage.progress,
+            )
+        out.flush()
+        os.fsync(out.fileno())
+    print(f"Comparing {file['file']} with the hub's checksum.", flush=True)  # takes a while with 16 GB
+    if not is_whole(part, file):
+        part.unlink()
+        raise stage.InputError(
+            f"{file['file']} arrived damaged (its size or checksum is not the hub's) and was removed; run again."
+        )
+    os.replace(part, folder / file["file"])
+
+
+def is_whole(path: Path, file: dict[str, Any]) -> bool:
+    """Whether the file at `path` has the size and the checksum that the hub states."""
+    if path.stat().st_size != file["bytes"]:
+        return False
+    if "sha256" in file:
+        return stage.sha256(path) == file["sha256"]
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == file["git_sha1"]
+
+
+def explain(error: Exception, repo: str) -> str:
+    """One sentence, with the mend, for an error of the hub, the way to it, or the disk."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HTTPError,
+        OfflineModeIsEnabled,
+        RevisionNotFoundError,
+    )
+
+    hub, page, settings = constants.ENDPOINT, f"https://huggingface.co/{repo}", "https://huggingface.co/settings/tokens"
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    token = get_token()
+    if isinstance(error, GatedRepoError) and not token:
+        return f"{repo} needs a token: accept the licence at {page}, make a token at {settings}, put it into HF_TOKEN."
+    if status == 403 and token:
+        return (
+            f"Your token may not read {repo}: accept the licence at {page} with the token's account, wait until that "
+            f"page says granted, and let the token read gated repositories ({settings})."
+        )
+    if status == 401 and token:
+        return f"{hub} refuses your token; make a new one at {settings} and put it into HF_TOKEN."
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo} no longer has the commit this folder was begun with; remove the folder and run again."
+    if status in (401, 404):
+        return f"{hub} does not have {repo} or its files ({status}); see whether {page} is still there."
+    if status is not None:
+        return f"{hub} answered {status} to the request for {repo}; run again later, it continues."
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set; unset it to fetch a model."
+    if isinstance(error, HTTPError):
+        return f"No connection to {hub} ({error}); check the network and HF_ENDPOINT and run again, it continues."
+    return f"{repo} could not be written ({error}); free some disk or name another folder, and run again to continue."
+
+
+def main() -> None:
+    config = stage.parse_constants(globals())
+    if config.model not in _MODELS:
+        raise stage.InputError(f"No model is called {config.model}; name one of {', '.join(_MODELS)}.")
+    model = _MODELS[config.model]
+    folder = Path(config.output_dir or f"models/{config.model}")
+    revision, complete = read_earlier_run(folder, model.repo)
+    if complete:
+        print(f"{folder} is complete ({model.repo} at {revision}); nothing to do.")
+        return
+    from huggingface_hub.errors import HTTPError  # the base of every error of its client, of connections too
+
+    try:
+        revision, files = list_files(model, revision)
+        check_access(model.repo, revision, files[0]["source"])
+        missing = sum(bytes_missing(folder, file) for file in files)
+        print(
+            f"Fetching {model.repo} at {revision} to {folder}: {len(files)} files, "
+            f"{stage.gb(sum(file['bytes'] for file in files))}, {stage.gb(missing)} of it not yet here.",
+            flush=True,
+        )
+        stage.require_disk(folder, missing)
+        decides = {"repo": model.repo, "revision": revision}
+        with stage.locked(folder):
+            stage.begin_or_continue(folder, _STAGE, decides)
+            for file in files:
+                fetch_file(model.repo, revision, file, folder)
+            stage.write_manifest(folder, _STAGE, True, decides=decides, config=vars(config), shards=files)
+    except (HTTPError, OSError) as error:
+        raise stage.InputError(explain(error, model.repo)) from error
+    print(f"{folder} is complete. Its licence: https://huggingface.co/{model.repo}")
+
+
+if __name__ == "__main__":
+    stage.run(main)
