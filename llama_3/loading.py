@@ -241,13 +241,14 @@ def load_model(
     tied = output.data_ptr() == embedding.data_ptr()
     state = {}
     for name in expected:
+        if tied and name == "output.weight":
+            state[name] = state["tok_embeddings.weight"]
+            continue
         tensor = loaded[name].tensor.to(device=device, dtype=dtype)
         if not found.is_meta and name.endswith((".wq.weight", ".wk.weight")):
             # Hugging Face rotates the first half of a head against the second, Meta neighbouring pairs.
             tensor = tensor.view(-1, 2, args.head_dim // 2, args.dim).transpose(1, 2).reshape(tensor.shape)
         state[name] = tensor
-    if tied:
-        state["output.weight"] = state["tok_embeddings.weight"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.load_state_dict(state, strict=True, assign=True)
