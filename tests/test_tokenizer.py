@@ -1,12 +1,14 @@
 """The tokenizer against transformers' TikTokenConverter, against itself there and back, and against known Llama 3 ids.
 
-Texts come from hypothesis; the tests with the real vocabulary skip where its file, which is not in the repository, is
-absent.
+Also `tokenizer.json` against the same vocabulary in `tokenizer.model` and against the tokenizers library, chats against
+Meta's published format, and text that comes token by token. Texts come from hypothesis; the tests with the real
+vocabulary skip where its file, which is not in the repository, is absent.
 
     .venv/bin/python -m pytest tests/test_tokenizer.py
 """
 
 import base64
+import json
 import re
 import time
 from functools import cache
@@ -15,8 +17,19 @@ import pytest
 from conftest import PROJECT_DIR, TINY_MERGES, tiny_ranks
 from hypothesis import example, given
 from hypothesis import strategies as st
+from llama_chat_examples import EXAMPLES, Special
 
-from llama_3.tokenizer import MAX_CHARS, MAX_RUN_CHARS, Tokenizer, read_ranks, write_ranks
+from llama_3 import load_tokenizer
+from llama_3.chat import Message, check_chat, encode_dialogue
+from llama_3.tokenizer import (
+    MAX_CHARS,
+    MAX_RUN_CHARS,
+    JsonTokenizer,
+    TextStream,
+    Tokenizer,
+    read_ranks,
+    write_ranks,
+)
 from stage import InputError
 
 DATA_DIR = PROJECT_DIR.parent / "shared" / "data"
@@ -86,6 +99,165 @@ def oracle(tmp_path_factory):
 @example("hello  the\n\n  aaaaa 123456 it'LL  \t x\r\n!?\r\n\n end ")
 def test_ids_equal_transformers(oracle, text):
     assert TINY.encode(text) == oracle.encode(text).ids
+
+
+# ---- tokenizer.json
+
+
+@pytest.fixture(scope="module")
+def same_in_json(oracle, tmp_path_factory) -> JsonTokenizer:
+    """The tiny vocabulary and Llama 3's special tokens as a tokenizer.json in a Hugging Face folder."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers.processors import TemplateProcessing
+
+    library = Library.from_str(oracle.to_str())
+    library.add_special_tokens(list(TINY.special_tokens))
+    library.post_processor = TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", TINY.bos_id)]
+    )
+    folder = tmp_path_factory.mktemp("json")
+    library.save(str(folder / "tokenizer.json"))
+    config = {
+        "vocab_size": TINY.vocab_size,
+        "bos_token_id": 5,
+        "eos_token_id": TINY.eos_id,
+    }  # the template's bos counts
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.model").write_bytes(b"\0a file of sentencepiece's\xff")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [TINY.eos_id, 7]}))
+    return load_tokenizer(str(folder))
+
+
+@pytest.fixture(scope="module")
+def with_metaspace(tmp_path_factory) -> JsonTokenizer:
+    """A vocabulary in TinyLlama's manner: words begin with ▁, unknown characters fall back to bytes."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, normalizers
+
+    letters = "abcdefghijklmnopqrstuvwxyz▁"
+    merges = [("h", "e"), ("▁", "t"), ("▁t", "he"), ("l", "l"), ("ll", "o"), ("▁", "▁")]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *letters, *("".join(m) for m in merges)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    library = Library(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    library.add_special_tokens(["<unk>", "<s>", "</s>"])
+    folder = tmp_path_factory.mktemp("metaspace")
+    library.save(str(folder / "tokenizer.json"))
+    config = {"vocab_size": len(tokens), "bos_token_id": 1, "eos_token_id": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    return load_tokenizer(str(folder))
+
+
+@given(texts, st.booleans(), st.booleans())
+def test_tokenizer_json_gives_the_ids_of_tokenizer_model(same_in_json, text, bos, eos):
+    ids = TINY.encode(text, bos=bos, eos=eos)
+    assert same_in_json.encode(text, bos=bos, eos=eos) == ids
+    assert same_in_json.decode(ids) == TINY.decode(ids)
+
+
+def test_tokenizer_json_knows_its_special_tokens(same_in_json, with_metaspace):
+    assert same_in_json.special_tokens == TINY.special_tokens and same_in_json.vocab_size == TINY.vocab_size
+    assert (same_in_json.bos_id, same_in_json.eos_id, same_in_json.starts_with_bos) == (TINY.bos_id, TINY.eos_id, True)
+    assert same_in_json.stop_ids == TINY.stop_ids | {7}
+    assert (with_metaspace.bos_id, with_metaspace.eos_id, with_metaspace.starts_with_bos) == (1, 2, False)
+    assert with_metaspace.stop_ids == {2}
+
+
+@given(texts)
+def test_metaspace_round_trip_and_special_tokens_stay_text(with_metaspace, text):
+    text = f"the <s>{text}</s>".replace("▁", "")
+    ids = with_metaspace.encode(text)
+    assert not {1, 2} & set(ids)
+    assert with_metaspace.decode(ids) == text
+
+
+def test_a_broken_tokenizer_json_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for content in ("", "{}", "version https://git-lfs.github.com/spec/v1\n"):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(InputError, match=re.escape(str(tmp_path / "tokenizer.json"))):
+            load_tokenizer(str(tmp_path))
+
+
+# ---- token by token
+
+
+@given(data=st.data())
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json", "metaspace"])
+def test_streamed_text_is_the_decoded_text(kind, data, same_in_json, with_metaspace):
+    """For any tokens, broken characters among them."""
+    tokenizer = {"tokenizer.model": TINY, "tokenizer.json": same_in_json, "metaspace": with_metaspace}[kind]
+    token = st.integers(3, tokenizer.vocab_size - 1)
+    prompt = tokenizer.encode(data.draw(texts))
+    if kind == "metaspace":  # its decoder spoils whole bytes beside broken ones, so only what can be encoded
+        ids = tokenizer.encode(data.draw(texts))
+    else:
+        ids = data.draw(st.lists(token | st.integers(0x80, 0xFF) | st.sampled_from(TINY.encode("再 é")), max_size=12))
+    stream = TextStream(tokenizer, prompt)
+    pieces = [*map(stream.add, ids), stream.end()]
+    assert "".join(pieces) == tokenizer.decode(prompt + ids)[len(tokenizer.decode(prompt)) :]
+
+
+@given(texts)
+def test_no_half_character_is_given_out(text):
+    text = text.replace("\ufffd", "")
+    ids = list(text.encode())  # the first 256 tokens are the bytes
+    stream = TextStream(TINY, TINY.encode("the"))
+    pieces = list(map(stream.add, ids))
+    assert "".join(pieces) == text and stream.end() == ""
+    assert [len(piece.encode()) for piece in pieces if piece] == [len(character.encode()) for character in text]
+
+
+def test_what_is_left_half_is_shown_at_the_end():
+    stream = TextStream(TINY)
+    assert [stream.add(token) for token in "再".encode()[:2]] == ["", ""]
+    assert stream.end() == "\ufffd" and stream.end() == ""
+
+
+def test_a_space_before_the_first_new_word_is_kept(with_metaspace):
+    prompt, answer = with_metaspace.encode("the"), with_metaspace.encode("hello")
+    stream = TextStream(with_metaspace, prompt)
+    assert "".join(map(stream.add, answer)) == " hello"
+
+
+# ---- chat
+
+
+def expected_ids(tokenizer, pieces: list) -> list[int]:
+    ids = []
+    for piece in pieces:
+        ids += [tokenizer.special_tokens[piece.name]] if isinstance(piece, Special) else tokenizer.encode(piece)
+    return ids
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_chats_have_metas_published_format(example, same_in_json):
+    messages = [Message(**message) for message in example.messages]
+    for tokenizer in (TINY, same_in_json):
+        assert encode_dialogue(tokenizer, messages) == expected_ids(tokenizer, example.llama_3)
+        dated = encode_dialogue(tokenizer, messages, date=example.date)
+        assert dated == expected_ids(tokenizer, example.llama_3_1)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), texts), max_size=4))
+def test_a_message_cannot_forge_another(turns):
+    ids = encode_dialogue(TINY, [Message(*turn) for turn in turns])
+    special = [token for token in ids if token in TINY.special_tokens.values()]
+    header, end_header, end_of_turn = (
+        TINY.special_tokens[f"<|{name}|>"] for name in ("start_header_id", "end_header_id", "eot_id")
+    )
+    assert special == [TINY.bos_id, *[header, end_header, end_of_turn] * len(turns), header, end_header]
+
+
+def test_unknown_roles_and_models_without_chat_tokens_are_refused(with_metaspace):
+    with pytest.raises(ValueError, match="'tool' is not a role"):
+        encode_dialogue(TINY, [Message("tool", "a")])
+    check_chat(TINY)
+    with pytest.raises(InputError, match="cannot hold a Llama 3 chat"):
+        encode_dialogue(with_metaspace, [Message("user", "a")])
 
 
 # ---- long texts
@@ -214,13 +386,22 @@ def test_real_ids():
 
 
 @needs_real
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_real_chats(example):
+    messages = [Message(**message) for message in example.messages]
+    assert encode_dialogue(real_tokenizer(), messages) == example.llama_3_ids
+    assert encode_dialogue(real_tokenizer(), messages, date=example.date) == example.llama_3_1_ids
+
+
+@needs_real
 @pytest.mark.skipif(not REAL_TEXT.exists(), reason=f"no {REAL_TEXT}")
-def test_real_texts_round_trip():
+def test_all_real_texts_round_trip():
     import pyarrow.parquet as pq
 
-    batch = next(pq.ParquetFile(REAL_TEXT).iter_batches(batch_size=300, columns=["text"]))
-    assert len(batch) == 300
-    for text in batch.column(0).to_pylist():
+    n_bytes = n_tokens = 0
+    for text in pq.read_table(REAL_TEXT, columns=["text"]).column(0).to_pylist():
         ids = real_tokenizer().encode(text)
         assert real_tokenizer().decode(ids) == text
-        assert len(ids) < len(text.encode()) / 2
+        n_bytes += len(text.encode())
+        n_tokens += len(ids)
+    assert n_tokens < n_bytes / 3
