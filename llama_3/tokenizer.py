@@ -134,9 +134,6 @@ class JsonTokenizer:
         return self.model.decode(list(ids), skip_special_tokens=False)
 
 
-CONTEXT_TOKENS = 4
-
-
 class TextStream:
     """The text of tokens that come one by one, given out in whole characters.
 
@@ -146,8 +143,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer | JsonTokenizer, prompt: Sequence[int] = ()):
         self.tokenizer = tokenizer
-        # Some decoders treat the first token apart (a leading space): the last tokens given out stay as context.
-        self.context = list(prompt[-CONTEXT_TOKENS:])
+        # Some decoders treat the first token apart (a leading space): what was given out last stays as context.
+        self.context = list(prompt)
         self.waiting: list[int] = []
 
     def add(self, token: int) -> str:
@@ -164,6 +161,6 @@ class TextStream:
         return self.tokenizer.decode(self.context + self.waiting)[len(before) :]
 
     def _give(self, text: str) -> str:
-        self.context = (self.context + self.waiting)[-CONTEXT_TOKENS:]
-        self.waiting = []
+        if self.waiting:
+            self.context, self.waiting = self.waiting, []
         return text
