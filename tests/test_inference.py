@@ -10,14 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TINY_PARAMS, TINY_VOCAB_SIZE
+from conftest import TINY_PARAMS, TINY_VOCAB_SIZE, write_tiny_model
 from helpers_pipeline import SITE, call, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
 import llama_3_inference as inference
 from llama_3 import load_model, load_tokenizer
+from llama_3.chat import Message
 from sae import TopKSparseAutoencoder, save_sae
+from stage import InputError
 
 N_LATENTS, K = 50, 4
 PROMPTS = [
@@ -165,6 +167,55 @@ def test_complete_decodes_whole_characters_and_stops(model, tokenizer, monkeypat
     assert inference.complete(model, tokenizer, ["the", ""]) == texts
     assert seen["prompts"] == [[tokenizer.bos_id, *tokenizer.encode("the")], [tokenizer.bos_id]]
     assert tokenizer.eos_id in seen["stop_tokens"]
+
+
+DIALOGUES = [
+    [Message("user", "the")],
+    [
+        Message("system", "hello " * 30),
+        Message("user", "the ring"),
+        Message("assistant", "12<|eot_id|> on"),
+        Message("user", "é 再" * 20),
+    ],
+    [Message("user", ""), Message("assistant", "lo"), Message("user", "hello the\n\n12")],
+]
+
+
+@pytest.mark.parametrize("date", [None, "26 Jul 2024"])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "top_p": 0.95}])
+def test_chats_of_unequal_length_equal_each_alone(model, tokenizer, sampling, date):
+    """Stop tokens stand inside the longer ones' prompts and must not end their answers."""
+    options = {"max_new_tokens": 25, "date": date, **sampling}
+    together = inference.stream_chat(model, tokenizer, DIALOGUES, seeds=[4, 5, 6], **options)
+    answers = ["".join(pieces) for pieces in zip(*together, strict=True)]
+    alone = []
+    for dialogue, seed in zip(DIALOGUES, [4, 5, 6], strict=True):
+        alone.append(
+            "".join(piece for (piece,) in inference.stream_chat(model, tokenizer, [dialogue], seeds=[seed], **options))
+        )
+    assert answers == alone
+    assert all(len(tokenizer.encode(answer)) > 3 for answer in answers) and len(set(answers)) == 3
+
+
+def test_a_stream_gives_the_whole_completion_piece_by_piece(model, tokenizer):
+    prompts = ["hello", "the ring on the"]
+    steps = list(inference.stream_text(model, tokenizer, prompts, max_new_tokens=9))
+    assert len(steps) == 10 and sum(bool(step[1]) for step in steps) > 3
+    for prompt, pieces in zip(prompts, zip(*steps, strict=True), strict=True):
+        ids = tokenizer.encode(prompt, bos=True)
+        assert "".join(pieces) == tokenizer.decode(greedy(model, ids, 9))
+
+
+def test_more_than_the_context_is_refused_before_anything_is_computed(tmp_path):
+    model = load_model(write_tiny_model(tmp_path, max_seq_len=12))
+    assert len(list(inference.generate(model, [[1], list(range(7))], 5, stop_tokens=[]))) == 5
+    with pytest.raises(InputError, match="prompt of 7 tokens and 6 new ones exceed the model's context of 12"):
+        next(inference.generate(model, [[1], list(range(7))], 6, stop_tokens=[]))
+
+
+@pytest.mark.parametrize(("scaled", "expected"), [(True, 131072), (False, 8192)])
+def test_the_context_of_released_models(tmp_path, scaled, expected):
+    assert load_model(write_tiny_model(tmp_path, use_scaled_rope=scaled)).args.max_seq_len == expected
 
 
 # ---- steering
