@@ -238,7 +238,8 @@ def set_up(config) -> Setup:
         sae = load_sae_model(sae_path, device)
         if "site" not in sae.info:
             raise stage.InputError(f"{sae_path} has no JSON that names its site; train it with this project.")
-    model = load_model(model_dir, device, getattr(torch, dtype), sae.info.get("rope_scaling_factor") if sae else None)
+    rope_scaling_factor = sae.info.get("rope_scaling_factor") if sae else None
+    model = load_model(model_dir, device, getattr(torch, dtype), rope_scaling_factor, packed=True)
     tokenizer = load_tokenizer(model_dir)
     if sae and sae.d_model != model.args.dim:
         raise stage.InputError(
@@ -253,7 +254,7 @@ def set_up(config) -> Setup:
     if config.date == "auto":  # the date header came with Llama 3.1, as did scaled RoPE
         date = _DATE_OF_THE_TEMPLATE if model.args.rope_scaling_factor != 1 else None
     meanings = latent_meanings(sae_path) if config.show_latents else {}
-    return Setup(model.pack(), tokenizer, sae, meanings, options, steering, date)
+    return Setup(model, tokenizer, sae, meanings, options, steering, date)
 
 
 def latent_meanings(sae_path: str) -> dict[int, str]:

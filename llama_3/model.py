@@ -10,7 +10,10 @@ Sites, each (batch, seq, d_model), in the order in which a layer computes them:
 """
 
 import contextlib
+import ctypes
 import math
+import mmap
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -192,19 +195,51 @@ class TransformerBlock(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """An nn.Linear without bias for inference on a CPU, its weight in the order that oneDNN reads fastest.
+    """A linear layer without bias for inference on a CPU, its weight in the order that oneDNN reads fastest.
 
-    Decoding is bound by reading weights and rows of a batch share one reading; measured in the README. The weight's
-    values are unchanged, but it is no longer a parameter: nothing can be trained or saved.
+    Decoding is bound by reading weights; rates are in the README. The weight is packed at the model's first forward
+    pass. It is no parameter: nothing can be trained or saved.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, source: Tensor, dtype: torch.dtype, in_file: bool):
+        """source: the weight, (..., in), its first dimensions together the outputs; in_file: it is a mapped file's."""
         super().__init__()
-        # Order for one row: the best for a single prompt, and near the best for many.
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        self.source: Tensor | None = source
+        self.weight_dtype, self.in_file = dtype, in_file
+        self.weight: Tensor | None = None
+
+    @staticmethod
+    def can(device: torch.device | str, dtype: torch.dtype) -> bool:
+        """Whether this machine has it, for weights on `device` in `dtype`."""
+        if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
+            return False
+        return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+    def pack(self) -> None:
+        if self.weight is not None:
+            return
+        source = self.source
+        # Over 32 MB, so that malloc gives it back to the system: smaller holes between lasting tensors would stay.
+        room = torch.empty(max(source.numel(), 2**24), dtype=self.weight_dtype)
+        weight = room[: source.numel()].view(source.shape).copy_(source).view(-1, source.shape[-1])
+        # In the order for one row: the best for a single prompt and near the best for many.
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+        if self.in_file:
+            forget_pages(source)
+        self.source = None
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+def forget_pages(mapped: Tensor) -> None:
+    """Give the memory of a mapped file's tensor back to the system; where it is used again, it is read again."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    begin = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (mapped.data_ptr() + mapped.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > begin:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 # ---- the model
@@ -216,6 +251,8 @@ class Intervention(NamedTuple):
     fn: Callable[[Tensor], Tensor]
     skip_tokens: tuple[int, ...]
 
+
+_packing = threading.Lock()
 
 # Interventions belong to the thread (or asyncio task) that entered them: two requests served at once do not meet.
 _interventions: ContextVar[tuple[Intervention, ...]] = ContextVar("interventions", default=())
@@ -235,23 +272,27 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(i, args) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.to_pack: list[PackedLinear] = []  # before the first forward pass; the largest last
 
     @property
     def device(self) -> torch.device:
         return self.tok_embeddings.weight.device
 
-    def pack(self) -> "Transformer":
-        """Replace every linear layer by a PackedLinear, where the weights lie on a CPU with oneDNN."""
-        if self.device.type == "cpu" and torch.backends.mkldnn.is_available():
-            linears = [(m, name) for m in self.modules() for name, c in m.named_children() if isinstance(c, nn.Linear)]
-            for module, name in linears:
-                setattr(module, name, PackedLinear(getattr(module, name)))
-        return self
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
+
+    def pack(self) -> None:
+        """Pack what is to be packed, the largest first: what that takes for a moment then has room for the smaller."""
+        with _packing:
+            while self.to_pack:
+                self.to_pack[-1].pack()
+                self.to_pack.pop()
 
     def new_cache(self, batch_size: int, max_len: int) -> Cache:
         """Room for the keys and values of `max_len` positions of `batch_size` sequences, in the model's dtype."""
         shape = (batch_size, max_len, self.args.n_kv_heads, self.args.head_dim)
-        make = lambda: torch.zeros(shape, dtype=self.tok_embeddings.weight.dtype, device=self.device)
+        make = lambda: torch.zeros(shape, dtype=self.dtype, device=self.device)
         return Cache([LayerCache(make(), make()) for _ in range(self.args.n_layers)])
 
     def forward(
@@ -325,6 +366,8 @@ class Transformer(nn.Module):
 
     def _run(self, tokens: Tensor, cache: Cache | None, n_pad: Tensor | None, hook: Hook) -> Tensor:
         """The residual stream after the last layer, (batch, seq, d_model)."""
+        if self.to_pack:
+            self.pack()
         seq = tokens.shape[1]
         start = cache.length if cache is not None else 0
         if cache is not None and start + seq > cache.max_len:
@@ -340,7 +383,7 @@ class Transformer(nn.Module):
             positions = (positions[None] - n_pad[:, None]).clamp(min=0)  # (batch, seq)
         freqs = rope_frequencies(self.args).to(tokens.device)
         rope = rope_tables(freqs, positions)
-        x = self.tok_embeddings(tokens)
+        x = self.tok_embeddings(tokens).to(self.dtype)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, mask, cache.layers[i] if cache is not None else None, start, hook)
         if cache is not None:
