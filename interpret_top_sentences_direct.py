@@ -13,7 +13,7 @@ Cost    it prints requests, tokens and price (twice that of batches) before anyt
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -94,7 +94,7 @@ def ask_all(client, requests: Iterator[dict], concurrency: int, per_minute: floa
         raise failure
 
 
-def append_answers(path: Path, answers: Iterator[dict]) -> None:
+def append_answers(path: Path, answers: Iterable[dict]) -> None:
     """Write each answer to the end of the file as it comes. Raises InputError when the server refuses everything."""
     n_succeeded = n_errored = 0
     try:
@@ -155,10 +155,9 @@ def main() -> None:
             tokens = batches.output_tokens(response_dir, config.output_tokens)
             message_batches.announce(client, requests, tokens, price_ratio=1.0)
             if message_batches.may_send(config.yes, config.dry_run):
-                each = stage.progress(
-                    map(json.loads, requests.lines()), total=requests.n, desc="asking", unit="request"
-                )
-                append_answers(out_path, ask_all(client, each, config.concurrency, config.requests_per_minute))
+                each = map(json.loads, requests.lines())
+                answers = ask_all(client, each, config.concurrency, config.requests_per_minute)
+                append_answers(out_path, stage.progress(answers, total=requests.n, desc="asking", unit="request"))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ SETTLE_S = 120.0  # after an unclear failure, seconds until a batch the API does
 YES = False  # send without asking
 DRY_RUN = False  # stop after the price
 
-PROMPT = """\
+_PROMPT = """\
 A language model reads text token by token. Inside it one direction was found, called a latent, that switches on for \
 some texts and stays silent for others. Below are the {n} sentences {how}, strongest first{marks}. The model reads \
 from left to right: at each token it knows that token and what stands before it, nothing after it. Line breaks inside \
@@ -48,7 +48,7 @@ a sentence are written \\n.
 {sentences}
 </sentences>
 
-Find out what the latent stands for. Think it through in a few short lines, one for each step:
+Find out what the latent stands for. Write a few short lines, one for each step:
 
 1. Key words: words, parts of words or signs that come back, above all at the tokens with the strongest activation.
 2. Themes: subjects, situations, tones, text types or grammatical forms that the sentences share. Early sentences \
@@ -63,12 +63,12 @@ Then close with one JSON object and nothing after it:
 certainty is a number from 0 (a guess) to 1 (every sentence fits, others would not). If the sentences share nothing, \
 common_semantic is null and certainty 0.
 """
-HOW = {
+_HOW = {
     "mean": "with the highest average activation",
     "max": "that hold a token with the highest activation",
     "last": "with the highest activation at their last token",
 }
-MARKS = "; the tokens that activate it most are written <<like this>>"
+_MARKS = "; the tokens that activate it most are written <<like this>>"
 
 
 class Sentence(NamedTuple):
@@ -117,7 +117,7 @@ def with_marks(tokens: list[bytes], activations: list[float], share: float) -> s
 
 def prompt(texts: list[str], aggregation: str, marked: bool) -> str:
     lines = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
-    return PROMPT.format(n=len(texts), how=HOW[aggregation], marks=MARKS if marked else "", sentences=lines)
+    return _PROMPT.format(n=len(texts), how=_HOW[aggregation], marks=_MARKS if marked else "", sentences=lines)
 
 
 def request(latent: int, content: str, model: str, max_tokens: int, effort: str) -> dict[str, Any]:
@@ -222,9 +222,7 @@ def main() -> None:
             message_batches.announce(client, requests, output_tokens(response_dir, config.output_tokens), price_ratio)
             if message_batches.may_send(config.yes, config.dry_run):
                 message_batches.send(client, journal, requests, config.requests_per_batch, config.settle_s)
-                print(
-                    f"Sent. Next: interpret_top_sentences_retrieve_batches.py --aggregation {config.aggregation} --wait"
-                )
+                print(f"{requests.n:,} requests sent. Next: interpret_top_sentences_retrieve_batches.py --wait")
 
 
 if __name__ == "__main__":

@@ -132,8 +132,10 @@ class FakeAnthropic:
         self.http.shutdown()
         self.http.server_close()
 
-    def environment(self) -> dict[str, str]:
-        return {"ANTHROPIC_BASE_URL": self.url, "ANTHROPIC_API_KEY": self.key}
+    def set_environment(self, monkeypatch: Any) -> None:
+        """Let the client, here and in subprocesses, find this server."""
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", self.url)
+        monkeypatch.setenv("ANTHROPIC_API_KEY", self.key)
 
     def calls(self, endpoint: str) -> int:
         return sum(name == endpoint for name, _ in self.seen)

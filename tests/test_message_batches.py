@@ -21,8 +21,7 @@ import stage
 @pytest.fixture
 def server(monkeypatch):
     with FakeAnthropic() as fake:
-        for name, value in fake.environment().items():
-            monkeypatch.setenv(name, value)
+        fake.set_environment(monkeypatch)
         yield fake
 
 
