@@ -21,8 +21,8 @@ import message_batches
 import stage
 
 TOP_SENTENCES_DICT_FILEPATH = "data/sae.top.parquet"  # top sentences of each latent
-RESPONSE_IDS_FILEPATH = "data/sae.{aggregation}.response_ids.jsonl"  # journal of the batches
-RESPONSE_OUTPUT_DIR = "data/sae.{aggregation}.responses"  # answers; latents that have one are not asked again
+RESPONSE_IDS_FILEPATH = "{name}.{aggregation}.response_ids.jsonl"  # journal; {name} is that of NAME.top.parquet
+RESPONSE_OUTPUT_DIR = "{name}.{aggregation}.responses"  # answers; latents that have one are not asked again
 MODEL_DIR: str | None = None  # Llama folder, for its tokenizer; the one NAME.json names when not given
 AGGREGATION = "mean"  # how a latent's activation over a sentence was measured: mean, max or last
 LATENTS: str | None = None  # which latents, such as 0-99,512; all when not given
@@ -34,7 +34,7 @@ SENTENCES_PER_REQUEST = 50  # strongest ones shown
 MIN_SENTENCES = 5  # a latent with fewer is not asked about
 MARK_SHARE = 0.5  # tokens with at least this share of the sentence's highest activation are marked; above 1: none
 REQUESTS_PER_BATCH = 10_000  # the API allows 100,000, and 256 MB
-SETTLE_S = 120.0  # after an unclear failure, seconds until a batch the API does not list counts as not created
+SETTLE_S = 300.0  # after an unclear failure, seconds until a batch the API does not list counts as not created
 YES = False  # send without asking
 DRY_RUN = False  # stop after the price
 
@@ -171,6 +171,13 @@ def model_dir_of(top_path: Path) -> str:
     return info["model_dir"]
 
 
+def journal_and_answers(config) -> tuple[Path, Path]:
+    """RESPONSE_IDS_FILEPATH and RESPONSE_OUTPUT_DIR, filled in."""
+    name = config.top_sentences_dict_filepath.removesuffix(".top.parquet")
+    fill = lambda text: Path(text.replace("{name}", name).replace("{aggregation}", config.aggregation))
+    return fill(config.response_ids_filepath), fill(config.response_output_dir)
+
+
 def questions(config, skip: set[str]) -> Iterator[dict[str, Any]]:
     """The requests of a run, without those whose custom_id is in `skip`."""
     from llama_3 import load_tokenizer
@@ -203,10 +210,7 @@ def main() -> None:
     check_top_sentences(Path(config.top_sentences_dict_filepath))
     message_batches.require_consent_possible(config.yes, config.dry_run)
     client = message_batches.connect()
-    journal_path, response_dir = (
-        Path(text.replace("{aggregation}", config.aggregation))
-        for text in (config.response_ids_filepath, config.response_output_dir)
-    )
+    journal_path, response_dir = journal_and_answers(config)
     print(f"Reading {config.top_sentences_dict_filepath} and the answers in {response_dir}; writing {journal_path}.")
 
     purpose = f"meanings by {config.aggregation}"
@@ -222,7 +226,10 @@ def main() -> None:
             message_batches.announce(client, requests, output_tokens(response_dir, config.output_tokens), price_ratio)
             if message_batches.may_send(config.yes, config.dry_run):
                 message_batches.send(client, journal, requests, config.requests_per_batch, config.settle_s)
-                print(f"{requests.n:,} requests sent. Next: interpret_top_sentences_retrieve_batches.py --wait")
+                print(
+                    f"{requests.n:,} requests sent. Next: python interpret_top_sentences_retrieve_batches.py --wait "
+                    f"--response_ids_filepath {journal_path} --response_output_dir {response_dir}"
+                )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from fake_anthropic import NO_CREDIT, Fail, FakeAnthropic, meaning
-from helpers_claude import asking_options, in_a_process, kill_when
+from helpers_claude import asking_options, kill_when
 from helpers_pipeline import call, refusal
 
 import interpret_top_sentences_direct as script
@@ -70,17 +70,34 @@ def test_answers_are_asked_once_whatever_the_server_does(server, options):
     assert server.calls("messages") == len(SENTENCES) + 4
 
 
-def test_killed_in_the_middle_and_run_again(server, options):
+def test_killed_in_the_middle_and_run_again(server, options, capsys):
     server.plan["messages"] += [None] * 5 + ["hang"]
     kill_when(server.arrived, script, options | {"concurrency": 1})
     assert len(answers(options)) == 5
     with (options["response_output_dir"] / "direct.jsonl").open("a") as file:
         file.write('{"custom_id": "5", "resu')  # as if the kill had come in the middle of writing
     server.seen.clear()
-    done = in_a_process(script, options)
-    assert done.returncode == 0 and "7 answers" in done.stdout
+    call(script, **options)
+    assert "7 answers" in capsys.readouterr().out
     assert asked(server) == ["5", "6", "7", "8", "9", "10", "11"]
     assert sorted(int(line["custom_id"]) for line in answers(options)) == sorted(SENTENCES)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("", ""),
+        ('{"a": 1}\n', '{"a": 1}\n'),
+        ('{"a": 1}', '{"a": 1}\n'),
+        ('{"a": 1}\n{"a": "é', '{"a": 1}\n'),
+        ("{", ""),
+    ],
+)
+def test_a_last_line_is_whole_or_gone(tmp_path, text, kept):
+    path = tmp_path / "direct.jsonl"
+    path.write_text(text)
+    script.end_last_line(path)
+    assert path.read_text() == kept
 
 
 def test_latents_in_a_batch_are_left_out_and_sending_meanwhile_is_refused(server, options, capsys):
