@@ -81,17 +81,23 @@ class Sentence(NamedTuple):
 def top_sentences(
     path: Path, aggregation: str, n: int, wanted: list[range] | None
 ) -> Iterator[tuple[int, list[Sentence]]]:
-    """Each latent's n strongest sentences, read from NAME.top.parquet as they are needed. wanted: all when None."""
-    import pyarrow.dataset as ds
+    """Each latent's n strongest sentences, a row group of NAME.top.parquet in memory. wanted: all latents when None."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
 
-    rows = (ds.field("aggregation") == aggregation) & (ds.field("rank") < n)
-    if wanted is not None:
-        lowest, highest = min(r.start for r in wanted), max(r.stop for r in wanted)
-        rows &= (ds.field("latent") >= lowest) & (ds.field("latent") < highest)
     columns = ["latent", "token_ids", "token_activations"]
-    batches = ds.dataset(path, format="parquet").to_batches(columns=columns, filter=rows, batch_size=4096)
-    entries = (entry for batch in batches for entry in zip(*(batch[name].to_pylist() for name in columns), strict=True))
-    for latent, group in groupby(entries, key=lambda entry: entry[0]):
+    rows = (pc.field("aggregation") == aggregation) & (pc.field("rank") < n)
+
+    def entries() -> Iterator[tuple]:
+        with pq.ParquetFile(path) as file:
+            for i in range(file.num_row_groups):
+                latents = file.read_row_group(i, columns=["latent"])["latent"].to_numpy()
+                if wanted is None or any(((r.start <= latents) & (latents < r.stop)).any() for r in wanted):
+                    table = file.read_row_group(i, columns=[*columns, "aggregation", "rank"]).filter(rows)
+                    for batch in table.to_batches(max_chunksize=4096):
+                        yield from zip(*(batch[name].to_pylist() for name in columns), strict=True)
+
+    for latent, group in groupby(entries(), key=lambda entry: entry[0]):
         if wanted is None or any(latent in r for r in wanted):
             yield latent, [Sentence(token_ids, activations) for _, token_ids, activations in group]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import helpers_claude
 import pytest
 from fake_anthropic import NO_CREDIT, Fail, FakeAnthropic, meaning
-from helpers_claude import TOKENIZER, asking_options, in_a_process, kill_when
+from helpers_claude import TOKENIZER, asking_options, kill_when
 from helpers_pipeline import call, refusal
 from hypothesis import given
 from hypothesis import strategies as st
@@ -206,12 +206,6 @@ def test_killed_while_a_batch_is_created_and_run_again(server, options, moment):
 def test_two_processes_do_not_send_together(server, options, capsys):
     with message_batches.open_journal(options["response_ids_filepath"], "meanings by mean"):
         assert "in use by another process" in refusal(capsys, script, **options)
-
-
-def test_the_real_command_line(server, options):
-    done = in_a_process(script, options)
-    assert done.returncode == 0 and "6 requests sent" in done.stdout
-    assert sorted(server.sent_ids()) == all_ids()
 
 
 def test_the_files_are_read_as_the_tokenizer_reads(tmp_path):
