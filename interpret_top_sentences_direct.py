@@ -28,9 +28,7 @@ MODEL_DIR: str | None = None  # Llama folder, for its tokenizer; the one NAME.js
 AGGREGATION = batches.AGGREGATION  # how a latent's activation over a sentence was measured: mean, max or last
 LATENTS: str | None = None  # which latents, such as 0-99,512; all when not given
 MODEL = batches.MODEL  # who is asked
-EFFORT = (
-    batches.EFFORT
-)  # how much it thinks before it writes; empty for models and servers that do not know this option
+EFFORT = batches.EFFORT  # how much it thinks before it writes; empty where this option is not known
 MAX_TOKENS = batches.MAX_TOKENS  # of an answer, thinking included
 OUTPUT_TOKENS = batches.OUTPUT_TOKENS  # of an answer on average, for the price
 SENTENCES_PER_REQUEST = batches.SENTENCES_PER_REQUEST  # strongest ones shown

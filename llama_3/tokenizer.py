@@ -38,6 +38,10 @@ NAMED_SPECIAL_TOKENS = (
 MAX_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
 _RUN = re.compile(r"\s+|\S+")
+# How byte-level vocabularies write bytes (GPT-2's alphabet): those that print as themselves, the others from 256 on.
+_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
+BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 # Tokens that end an answer where a model has them: of a text, of a message, of a turn.
 STOP_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 
@@ -94,6 +98,9 @@ class Tokenizer:
         """Text of the tokens; bytes that are not whole UTF-8 characters become U+FFFD."""
         return self.model.decode(list(ids))
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.model.decode_single_token_bytes(token_id)
+
     @property
     def stop_ids(self) -> frozenset[int]:
         return frozenset(self.special_tokens[name] for name in STOP_TOKENS)
@@ -113,6 +120,7 @@ class JsonTokenizer:
             raise InputError(
                 f"{path} is not a tokenizer of the tokenizers library ({error}); fetch it again."
             ) from None
+        self.is_byte_level = "ByteLevel" in str(self.model.decoder)
         self.model.no_truncation()
         self.model.no_padding()
         added = self.model.encode("").ids  # what the model expects before (and after) a text
@@ -132,6 +140,16 @@ class JsonTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the tokens; bytes that are not whole UTF-8 characters become U+FFFD."""
         return self.model.decode(list(ids), skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        token = self.model.id_to_token(token_id)
+        if token in self.special_tokens:
+            return token.encode()
+        if self.is_byte_level:
+            return bytes(map(BYTE_OF.__getitem__, token))
+        if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):  # sentencepiece's way to write a byte ...
+            return bytes.fromhex(match[1])
+        return token.replace("\u2581", " ").encode()  # ... and a space
 
 
 class TextStream:

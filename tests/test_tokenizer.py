@@ -156,6 +156,8 @@ def test_tokenizer_json_gives_the_ids_of_tokenizer_model(same_in_json, text, bos
     ids = TINY.encode(text, bos=bos, eos=eos)
     assert same_in_json.encode(text, bos=bos, eos=eos) == ids
     assert same_in_json.decode(ids) == TINY.decode(ids)
+    assert [*map(same_in_json.token_bytes, ids)] == [*map(TINY.token_bytes, ids)]
+    assert b"".join(map(TINY.token_bytes, TINY.encode(text))) == text.encode()
 
 
 def test_tokenizer_json_knows_its_special_tokens(same_in_json, with_metaspace):
@@ -172,6 +174,7 @@ def test_metaspace_round_trip_and_special_tokens_stay_text(with_metaspace, text)
     ids = with_metaspace.encode(text)
     assert not {1, 2} & set(ids)
     assert with_metaspace.decode(ids) == text
+    assert b"".join(map(with_metaspace.token_bytes, ids)) == f" {text}".encode()
 
 
 def test_a_broken_tokenizer_json_is_refused_by_name(tmp_path):
