@@ -13,8 +13,8 @@ Method  every latent keeps its own TOP_SENTENCES; ties go to the lower sentence 
         the Jaccard index, tokens with both / tokens with either, on COFIRING_TOKENS tokens drawn by hash. Activations
         are in normalised space
 Cost    reads and encodes the activations once; what fired waits on disk, 6 bytes x k a token, and is deleted at the
-        end. Memory of a process: 36 bytes x n_latents x TOP_SENTENCES, 4 bytes x k x COFIRING_TOKENS, 100 MB for counting
-        pairs, and for the tables 4 bytes a captured token and 2 bytes x the tokens of all rows
+        end. Memory of a process: 36 bytes x n_latents x TOP_SENTENCES, 4 bytes x k x COFIRING_TOKENS, and for the
+        tables 4 bytes a captured token and 2 bytes x the tokens of all rows
 
     torchrun --standalone --nproc_per_node=4 capture_top_activating_sentences.py \\
         --data_dir data/activations/layers.22.attention_norm --model_path data/sae.pth

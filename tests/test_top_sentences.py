@@ -351,27 +351,34 @@ def test_hash_is_splitmix64():
 # ---- interruptions and refusals
 
 
-def test_killed_run_continues(folder, expected, tmp_path, monkeypatch):
-    """Progress is saved each minute; here every reading of the clock is two minutes later."""
+@pytest.mark.parametrize("killed_in", ["aggregate", "collect_pairs"])
+def test_killed_run_continues(folder, expected, tmp_path, monkeypatch, killed_in):
+    """Progress is saved each minute; here every reading of the clock is two minutes later. Killed in the sixth shard
+    of the first pass, or in the last pass."""
     clock = iter(range(0, 10**9, 120))
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + next(clock))
-    real_aggregate, seen = top.aggregate, []
+    real_encode, encoded = top.encode_entries, []
 
-    def aggregate(*args):
-        seen.append(args)
-        if len(seen) == 6:
+    def encode(*args):
+        encoded.append(args)
+        return real_encode(*args)
+
+    def kill(*args):
+        if killed_in == "collect_pairs" or len(encoded) == 6:
             raise KeyboardInterrupt
-        return real_aggregate(*args)
+        return real(*args)
 
-    monkeypatch.setattr(top, "aggregate", aggregate)
+    monkeypatch.setattr(top, "encode_entries", encode)
     chosen = options(folder, 4, captured_data_output_dir=tmp_path)
-    with pytest.raises(SystemExit):
+    real = getattr(top, killed_in)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(top, killed_in, kill)
         call(top, **chosen)
-    assert len(list(tmp_path.glob("*partial*"))) == 1 and not list(tmp_path.glob("*.parquet"))
+    assert list(tmp_path.glob("*partial*")) and not list(tmp_path.glob("*.parquet"))
     call(top, **chosen)
     n_shards = len(json.loads((folder / "shards-of-4" / "manifest.json").read_text())["shards"])
-    assert len(seen) == n_shards + 1  # none twice but the one that was interrupted
+    assert len(encoded) == n_shards + (killed_in == "aggregate")  # none twice but the one that was interrupted
     assert read(tmp_path) == expected
     assert not list(tmp_path.glob("*partial*"))
 
