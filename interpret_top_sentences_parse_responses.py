@@ -1,0 +1,230 @@
+"""Turn Claude's answers into a file of meanings: latent -> {certainty, common_semantic}, most certain first.
+
+Reads   RETRIEVED_RESPONSES_DIR: *.jsonl of the retrieve and the direct script; *.yaml, published answers of the
+        original, custom_id -> {content, model, input_tokens, output_tokens} or {canceled: true}
+Writes  PARSED_RESPONSES_OUTPUT_FILEPATH, and beside it NAME.rejected.jsonl: custom_id, status, reason and text of each
+        latent that got no meaning
+Method  the last JSON object with both fields counts, however it is wrapped; backslashes that JSON does not know are
+        taken literally; a certainty above 1 is a percentage. Files are read in order of their names: of two meanings
+        for one latent the later stays; a meaning stays whatever else the latent got
+Cost    a minute for 65,536 answers
+
+    python interpret_top_sentences_parse_responses.py --retrieved_responses_dir data/sae.mean.responses
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import message_batches
+import stage
+
+RETRIEVED_RESPONSES_DIR = "data/sae.{aggregation}.responses"  # folder of answers, or one file
+PARSED_RESPONSES_OUTPUT_FILEPATH = "latent_index_meaning/latent_idx_meaning_{aggregation}-aggregated.yaml"  # meanings
+AGGREGATION = "mean"  # fills in {aggregation}: mean, max or last
+
+_FIELDS = ("common_semantic", "certainty")
+_REFUSAL = re.compile(
+    r"\W*(I apologi[sz]e|I['’]m sorry|I am sorry|Sorry|(Unfortunately, )?I (can ?not|can['’]t|won['’]t|will not)"
+    r"|I['’]m (not able|unable|not comfortable)|I am (not able|unable)|I must decline|I (do not|don['’]t) feel)\b",
+    re.IGNORECASE,
+)
+_BACKSLASH = re.compile(r'\\(u[0-9a-fA-F]{4}|["\\/bfnrt])?')
+_DECODER = json.JSONDecoder(strict=False)  # line breaks inside strings are let through
+
+
+class Answer(NamedTuple):
+    """An answer, wherever it comes from."""
+
+    custom_id: str
+    text: str
+    type: str  # succeeded, errored, expired or canceled
+    detail: str  # why it stopped, or what the error was
+
+
+class Meaning(NamedTuple):
+    certainty: float
+    common_semantic: str
+
+
+class Rejection(NamedTuple):
+    """Why an answer gives no meaning."""
+
+    status: str
+    reason: str
+
+
+# ---- reading answers
+
+
+def read_answers(path: Path) -> Iterator[Answer]:
+    """The answers in a file of ours (.jsonl) or of the original (.yaml)."""
+    if path.suffix == ".jsonl":
+        return map(from_result, message_batches.read_results(path))
+    return read_published(path)
+
+
+def from_result(line: dict) -> Answer:
+    """An answer from a line of the API's results."""
+    custom_id, result = str(line["custom_id"]), line["result"]
+    if result["type"] != "succeeded":
+        error = result.get("error") or {}
+        error = error.get("error") or error
+        return Answer(custom_id, "", str(result["type"]), str(error.get("message") or ""))
+    message = result.get("message") or {}
+    blocks = [block for block in message.get("content") or [] if block.get("type") == "text"]
+    text = "".join(block.get("text") or "" for block in blocks)
+    return Answer(custom_id, text, "succeeded", str(message.get("stop_reason") or ""))
+
+
+def read_published(path: Path) -> Iterator[Answer]:
+    """Answers as the original stored them."""
+    import yaml
+
+    mend = "it is not a file of answers, take it out of the folder."
+    try:
+        with open(path, encoding="utf-8") as file:
+            entries = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError) as error:
+        raise stage.InputError(f"{path} cannot be read ({' '.join(str(error).split())}); {mend}") from None
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise stage.InputError(f"{path} does not map custom ids to answers; {mend}")
+    for custom_id, entry in entries.items():
+        content = entry.get("content")
+        kind = next((name for name in ("canceled", "expired", "errored") if entry.get(name)), "succeeded")
+        yield Answer(str(custom_id), content if isinstance(content, str) else "", kind, "")
+
+
+# ---- what an answer says
+
+
+def judge(answer: Answer) -> Meaning | Rejection:
+    """The meaning in an answer, or why it has none. Never raises."""
+    if not (answer.custom_id.isascii() and answer.custom_id.isdecimal()):
+        return Rejection("bad_custom_id", f"{answer.custom_id!r} is not a latent's index")
+    if answer.type != "succeeded":
+        return Rejection(answer.type, answer.detail)
+    fields = last_object(answer.text)
+    if fields is not None:
+        return meaning_of(fields)
+    if not answer.text.strip():
+        return Rejection("refusal" if answer.detail == "refusal" else "empty", "the answer has no text")
+    if answer.detail == "refusal" or _REFUSAL.match(answer.text):
+        return Rejection("refusal", "Claude declined to answer")
+    if answer.detail == "max_tokens":
+        return Rejection("cut", "the answer ran into max_tokens")
+    return Rejection("no_json", f"the answer has no JSON object with {' and '.join(_FIELDS)}")
+
+
+def last_object(text: str) -> dict | None:
+    """The last JSON object in a text that has both fields, wherever it stands; None if there is none."""
+    start = min(text.rfind(f'"{field}"') for field in _FIELDS)
+    while (start := text.rfind("{", 0, max(start, 0))) >= 0:
+        for candidate in (text[start:], _BACKSLASH.sub(_double_unknown, text[start:])):
+            try:
+                value, _ = _DECODER.raw_decode(candidate)
+            except (ValueError, RecursionError):
+                continue
+            if all(field in value for field in _FIELDS):
+                return value
+            break
+    return None
+
+
+def _double_unknown(match: re.Match) -> str:
+    return match[0] if match[1] else "\\\\"
+
+
+def meaning_of(fields: dict[str, Any]) -> Meaning | Rejection:
+    """The two fields, checked."""
+    said = fields["common_semantic"]
+    if said is None or (isinstance(said, str) and not said.strip()):
+        return Rejection("no_meaning", "Claude found nothing in common")
+    if not isinstance(said, str):
+        return Rejection("bad_common_semantic", f"common_semantic is {said!r}, not a text")
+    certainty = certainty_of(fields["certainty"])
+    if certainty is None:
+        return Rejection("bad_certainty", f"certainty is {fields['certainty']!r}, not a number from 0 to 1")
+    return Meaning(certainty, said.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+
+def certainty_of(value: Any) -> float | None:
+    """A certainty from 0 to 1 out of 0.9, 1, "0.9", "90%", 90 or "90"; None for anything else."""
+    percent = False
+    if isinstance(value, str):
+        percent = value.strip().endswith("%")
+        value = value.strip().removesuffix("%")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if percent or 1 < number <= 100:
+        number /= 100
+    return number if 0 <= number <= 1 else None
+
+
+# ---- writing
+
+
+def write_meanings(path: Path, meanings: dict[int, Meaning]) -> None:
+    """The YAML of meanings, most certain first, ties by latent."""
+    import yaml
+
+    in_order = sorted(meanings.items(), key=lambda item: (-item[1].certainty, item[0]))
+    entries = {latent: meaning._asdict() for latent, meaning in in_order}
+    with stage.atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+        yaml.dump(entries, file, Dumper=dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def write_rejections(path: Path, rejected: dict[str, tuple[Rejection, str]]) -> None:
+    with stage.atomic_path(path) as temporary, open(temporary, "wb") as file:
+        for custom_id, (rejection, text) in rejected.items():
+            line = json.dumps({"custom_id": custom_id, **rejection._asdict(), "text": text}, ensure_ascii=False)
+            file.write(line.encode("utf-8", "replace") + b"\n")
+
+
+def main() -> None:
+    config = stage.parse_constants(globals())
+    source, out_path = (
+        Path(text.replace("{aggregation}", config.aggregation))
+        for text in (config.retrieved_responses_dir, config.parsed_responses_output_filepath)
+    )
+    paths = (
+        [source] if source.is_file() else sorted(p for p in source.glob("*") if p.suffix in (".jsonl", ".yaml", ".yml"))
+    )
+    if not paths:
+        raise stage.InputError(
+            f"There are no answers in {source}; run interpret_top_sentences_retrieve_batches.py first, or name their "
+            "folder with --retrieved_responses_dir."
+        )
+    rejected_path = out_path.with_suffix(".rejected.jsonl")
+    print(f"Reading {len(paths)} files in {source}; writing {out_path} and {rejected_path.name}.")
+
+    meanings: dict[int, Meaning] = {}
+    rejected: dict[str, tuple[Rejection, str]] = {}
+    for path in stage.progress(paths, desc="answers", unit="file"):
+        for answer in read_answers(path):
+            found = judge(answer)
+            if isinstance(found, Meaning):
+                meanings[int(answer.custom_id)] = found
+            else:
+                rejected[answer.custom_id] = found, answer.text
+    rejected = {i: entry for i, entry in rejected.items() if not (i.isdecimal() and int(i) in meanings)}
+    with stage.locked(out_path.parent):
+        write_meanings(out_path, meanings)
+        write_rejections(rejected_path, rejected)
+    statuses = Counter(rejection.status for rejection, _ in rejected.values())
+    print(f"{len(meanings):,} latents have a meaning: {out_path}")
+    if rejected:
+        reasons = ", ".join(f"{n:,} {status}" for status, n in statuses.most_common())
+        print(f"{len(rejected):,} have none ({reasons}): {rejected_path}")
+
+
+if __name__ == "__main__":
+    stage.run(main)

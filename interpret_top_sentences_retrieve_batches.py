@@ -1,0 +1,46 @@
+"""Fetch Claude's answers to the batches that interpret_top_sentences_send_batches.py sent.
+
+Reads   RESPONSE_IDS_FILEPATH, the journal of the batches
+Writes  RESPONSE_OUTPUT_DIR/BATCH_ID.jsonl for each batch that has ended: a line a request, as the API returns it
+Method  a batch's file appears when all its answers are there; what is there is not fetched again. Requests that
+        errored, expired or were canceled are not paid for; the send script, run again, sends them again
+Cost    nothing; most batches end within an hour, all within 24. The API keeps answers for 29 days
+
+    python interpret_top_sentences_retrieve_batches.py --wait
+"""
+
+from pathlib import Path
+
+import message_batches
+import stage
+
+RESPONSE_IDS_FILEPATH = "data/sae.{aggregation}.response_ids.jsonl"  # journal of the batches
+RESPONSE_OUTPUT_DIR = "data/sae.{aggregation}.responses"  # folder for the answers
+AGGREGATION = "mean"  # fills in {aggregation}: mean, max or last
+WAIT = False  # look again until all batches have ended
+POLL_S = 60.0  # seconds between two looks
+
+
+def main() -> None:
+    config = stage.parse_constants(globals())
+    journal_path, response_dir = (
+        Path(text.replace("{aggregation}", config.aggregation))
+        for text in (config.response_ids_filepath, config.response_output_dir)
+    )
+    if not journal_path.is_file():
+        raise stage.InputError(f"There is no {journal_path}; run interpret_top_sentences_send_batches.py first.")
+    client = message_batches.connect()
+    print(f"Reading {journal_path}; writing answers to {response_dir}.")
+    with stage.locked(response_dir), message_batches.api_errors():
+        waiting = message_batches.retrieve(client, journal_path, response_dir, config.wait, config.poll_s)
+    batches = message_batches.Journal(journal_path).batches
+    paths = [path for batch in batches if (path := response_dir / f"{batch['batch_id']}.jsonl").is_file()]
+    print(message_batches.add_up(paths).report(message_batches.BATCH_PRICE_RATIO) + f": {response_dir}")
+    if waiting:
+        print(f"{len(waiting)} of {len(batches)} batches have not ended; run again later, or with --wait.")
+    if any(batch["batch_id"] is None for batch in batches):
+        print("It is unclear whether the last batch was created; run the send script again to find out.")
+
+
+if __name__ == "__main__":
+    stage.run(main)
