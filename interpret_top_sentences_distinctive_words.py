@@ -37,7 +37,8 @@ PROMOTED_TOKENS = 10  # tokens kept per latent
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _STRONG = 0.5  # share of a sentence's highest activation at which the latent counts as firing on a token
-_WORDS_FIRST = 1.25  # a sequence or a part of a word must score this much more than a word to come before it
+# A plain word stands for a sequence or a part of a word with this share of its score, in this share of its sentences.
+_WORD_SCORE, _WORD_SHARE = 0.5, 0.8
 
 
 def words_of(sentence: str) -> frozenset[str]:
@@ -103,17 +104,24 @@ def name_latent(sentences: list[set[str]], corpus: Counter, n_corpus: int, prior
     """(features, certainty): up to n_words, best first, each after the first adding a tenth of the sentences."""
     counts = Counter(feature for held in sentences for feature in held)
     scores = z_scores(counts, len(sentences), corpus, n_corpus, prior)
-    scores = {f: score if _WORD.fullmatch(f) else score / _WORDS_FIRST for f, score in scores.items()}
+    words = {feature for feature in scores if _WORD.fullmatch(feature)}
     chosen: list[str] = []
     covered: set[int] = set()
     for feature in sorted(scores, key=lambda f: (-scores[f], f)):
         if chosen and (len(chosen) == n_words or scores[feature] < scores[chosen[0]] / 3):
             break
-        holding = {i for i, held in enumerate(sentences) if feature in held}
-        if not chosen or len(holding - covered) >= len(sentences) / 10:
-            chosen.append(feature)
-            covered |= holding
-    return chosen, len(covered) / len(sentences)
+        added = {i for i, held in enumerate(sentences) if feature in held} - covered
+        if not added or (chosen and len(added) < len(sentences) / 10):
+            continue
+        if feature not in words:
+            as_good = {word for word in words if scores[word] >= _WORD_SCORE * scores[feature]}
+            beside = Counter(word for i in added for word in sentences[i] & as_good)
+            word, count = min(beside.items(), key=lambda item: (-item[1], item[0]), default=("", 0))
+            if count >= _WORD_SHARE * len(added):
+                feature = word
+        chosen.append(feature)
+        covered |= {i for i, held in enumerate(sentences) if feature in held}
+    return chosen, len(covered) / max(1, len(sentences))
 
 
 def main() -> None:
