@@ -2,17 +2,17 @@
 
 Reads   MEANING_FILEPATH (latent -> {certainty, common_semantic}); NAME.examples.parquet, NAME.top.parquet and NAME.json
         beside MODEL_PATH; the tokenizer of the SAE's Llama folder
-Writes  beside MEANING.yaml: MEANING.scores.parquet (latent, balanced_accuracy, shuffled, found, firing, passed,
-        silent), MEANING.scores.png, MEANING.scores.rejected.jsonl with answers that could not be read; and for Claude
-        MEANING.score_ids.jsonl and MEANING.score_responses/, what was sent and answered: keep them, they were paid for
-Method  detection (Paulo et al. 2024, arXiv:2410.13928, section 3.2.1): up to SENTENCES sentences in which the latent
-        fires, drawn from all tenths of its range, and as many in which it is silent, shuffled, none of them among those
-        the meaning was found by; the scorer says in which it fires. Balanced accuracy is the mean of the share of
-        firing sentences found and of silent ones passed; a guess has 0.5. The scorer is Claude, in batches (claude) or
-        one request at a time (direct), or no model at all (words): a sentence counts as firing when it holds a feature
-        of the name that interpret_top_sentences_distinctive_words.py gave. With words, `shuffled` is the score of
-        another latent's name on the same sentences
-Cost    words: a minute for 4,096 latents. Claude: prints its price first and asks; run again to continue
+Writes  beside MEANING.yaml: MEANING.scores.parquet (latent, balanced_accuracy, shuffled, sentences), a histogram in
+        MEANING.scores.png, and in MEANING.scores.rejected.jsonl answers that could not be read. What was sent to Claude
+        and what it answered is in MEANING.score_responses-*: keep it, it was paid for
+Method  detection (Paulo et al. 2024, arXiv:2410.13928): up to SENTENCES sentences in which the latent fires, drawn from
+        all tenths of its range, and as many in which it is silent, shuffled, none of them one the meaning was found by.
+        The scorer says in which it fires. Balanced accuracy is the mean of the share of firing sentences found and of
+        silent ones passed: a guess has 0.5. The scorer is Claude, in batches (claude) or one request at a time
+        (direct), or no model at all (words): the latent fires where a feature stands that is in the name which
+        interpret_top_sentences_distinctive_words.py gave. `shuffled` is then the score of another latent's name
+Cost    words: half a minute for 4,096 latents. Claude: prints its price first and asks; waits for the answers; after a
+        kill, or when some requests failed, run it again: what has an answer is not asked again
 
     python score_interpretations.py --meaning_filepath data/sae.meaning_distinctive-words_max.yaml --scorer words
 """
@@ -184,7 +184,7 @@ def ask_claude(requests: Iterator[dict], folder: Path, config) -> bool:
     from interpret_top_sentences_send_batches import output_tokens
 
     client = message_batches.connect(direct.RETRIES)
-    journal_path = folder.with_suffix(".ids.jsonl")
+    journal_path = folder.with_name(folder.name + ".ids.jsonl")
     with (
         message_batches.open_journal(journal_path, "scores") as journal,
         stage.locked(folder),
@@ -205,7 +205,7 @@ def ask_claude(requests: Iterator[dict], folder: Path, config) -> bool:
                 message_batches.send(client, journal, spooled, config.requests_per_batch, config.settle_s)
             else:
                 each = stage.progress(map(json.loads, spooled.lines()), total=spooled.n, desc="asking", unit="request")
-                answers = direct.ask_all(client, each, direct.CONCURRENCY, direct.REQUESTS_PER_MINUTE)
+                answers = direct.ask_all(client, iter(each), direct.CONCURRENCY, direct.REQUESTS_PER_MINUTE)
                 direct.append_answers(folder / "direct.jsonl", answers)
         if config.scorer == "claude":
             message_batches.retrieve(client, journal_path, folder, wait=True, poll_s=config.poll_s)
@@ -271,11 +271,12 @@ def main() -> None:
     from interpret_top_sentences_parse_responses import from_result, write_rejections
     from interpret_top_sentences_send_batches import request
     from llama_3 import load_tokenizer
-    from message_batches import read_results, require_consent_possible
+    from message_batches import read_results, require_consent_possible, require_key
 
     if config.scorer not in ("claude", "direct", "words"):
         raise stage.InputError(f"--scorer {config.scorer} is not known; choose claude, direct or words.")
     if config.scorer != "words":
+        require_key()
         require_consent_possible(config.yes, config.dry_run)
     meaning_path, name = Path(config.meaning_filepath), config.model_path.removesuffix(".pth")
     meanings = read_meanings(meaning_path)
@@ -294,8 +295,9 @@ def main() -> None:
     if config.scorer == "words":
         verdicts = by_words(ask("scores"), meanings, config.seed)
     else:
-        # Other meanings or sentences are other questions: their answers go elsewhere.
-        asked = [meaning_path.read_text(encoding="utf-8"), info, config.sentences, config.shown_sentences, config.seed]
+        # Other meanings, sentences or models are other questions: their answers go elsewhere.
+        files = [stage.sha256(path) for path in (meaning_path, f"{name}.examples.parquet")]
+        asked = [*files, config.sentences, config.shown_sentences, config.seed, config.model]
         folder = named(f"score_responses-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}")
         requests = (
             request(latent, prompt(meanings[latent], examples), config.model, config.max_tokens, config.effort)
@@ -320,6 +322,7 @@ def main() -> None:
             if example.tenth >= 0:
                 by_tenth[example.tenth][0] += 1
                 by_tenth[example.tenth][1] += number in verdict.said
+    named("scores.rejected.jsonl").unlink(missing_ok=True)  # of an earlier run
     if rejected:
         write_rejections(named("scores.rejected.jsonl"), rejected)
         print(f"{len(rejected):,} answers could not be read or failed: {named('scores.rejected.jsonl')}")
