@@ -3,7 +3,7 @@
 Reads   what interpret_top_sentences_send_batches.py reads, and its journal: latents in a batch are left out
 Writes  RESPONSE_OUTPUT_DIR/direct.jsonl: a line an answer, as it comes, of the same form as a batch's
 Method  the same questions, CONCURRENCY at a time, at most REQUESTS_PER_MINUTE. Latents that have an answer are left
-        out: after a kill run it again, only what was under way is asked again
+        out: after a kill run it again, only what was under way is asked again. A request that breaks off is repeated
 Cost    it prints requests, tokens and price (twice that of batches) before anything is sent, and asks
 
     ANTHROPIC_BASE_URL=http://localhost:8080 ANTHROPIC_API_KEY=none python interpret_top_sentences_direct.py \\
@@ -13,7 +13,7 @@ Cost    it prints requests, tokens and price (twice that of batches) before anyt
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -94,12 +94,12 @@ def ask_all(client, requests: Iterator[dict], concurrency: int, per_minute: floa
         raise failure
 
 
-def append_answers(path: Path, answers: Iterator[dict]) -> None:
+def append_answers(path: Path, answers: Iterable[dict]) -> None:
     """Write each answer to the end of the file as it comes. Raises InputError when the server refuses everything."""
     n_succeeded = n_errored = 0
     try:
+        end_last_line(path)
         with open(path, "ab") as file:
-            file.truncate(end_of_last_line(path))
             for answer in answers:
                 file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
                 file.flush()
@@ -115,29 +115,27 @@ def append_answers(path: Path, answers: Iterator[dict]) -> None:
     print(f"{n_succeeded:,} answers, {n_errored:,} refused: {path}")
 
 
-def end_of_last_line(path: Path) -> int:
-    """Where the last whole line of a file ends: a kill may have cut one short."""
-    with open(path, "rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end:
-            start = max(0, end - 2**16)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                return start + newline + 1
-            end = start
-    return 0
+def end_last_line(path: Path) -> None:
+    """Let the file end with a whole line: a kill may have cut the last one short."""
+    whole, newline, last = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
+    if not last:
+        return
+    try:
+        json.loads(last)
+        with open(path, "ab") as file:
+            file.write(b"\n")
+    except ValueError:
+        os.truncate(path, len(whole) + len(newline))
 
 
 def main() -> None:
     config = stage.parse_constants(globals())
+    if config.concurrency < 1 or config.requests_per_minute <= 0:
+        raise stage.InputError("--concurrency and --requests_per_minute must be above 0; choose larger ones.")
     batches.check_top_sentences(Path(config.top_sentences_dict_filepath))
     message_batches.require_consent_possible(config.yes, config.dry_run)
     client = message_batches.connect(config.retries)
-    journal_path, response_dir = (
-        Path(text.replace("{aggregation}", config.aggregation))
-        for text in (config.response_ids_filepath, config.response_output_dir)
-    )
+    journal_path, response_dir = batches.journal_and_answers(config)
     out_path = response_dir / "direct.jsonl"
     print(f"Reading {config.top_sentences_dict_filepath} and the answers in {response_dir}; writing {out_path}.")
     purpose = f"meanings by {config.aggregation}"
@@ -155,10 +153,9 @@ def main() -> None:
             tokens = batches.output_tokens(response_dir, config.output_tokens)
             message_batches.announce(client, requests, tokens, price_ratio=1.0)
             if message_batches.may_send(config.yes, config.dry_run):
-                each = stage.progress(
-                    map(json.loads, requests.lines()), total=requests.n, desc="asking", unit="request"
-                )
-                append_answers(out_path, ask_all(client, each, config.concurrency, config.requests_per_minute))
+                each = map(json.loads, requests.lines())
+                answers = ask_all(client, each, config.concurrency, config.requests_per_minute)
+                append_answers(out_path, stage.progress(answers, total=requests.n, desc="asking", unit="request"))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ import message_batches
 import stage
 
 TOP_SENTENCES_DICT_FILEPATH = "data/sae.top.parquet"  # top sentences of each latent
-RESPONSE_IDS_FILEPATH = "data/sae.{aggregation}.response_ids.jsonl"  # journal of the batches
-RESPONSE_OUTPUT_DIR = "data/sae.{aggregation}.responses"  # answers; latents that have one are not asked again
+RESPONSE_IDS_FILEPATH = "{name}.{aggregation}.response_ids.jsonl"  # journal; {name} is that of NAME.top.parquet
+RESPONSE_OUTPUT_DIR = "{name}.{aggregation}.responses"  # answers; latents that have one are not asked again
 MODEL_DIR: str | None = None  # Llama folder, for its tokenizer; the one NAME.json names when not given
 AGGREGATION = "mean"  # how a latent's activation over a sentence was measured: mean, max or last
 LATENTS: str | None = None  # which latents, such as 0-99,512; all when not given
@@ -34,11 +34,11 @@ SENTENCES_PER_REQUEST = 50  # strongest ones shown
 MIN_SENTENCES = 5  # a latent with fewer is not asked about
 MARK_SHARE = 0.5  # tokens with at least this share of the sentence's highest activation are marked; above 1: none
 REQUESTS_PER_BATCH = 10_000  # the API allows 100,000, and 256 MB
-SETTLE_S = 120.0  # after an unclear failure, seconds until a batch the API does not list counts as not created
+SETTLE_S = 300.0  # after an unclear failure, seconds until a batch the API does not list counts as not created
 YES = False  # send without asking
 DRY_RUN = False  # stop after the price
 
-PROMPT = """\
+_PROMPT = """\
 A language model reads text token by token. Inside it one direction was found, called a latent, that switches on for \
 some texts and stays silent for others. Below are the {n} sentences {how}, strongest first{marks}. The model reads \
 from left to right: at each token it knows that token and what stands before it, nothing after it. Line breaks inside \
@@ -48,7 +48,7 @@ a sentence are written \\n.
 {sentences}
 </sentences>
 
-Find out what the latent stands for. Think it through in a few short lines, one for each step:
+Find out what the latent stands for. Write a few short lines, one for each step:
 
 1. Key words: words, parts of words or signs that come back, above all at the tokens with the strongest activation.
 2. Themes: subjects, situations, tones, text types or grammatical forms that the sentences share. Early sentences \
@@ -63,12 +63,12 @@ Then close with one JSON object and nothing after it:
 certainty is a number from 0 (a guess) to 1 (every sentence fits, others would not). If the sentences share nothing, \
 common_semantic is null and certainty 0.
 """
-HOW = {
+_HOW = {
     "mean": "with the highest average activation",
     "max": "that hold a token with the highest activation",
     "last": "with the highest activation at their last token",
 }
-MARKS = "; the tokens that activate it most are written <<like this>>"
+_MARKS = "; the tokens that activate it most are written <<like this>>"
 
 
 class Sentence(NamedTuple):
@@ -81,17 +81,23 @@ class Sentence(NamedTuple):
 def top_sentences(
     path: Path, aggregation: str, n: int, wanted: list[range] | None
 ) -> Iterator[tuple[int, list[Sentence]]]:
-    """Each latent's n strongest sentences, read from NAME.top.parquet as they are needed. wanted: all when None."""
-    import pyarrow.dataset as ds
+    """Each latent's n strongest sentences, a row group of NAME.top.parquet in memory. wanted: all latents when None."""
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
 
-    rows = (ds.field("aggregation") == aggregation) & (ds.field("rank") < n)
-    if wanted is not None:
-        lowest, highest = min(r.start for r in wanted), max(r.stop for r in wanted)
-        rows &= (ds.field("latent") >= lowest) & (ds.field("latent") < highest)
     columns = ["latent", "token_ids", "token_activations"]
-    batches = ds.dataset(path, format="parquet").to_batches(columns=columns, filter=rows, batch_size=4096)
-    entries = (entry for batch in batches for entry in zip(*(batch[name].to_pylist() for name in columns), strict=True))
-    for latent, group in groupby(entries, key=lambda entry: entry[0]):
+    rows = (pc.field("aggregation") == aggregation) & (pc.field("rank") < n)
+
+    def entries() -> Iterator[tuple]:
+        with pq.ParquetFile(path) as file:
+            for i in range(file.num_row_groups):
+                latents = file.read_row_group(i, columns=["latent"])["latent"].to_numpy()
+                if wanted is None or any(((r.start <= latents) & (latents < r.stop)).any() for r in wanted):
+                    table = file.read_row_group(i, columns=[*columns, "aggregation", "rank"]).filter(rows)
+                    for batch in table.to_batches(max_chunksize=4096):
+                        yield from zip(*(batch[name].to_pylist() for name in columns), strict=True)
+
+    for latent, group in groupby(entries(), key=lambda entry: entry[0]):
         if wanted is None or any(latent in r for r in wanted):
             yield latent, [Sentence(token_ids, activations) for _, token_ids, activations in group]
 
@@ -117,7 +123,7 @@ def with_marks(tokens: list[bytes], activations: list[float], share: float) -> s
 
 def prompt(texts: list[str], aggregation: str, marked: bool) -> str:
     lines = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
-    return PROMPT.format(n=len(texts), how=HOW[aggregation], marks=MARKS if marked else "", sentences=lines)
+    return _PROMPT.format(n=len(texts), how=_HOW[aggregation], marks=_MARKS if marked else "", sentences=lines)
 
 
 def request(latent: int, content: str, model: str, max_tokens: int, effort: str) -> dict[str, Any]:
@@ -171,6 +177,13 @@ def model_dir_of(top_path: Path) -> str:
     return info["model_dir"]
 
 
+def journal_and_answers(config) -> tuple[Path, Path]:
+    """RESPONSE_IDS_FILEPATH and RESPONSE_OUTPUT_DIR, filled in."""
+    name = config.top_sentences_dict_filepath.removesuffix(".top.parquet")
+    fill = lambda text: Path(text.replace("{name}", name).replace("{aggregation}", config.aggregation))
+    return fill(config.response_ids_filepath), fill(config.response_output_dir)
+
+
 def questions(config, skip: set[str]) -> Iterator[dict[str, Any]]:
     """The requests of a run, without those whose custom_id is in `skip`."""
     from llama_3 import load_tokenizer
@@ -203,10 +216,7 @@ def main() -> None:
     check_top_sentences(Path(config.top_sentences_dict_filepath))
     message_batches.require_consent_possible(config.yes, config.dry_run)
     client = message_batches.connect()
-    journal_path, response_dir = (
-        Path(text.replace("{aggregation}", config.aggregation))
-        for text in (config.response_ids_filepath, config.response_output_dir)
-    )
+    journal_path, response_dir = journal_and_answers(config)
     print(f"Reading {config.top_sentences_dict_filepath} and the answers in {response_dir}; writing {journal_path}.")
 
     purpose = f"meanings by {config.aggregation}"
@@ -223,7 +233,8 @@ def main() -> None:
             if message_batches.may_send(config.yes, config.dry_run):
                 message_batches.send(client, journal, requests, config.requests_per_batch, config.settle_s)
                 print(
-                    f"Sent. Next: interpret_top_sentences_retrieve_batches.py --aggregation {config.aggregation} --wait"
+                    f"{requests.n:,} requests sent. Next: python interpret_top_sentences_retrieve_batches.py --wait "
+                    f"--response_ids_filepath {journal_path} --response_output_dir {response_dir}"
                 )
 
 

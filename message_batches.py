@@ -49,21 +49,18 @@ CREATE_ATTEMPTS = 8
 RESULTS_ATTEMPTS = 5
 LONGEST_WAIT_S = 120  # between two attempts, unless the server asks for more
 
+_REFUSED = (400, 401, 402, 403, 404, 405, 413, 422)  # errors after which no batch was created, for certain
 _EMPTY = b'{"requests":[]}'  # a batch's body without requests
 
 
 # ---- the connection
 
 
-def require_key() -> None:
-    """Raise InputError when the environment has no key. The client would notice only at its first call."""
+def connect(max_retries: int = 2):
+    """The anthropic client; it reads ANTHROPIC_API_KEY and ANTHROPIC_BASE_URL. Raises InputError without a key."""
+    # The client would notice only at its first call.
     if not (os.environ.get("ANTHROPIC_API_KEY") or os.environ.get("ANTHROPIC_AUTH_TOKEN")):
         raise stage.InputError("There is no API key; set ANTHROPIC_API_KEY (a local server takes any word).")
-
-
-def connect(max_retries: int = 2):
-    """The anthropic client; it reads ANTHROPIC_API_KEY and ANTHROPIC_BASE_URL."""
-    require_key()
     import anthropic
 
     return anthropic.Anthropic(max_retries=max_retries)
@@ -126,7 +123,8 @@ class Journal:
         try:
             self.batches = [json.loads(line) for line in path.open(encoding="utf-8")]
             purposes = {batch["purpose"] for batch in self.batches}
-            _ = [(batch["batch_id"], *batch["custom_ids"]) for batch in self.batches]
+            for batch in self.batches:
+                batch["batch_id"], *batch["custom_ids"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise stage.InputError(f"{path} is not a journal of batches ({error!r}); {mend}") from None
         if purpose and purposes - {purpose}:
@@ -197,13 +195,13 @@ def open_journal(path: str | Path, purpose: str) -> Iterator[Journal]:
 
 def read_results(path: Path) -> Iterator[dict]:
     """The lines of an answer file. A last line that a kill cut short is left out."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 result = json.loads(line)
                 result["custom_id"], result["result"]["type"]
             except (ValueError, KeyError, TypeError):
-                if not line.endswith("\n"):
+                if not line.endswith(b"\n"):
                     return
                 raise stage.InputError(
                     f"Line {number} of {path} is not an answer of the API; remove it, or the file to fetch it again."
@@ -374,7 +372,7 @@ def may_send(yes: bool, dry_run: bool) -> bool:
 def send(client, journal: Journal, requests: Requests, requests_per_batch: int, settle_s: float) -> None:
     """Create batches of the requests. Call `reconcile` first; see the module's docstring for what may go wrong."""
     with stage.progress(total=requests.n, desc="sending", unit="request") as bar:
-        for batch in requests.batches(min(requests_per_batch, MAX_REQUESTS)):
+        for batch in requests.batches(min(max(requests_per_batch, 1), MAX_REQUESTS)):
             create_batch(client, journal, batch, settle_s)
             bar.update(len(batch))
 
@@ -402,7 +400,7 @@ def create_batch(client, journal: Journal, requests: list[dict], settle_s: float
             print(f"The API is busy ({error.status_code}); next try in {wait:,.0f} s.", file=sys.stderr)
             time.sleep(wait)
         except (anthropic.APIError, AttributeError, TypeError, ValueError) as error:
-            if 400 <= getattr(error, "status_code", 0) < 500 and error.status_code not in (408, 409):
+            if getattr(error, "status_code", None) in _REFUSED:
                 journal.forget()
                 raise
             # A timeout, a broken connection, an error 500 or an answer without an id: it may have been created.
@@ -425,7 +423,8 @@ def reconcile(client, journal: Journal, settle_s: float) -> bool:
         return False
     age = (datetime.now(UTC) - datetime.fromisoformat(intent["intended_at"])).total_seconds()
     until = time.monotonic() + min(max(settle_s - age, 0), settle_s)
-    print("Looking for the batch in the API's list.", file=sys.stderr)
+    wait = stage.duration(until - time.monotonic())
+    print(f"Looking for the last batch in the API's list, for {wait} if it is not there.", file=sys.stderr)
     while True:
         left = until - time.monotonic()
         found = [batch for batch in new_batches(client, journal) if may_be(client, batch, intent["custom_ids"])]
@@ -462,6 +461,7 @@ def new_batches(client, journal: Journal) -> list:
 def may_be(client, batch, custom_ids: list[str]) -> bool:
     """Whether a batch may hold these requests. Which ones it holds can be read only when it has ended."""
     import anthropic
+    import httpx2  # the client's transport, whose errors it hands through in a stream
 
     if n_requests(batch) != len(custom_ids):
         return False
@@ -469,20 +469,13 @@ def may_be(client, batch, custom_ids: list[str]) -> bool:
         return True
     try:
         return {result.custom_id for result in client.messages.batches.results(batch.id)} == set(custom_ids)
-    except (anthropic.AnthropicError, ValueError, *_transport_errors()):
+    except (anthropic.AnthropicError, httpx2.HTTPError, ValueError):
         return True
 
 
 def n_requests(batch) -> int:
     counts = batch.request_counts
     return counts.processing + counts.succeeded + counts.errored + counts.canceled + counts.expired
-
-
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """What a stream that breaks off raises: the client hands its transport's errors through."""
-    import httpx2
-
-    return (httpx2.HTTPError,)
 
 
 # ---- retrieving
@@ -519,7 +512,7 @@ def retrieve(client, journal_path: str | Path, out_dir: str | Path, wait: bool, 
         print(f"{len(waiting)} of {len(batches)} batches have not ended; next look in {stage.duration(poll_s)}.")
         time.sleep(poll_s)
     if refused:
-        others = f" ({len(refused) - 1} more like it)" if len(refused) > 1 else ""
+        others = f" ({len(refused) - 1} more batches have a fault.)" if len(refused) > 1 else ""
         raise stage.InputError(next(iter(refused.values())) + others)
     return waiting
 
@@ -527,6 +520,7 @@ def retrieve(client, journal_path: str | Path, out_dir: str | Path, wait: bool, 
 def store_results(client, batch_id: str, custom_ids: list[str], out_dir: Path) -> bool:
     """Store a batch's answers if it has ended. Returns whether it has."""
     import anthropic
+    import httpx2
 
     try:
         batch = client.messages.batches.retrieve(batch_id)
@@ -537,7 +531,7 @@ def store_results(client, batch_id: str, custom_ids: list[str], out_dir: Path) -
         ) from None
     if batch.processing_status != "ended":
         return False
-    if not batch.results_url:
+    if batch.archived_at or not batch.results_url:
         raise stage.InputError(
             f"The answers of batch {batch_id} are gone, the API keeps them {RESULTS_KEPT_DAYS} days; remove its line "
             "from the journal to send its requests again."
@@ -552,14 +546,15 @@ def store_results(client, batch_id: str, custom_ids: list[str], out_dir: Path) -
             with stage.atomic_path(out_dir / f"{batch_id}.jsonl") as temporary:
                 write_results(client, batch, custom_ids, temporary)
             return True
-        except (Cut, ValueError, *_transport_errors()) as error:
-            print(f"The answers of {batch_id} broke off ({error}); attempt {attempt} of {RESULTS_ATTEMPTS}.")
+        except (Cut, httpx2.HTTPError, ValueError) as error:
+            reason = f"{error}; attempt {attempt} of {RESULTS_ATTEMPTS}"
+            print(f"The answers of {batch_id} broke off ({reason}).", file=sys.stderr)
             time.sleep(min(2.0**attempt, LONGEST_WAIT_S) if attempt < RESULTS_ATTEMPTS else 0)
     raise stage.InputError(f"The answers of batch {batch_id} do not come whole; run again later to fetch them.")
 
 
 class Cut(Exception):
-    """Fewer answers came than the batch has."""
+    """Other answers came than the batch has."""
 
 
 def write_results(client, batch, custom_ids: list[str], path: Path) -> None:
@@ -579,4 +574,4 @@ def write_results(client, batch, custom_ids: list[str], path: Path) -> None:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     counts = {name: getattr(batch.request_counts, name) for name in ("succeeded", "errored", "canceled", "expired")}
     if missing or any(types[name] != n for name, n in counts.items()):
-        raise Cut(f"{len(missing):,} of {len(custom_ids):,} are missing")
+        raise Cut(f"{types.total():,} answers came, the batch has {counts}")

@@ -132,8 +132,10 @@ class FakeAnthropic:
         self.http.shutdown()
         self.http.server_close()
 
-    def environment(self) -> dict[str, str]:
-        return {"ANTHROPIC_BASE_URL": self.url, "ANTHROPIC_API_KEY": self.key}
+    def set_environment(self, monkeypatch: Any) -> None:
+        """Let the client, here and in subprocesses, find this server."""
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", self.url)
+        monkeypatch.setenv("ANTHROPIC_API_KEY", self.key)
 
     def calls(self, endpoint: str) -> int:
         return sum(name == endpoint for name, _ in self.seen)
@@ -237,9 +239,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self.reply(batch.to_json(self.fake.url))
 
     def on_list(self, _: None, behaviour: str | None) -> None:
+        """Behaviour: "without the newest"."""
         query = parse_qs(urlsplit(self.path).query)
         size = min(int(query.get("limit", ["20"])[0]), self.fake.page)
-        newest_first = self.fake.batches[::-1]
+        newest_first = self.fake.batches[::-1][behaviour == "without the newest" :]
         ids = [batch.id for batch in newest_first]
         start = ids.index(query["after_id"][0]) + 1 if "after_id" in query else 0
         page = newest_first[start : start + size]
