@@ -83,27 +83,34 @@ class Verdict(NamedTuple):
 # ---- sentences
 
 
-def grouped(path: Path, columns: list[str], rows: Any = None) -> Iterator[tuple[int, list[tuple]]]:
-    """(latent, its rows) of a table that is sorted by latent, read as needed. columns: the first is the latent."""
-    import pyarrow.dataset as ds
+def grouped(path: Path, columns: list[str], keep: Any = None) -> Iterator[tuple[int, list[tuple]]]:
+    """(latent, its rows) of a table sorted by latent, a row group in memory. keep: an expression on the columns."""
+    import pyarrow.parquet as pq
 
-    batches = ds.dataset(path, format="parquet").to_batches(columns=columns, filter=rows, batch_size=4096)
-    entries = (entry for batch in batches for entry in zip(*(batch[name].to_pylist() for name in columns), strict=True))
-    return ((latent, list(group)) for latent, group in groupby(entries, key=lambda entry: entry[0]))
+    def entries() -> Iterator[tuple]:
+        with pq.ParquetFile(path) as file:
+            for i in range(file.num_row_groups):
+                table = file.read_row_group(i, columns=columns)
+                table = table if keep is None else table.filter(keep)
+                yield from zip(*(table[name].to_pylist() for name in columns), strict=True)
+
+    return ((latent, list(group)) for latent, group in groupby(entries(), key=lambda entry: entry[0]))
 
 
 def questions(name: str, meanings: dict[int, str], token_bytes, config) -> Iterator[tuple[int, list[Example]]]:
     """The latents of NAME that have a meaning and enough sentences, with these in the order in which they are shown."""
-    import pyarrow.dataset as ds
+    import pyarrow.compute as pc
 
-    shown = grouped(Path(f"{name}.top.parquet"), ["latent", "text"], ds.field("rank") < config.shown_sentences)
+    is_shown = pc.field("rank") < config.shown_sentences
+    shown = grouped(Path(f"{name}.top.parquet"), ["latent", "rank", "text"], is_shown)
     shown_latent, shown_rows = -1, []
-    for latent, rows in grouped(Path(f"{name}.examples.parquet"), ["latent", "tenth", "text", "token_ids"]):
+    examples = grouped(Path(f"{name}.examples.parquet"), ["latent", "tenth", "text", "token_ids"])
+    for latent, rows in stage.progress(examples, unit="latent", desc="sentences"):
         if latent not in meanings:
             continue
         while shown_latent < latent:
             shown_latent, shown_rows = next(shown, (2**63, []))
-        seen = {text for of, text in shown_rows if of == latent}
+        seen = {text for of, _, text in shown_rows if of == latent}
         by_tenth: dict[int, list[Example]] = {}
         for _, tenth, text, token_ids in rows:
             if text not in seen:
@@ -271,12 +278,11 @@ def main() -> None:
     from interpret_top_sentences_parse_responses import from_result, write_rejections
     from interpret_top_sentences_send_batches import request
     from llama_3 import load_tokenizer
-    from message_batches import read_results, require_consent_possible, require_key
+    from message_batches import read_results, require_consent_possible
 
     if config.scorer not in ("claude", "direct", "words"):
         raise stage.InputError(f"--scorer {config.scorer} is not known; choose claude, direct or words.")
     if config.scorer != "words":
-        require_key()
         require_consent_possible(config.yes, config.dry_run)
     meaning_path, name = Path(config.meaning_filepath), config.model_path.removesuffix(".pth")
     meanings = read_meanings(meaning_path)
@@ -289,11 +295,11 @@ def main() -> None:
     token_bytes = functools.cache(load_tokenizer(config.llama_model_dir or info["model_dir"]).token_bytes)
     named = lambda suffix: meaning_path.with_suffix(f".{suffix}")
     print(f"Reading {meaning_path} and {name}.examples.parquet; writing {named('scores.parquet')}.")
-    ask = lambda text: stage.progress(questions(name, meanings, token_bytes, config), unit="latent", desc=text)
+    ask = lambda: questions(name, meanings, token_bytes, config)
 
     rejected: dict[str, Any] = {}
     if config.scorer == "words":
-        verdicts = by_words(ask("scores"), meanings, config.seed)
+        verdicts = by_words(ask(), meanings, config.seed)
     else:
         # Other meanings, sentences or models are other questions: their answers go elsewhere.
         files = [stage.sha256(path) for path in (meaning_path, f"{name}.examples.parquet")]
@@ -301,13 +307,13 @@ def main() -> None:
         folder = named(f"score_responses-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}")
         requests = (
             request(latent, prompt(meanings[latent], examples), config.model, config.max_tokens, config.effort)
-            for latent, examples in ask("questions")
+            for latent, examples in ask()
         )
         if not ask_claude(requests, folder, config):
             return
         lines = (line for path in sorted(folder.glob("*.jsonl")) for line in read_results(path))
         answers = {a.custom_id: a for a in sorted(map(from_result, lines), key=lambda a: a.type == "succeeded")}
-        verdicts = by_answers(ask("scores"), answers, rejected)
+        verdicts = by_answers(ask(), answers, rejected)
 
     table: dict[str, list] = {"latent": [], "balanced_accuracy": [], "shuffled": [], "sentences": []}
     by_tenth = [[0, 0] for _ in range(10)]  # of firing sentences in each tenth: all, found
