@@ -58,8 +58,9 @@ def ask(client, request: dict) -> dict:
     except (anthropic.BadRequestError, anthropic.ContentTooLargeError, anthropic.UnprocessableEntityError) as error:
         if "credit balance" in str(error).lower():
             raise
-        body = error.body if isinstance(error.body, dict) else {"type": "error", "error": {"message": str(error)}}
-        return {"custom_id": request["custom_id"], "result": {"type": "errored", "error": body}}
+        said = {"type": error.type or "invalid_request_error", "message": error.api_message or str(error)}
+        errored = {"type": "errored", "error": {"type": "error", "error": said, "request_id": error.request_id}}
+        return {"custom_id": request["custom_id"], "result": errored}
     return {"custom_id": request["custom_id"], "result": {"type": "succeeded", "message": message.to_dict(mode="json")}}
 
 
@@ -106,7 +107,7 @@ def append_answers(path: Path, answers: Iterable[dict]) -> None:
                 succeeded = answer["result"]["type"] == "succeeded"
                 n_succeeded, n_errored = n_succeeded + succeeded, n_errored + (not succeeded)
                 if n_errored == _HOPELESS and not n_succeeded:
-                    said = answer["result"]["error"].get("error", {}).get("message")
+                    said = answer["result"]["error"]["error"]["message"]
                     raise stage.InputError(f"The server refuses every request ({said}); correct the option it names.")
     except OSError as error:
         raise stage.InputError(

@@ -68,15 +68,18 @@ def read_answers(path: Path) -> Iterator[Answer]:
 
 
 def from_result(line: dict) -> Answer:
-    """An answer from a line of the API's results."""
+    """An answer from a line of the API's results, whatever is odd about it."""
     custom_id, result = str(line["custom_id"]), line["result"]
     if result["type"] != "succeeded":
-        error = result.get("error") or {}
-        error = error.get("error") or error
-        return Answer(custom_id, "", str(result["type"]), str(error.get("message") or ""))
-    message = result.get("message") or {}
-    blocks = [block for block in message.get("content") or [] if block.get("type") == "text"]
-    text = "".join(block.get("text") or "" for block in blocks)
+        detail = result.get("error")
+        while isinstance(detail, dict):  # {"error": {"message": ...}}, once or twice
+            detail = detail.get("error") or detail.get("message")
+        return Answer(custom_id, "", str(result["type"]), str(detail or ""))
+    message = result.get("message")
+    message = message if isinstance(message, dict) else {}
+    blocks = message.get("content")
+    blocks = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
+    text = "".join(str(block.get("text") or "") for block in blocks if block.get("type") == "text")
     return Answer(custom_id, text, "succeeded", str(message.get("stop_reason") or ""))
 
 

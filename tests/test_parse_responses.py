@@ -241,6 +241,22 @@ def test_a_meaning_stays_and_of_two_the_later(tmp_path):
     assert rejected == {}
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.text(max_size=3),
+    lambda part: (
+        st.lists(part, max_size=2) | st.dictionaries(st.sampled_from(["error", "message", "content", "text"]), part)
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from(["succeeded", "errored", "odd"]), JSON, JSON)
+def test_no_result_raises(kind, first, second):
+    result = {"type": kind, "error": first, "message": {"content": [{"type": "text", "text": second}, first]}}
+    for odd in (result, result | {"message": first}, result | {"message": {"content": second}}):
+        assert isinstance(judge(script.from_result({"custom_id": "1", "result": odd})), Rejection | Meaning)
+
+
 def test_half_of_a_surrogate_pair_is_written(tmp_path):
     text = r'{"common_semantic": "a \ud83d", "certainty": 0.5}'
     write_jsonl(tmp_path / "a.jsonl", {"1": {"type": "succeeded", "message": message(text)}})
