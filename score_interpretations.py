@@ -211,8 +211,9 @@ def ask_claude(requests: Iterator[dict], folder: Path, config) -> bool:
             if config.scorer == "claude":
                 message_batches.send(client, journal, spooled, config.requests_per_batch, config.settle_s)
             else:
-                each = stage.progress(map(json.loads, spooled.lines()), total=spooled.n, desc="asking", unit="request")
-                answers = direct.ask_all(client, iter(each), direct.CONCURRENCY, direct.REQUESTS_PER_MINUTE)
+                each = map(json.loads, spooled.lines())
+                answers = direct.ask_all(client, each, direct.CONCURRENCY, direct.REQUESTS_PER_MINUTE)
+                answers = stage.progress(answers, total=spooled.n, desc="asking", unit="request")
                 direct.append_answers(folder / "direct.jsonl", answers)
         if config.scorer == "claude":
             message_batches.retrieve(client, journal_path, folder, wait=True, poll_s=config.poll_s)

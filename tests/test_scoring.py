@@ -156,8 +156,7 @@ def test_numbers_in_any_wrapping(numbers, before, after):
 def server(monkeypatch):
     monkeypatch.setattr(message_batches, "LONGEST_WAIT_S", 0.01)
     with FakeAnthropic() as fake:
-        for name, value in fake.environment().items():
-            monkeypatch.setenv(name, value)
+        fake.set_environment(monkeypatch)
         fake.answer = detect
         yield fake
 
