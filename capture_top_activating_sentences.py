@@ -33,7 +33,7 @@ SENTENCES_DIR: str | None = None  # folder of sentences; the one that was captur
 TOP_SENTENCES = 100  # sentences kept per latent and aggregation
 EXAMPLES_PER_TENTH = 5  # sentences sampled from each tenth of a latent's range
 SILENT_EXAMPLES = 30  # sentences sampled in which the latent does not fire; fewer where it fires nearly always
-COFIRING_TOKENS = 2**20  # tokens on which latents that fire together are counted
+COFIRING_TOKENS = 2**18  # tokens on which latents that fire together are counted
 COFIRING_LATENTS = 10  # of them kept per latent
 MIN_TOKENS = 3  # shorter sentences do not count
 ENCODE_TOKENS = 4096  # activations encoded at once: bounds memory at 4 bytes x n_latents each
@@ -123,10 +123,12 @@ class TopTable:
         if n_top == 0:
             return
         good = values >= self.values[rows, -1]
-        old_rows, old_values, old_sentences = self.entries()
-        rows = torch.cat([old_rows, rows[good]])
-        sentences = torch.cat([old_sentences, sentences[good]])
-        values = torch.cat([old_values, values[good]])
+        rows, values, sentences = rows[good], values[good], sentences[good]
+        touched = rows.unique()  # soon few rows get something new
+        filled = self.sentences[touched] >= 0
+        rows = torch.cat([touched[:, None].expand_as(filled)[filled], rows])
+        values = torch.cat([self.values[touched][filled], values])
+        sentences = torch.cat([self.sentences[touched][filled], sentences])
         order = sentences.argsort()  # sorted by the least significant first, each later sort stable
         order = order[values[order].argsort(stable=True, descending=True)]
         order = order[rows[order].argsort(stable=True)]
