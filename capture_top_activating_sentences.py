@@ -35,7 +35,7 @@ EXAMPLES_PER_TENTH = 5  # sentences sampled from each tenth of a latent's range
 SILENT_EXAMPLES = 30  # sentences sampled in which the latent does not fire; fewer where it fires nearly always
 COFIRING_TOKENS = 2**18  # tokens on which latents that fire together are counted
 COFIRING_LATENTS = 10  # of them kept per latent
-MIN_TOKENS = 3  # shorter sentences do not count
+MIN_TOKENS = 3  # shorter sentences do not count, but in frequency, mean and max
 ENCODE_TOKENS = 4096  # activations encoded at once: bounds memory at 4 bytes x n_latents each
 SEED = 0  # of the samples
 
@@ -177,6 +177,8 @@ def find_top(store, sae, mine: list[int], config, partial: Callable[[Any], Path]
                 table.values, table.sentences = state["tables"][name]
             found = Progress(state["n_shards"], found.tables, *state["statistics"])
             bar.update(sum(store.records[i]["n_tokens"] for i in mine[: found.n_shards]))
+        else:
+            state_path.unlink()  # it must not outlive what is overwritten now
     saved = time.time()
     for position, i in enumerate(mine):
         if position < found.n_shards:
@@ -473,14 +475,11 @@ def write_latents(path: Path, fired, total, highest, n_tokens: int, by_tenth, co
 # ---- main
 
 
-def main() -> None:
-    config = stage.parse_constants(globals())
-    import torch
-
+def open_inputs(config) -> tuple[Any, Any, Any]:
+    """The activations, the SAE and the sentences. Raises InputError unless they belong together."""
     from activation_store import ActivationStore
-    from distributed import world
     from openwebtext_sentences_dataset import SentenceDataset
-    from sae import beside, load_sae_model
+    from sae import load_sae_model
 
     store = ActivationStore(config.data_dir)
     sae = load_sae_model(config.model_path)
@@ -504,6 +503,17 @@ def main() -> None:
             f"{sentences.folder} has {len(sentences.order)} sentences, {config.data_dir} was captured from "
             f"{dataset['sentences_in_all']}; name those with --sentences_dir."
         )
+    return store, sae, sentences
+
+
+def main() -> None:
+    config = stage.parse_constants(globals())
+    import torch
+
+    from distributed import world
+    from sae import beside
+
+    store, sae, sentences = open_inputs(config)
     out_dir = Path(config.captured_data_output_dir or Path(config.model_path).parent)
     named = lambda suffix: out_dir / beside(config.model_path, suffix).name
 
@@ -549,10 +559,12 @@ def main() -> None:
             tenths.add(*other_tenths)
             silent.add(*other_silent)
 
-        latents = [t.entries() for t in (*tables.values(), silent)]
         row, _, sentence = tenths.entries()
-        kept = [sentence * n + latent for latent, _, sentence in latents]
-        keys = torch.cat([*kept, sentence * n + row // _TENTHS]).unique()
+        keys = [sentence * n + row // _TENTHS]
+        for table in (*tables.values(), silent):
+            latent, _, sentence = table.entries()
+            keys.append(sentence * n + latent)
+        keys = torch.cat(keys).unique()
         pairs = []
         for i in stage.progress(mine, unit="shard", desc="activations", disable=not w.is_main):
             pairs.append(collect_pairs(store.shard(i), read_entries(partial(i)), keys, n))

@@ -47,7 +47,7 @@ YES = False  # send without asking
 DRY_RUN = False  # stop after the price
 SEED = 0  # of the sentences' order and the shuffled names
 
-PROMPT = """\
+_PROMPT = """\
 Inside a language model one direction was found, called a latent, that fires on some texts and is silent on others. \
 Somebody describes what it fires on as:
 
@@ -169,7 +169,7 @@ def prompt(meaning: str, examples: list[Example]) -> str:
     texts = [b"".join(e.tokens).decode("utf-8", "replace").strip() for e in examples]
     texts = [text.replace("\r", "\\r").replace("\n", "\\n") for text in texts]
     lines = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
-    return PROMPT.format(meaning=meaning, n=len(examples), sentences=lines)
+    return _PROMPT.format(meaning=meaning, n=len(examples), sentences=lines)
 
 
 def numbers_in(answer: str, n: int) -> set[int] | None:
@@ -264,11 +264,14 @@ def read_meanings(path: Path) -> dict[int, str]:
     try:
         with open(path, encoding="utf-8") as file:
             entries = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        return {int(latent): str(entry["common_semantic"]) for latent, entry in entries.items()}
+        meanings = {int(latent): str(entry["common_semantic"]) for latent, entry in entries.items()}
     except FileNotFoundError:
         raise stage.InputError(f"There is no {path}; {mend}") from None
     except (yaml.YAMLError, OSError, AttributeError, TypeError, ValueError, KeyError) as error:
         raise stage.InputError(f"{path} holds no meanings ({' '.join(str(error).split())}); {mend}") from None
+    if not meanings:
+        raise stage.InputError(f"{path} holds no meanings; {mend}")
+    return meanings
 
 
 def main() -> None:

@@ -254,7 +254,7 @@ def test_refusals(folder, capsys, monkeypatch):
     assert "claude, direct or words" in refusal(capsys, scoring, **options(folder, scorer="gpt"))
     chosen = options(folder, scorer="words")
     assert "lower --min_sentences" in refusal(capsys, scoring, **chosen | {"min_sentences": 50})
-    for text in ("[1, 2]", "1: 2", "{1: {certainty: 1}}", ": :", "x: {common_semantic: y}"):
+    for text in ("[1, 2]", "1: 2", "{1: {certainty: 1}}", ": :", "x: {common_semantic: y}", "{}"):
         (folder / "bad.yaml").write_text(text)
         assert "bad.yaml" in refusal(capsys, scoring, **chosen | {"meaning_filepath": folder / "bad.yaml"})
     assert "nowhere.yaml" in refusal(capsys, scoring, **chosen | {"meaning_filepath": folder / "nowhere.yaml"})
