@@ -1,17 +1,26 @@
-"""For every latent, find the sentences that activate it most, by mean, max and last token.
+"""For every latent, find the sentences that activate it most, by mean, max and last token, and a sample of the others.
 
 Reads   DATA_DIR: one site's folder of capture_activations.py; MODEL_PATH: an SAE trained on it
-Writes  NAME.top.parquet    latent, aggregation, rank, activation, sentence_idx, text, token_ids, token_activations
-        NAME.latents.parquet latent, frequency (share of tokens it fires on), mean and max of its activation there
+Writes  NAME.top.parquet      latent, aggregation, rank, activation, sentence_idx, text, token_ids, token_activations
+        NAME.examples.parquet latent, tenth, sentence_idx, text, token_ids, token_activations: sentences whose highest
+                              activation lies in each tenth of the latent's range (0: the weakest), and, as tenth -1,
+                              sentences in which it is silent
+        NAME.latents.parquet  latent, frequency (share of tokens it fires on), mean and max of its activation there,
+                              sentences it fires in, the same by tenth, and the latents that fire on the same tokens
         beside the SAE NAME.pth, or in CAPTURED_DATA_OUTPUT_DIR
-Method  every latent keeps its own TOP_SENTENCES; ties go to the lower sentence index, so that the result does not
-        depend on batch size or process count. Activations are in normalised space
-Cost    reads the activations twice; memory 36 bytes x n_latents x TOP_SENTENCES; rates in the README's table
+Method  every latent keeps its own TOP_SENTENCES; ties go to the lower sentence index. Examples are those with the
+        lowest hash of (latent, sentence). So the result does not depend on batch size or process count. Co-firing is
+        the Jaccard index, tokens with both / tokens with either, on COFIRING_TOKENS tokens drawn by hash. Activations
+        are in normalised space
+Cost    reads and encodes the activations once; what fired waits on disk, 6 bytes x k a token, and is deleted at the
+        end. Memory of a process: 36 bytes x n_latents x TOP_SENTENCES, 4 bytes x k x COFIRING_TOKENS, and for the
+        tables 4 bytes a captured token and 2 bytes x the tokens of all rows
 
     torchrun --standalone --nproc_per_node=4 capture_top_activating_sentences.py \\
         --data_dir data/activations/layers.22.attention_norm --model_path data/sae.pth
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +31,19 @@ MODEL_PATH = "data/sae.pth"  # the SAE
 CAPTURED_DATA_OUTPUT_DIR: str | None = None  # folder for the tables; beside the SAE when not given
 SENTENCES_DIR: str | None = None  # folder of sentences; the one that was captured when not given
 TOP_SENTENCES = 100  # sentences kept per latent and aggregation
-MIN_TOKENS = 3  # shorter sentences do not count
+EXAMPLES_PER_TENTH = 5  # sentences sampled from each tenth of a latent's range
+SILENT_EXAMPLES = 30  # sentences sampled in which the latent does not fire; fewer where it fires nearly always
+COFIRING_TOKENS = 2**18  # tokens on which latents that fire together are counted
+COFIRING_LATENTS = 10  # of them kept per latent
+MIN_TOKENS = 3  # shorter sentences do not count, but in frequency, mean and max
 ENCODE_TOKENS = 4096  # activations encoded at once: bounds memory at 4 bytes x n_latents each
+SEED = 0  # of the samples
 
 _AGGREGATIONS = ("mean", "max", "last")
+_TENTHS = 10
+_SILENT_TRIES = 8  # sentences looked at for each silent one wanted
+_COUNTED_AT_ONCE = 2**21  # pairs of latents: this fits a cache
+_ROW_GROUP = 2**16  # rows of a table written at once
 
 
 class Entries(NamedTuple):
@@ -50,6 +68,25 @@ def encode_entries(sae, acts, chunk: int) -> Entries:
     return Entries(torch.cat(rows), torch.cat(latents), torch.cat(values))
 
 
+def write_entries(path: Path, entries: Entries, n_tokens: int) -> None:
+    from activation_store import write_shard
+
+    counts = entries.row.bincount(minlength=n_tokens)
+    tensors = {"counts": counts.int(), "latent": entries.latent.int(), "value": entries.value.half()}
+    write_shard(path, tensors)
+
+
+def read_entries(path: Path) -> Entries:
+    """What `write_entries` wrote: values in float16 steps."""
+    import torch
+
+    from activation_store import open_shard
+
+    file = open_shard(path, Path(__file__).name)
+    counts, latent, value = (file.get_tensor(name) for name in ("counts", "latent", "value"))
+    return Entries(torch.arange(len(counts)).repeat_interleave(counts), latent.long(), value.float())
+
+
 def aggregate(entries: Entries, sentence_of_token, offsets, n_latents: int) -> dict[str, Entries]:
     """Entries by sentence for each aggregation. The mean counts every token of the sentence, silent ones as 0."""
     import torch
@@ -70,33 +107,42 @@ def aggregate(entries: Entries, sentence_of_token, offsets, n_latents: int) -> d
 
 
 class TopTable:
-    """The highest values of each latent with their sentences; -1 where there is none yet."""
+    """The highest values of each row (a latent, or a tenth of one) with their sentences; -1 where there is none yet."""
 
-    def __init__(self, n_latents: int, n_top: int):
+    def __init__(self, n_rows: int, n_top: int):
         import torch
 
-        self.values = torch.full((n_latents, n_top), -torch.inf)
-        self.sentences = torch.full((n_latents, n_top), -1, dtype=torch.int64)
+        self.values = torch.full((n_rows, n_top), -torch.inf)
+        self.sentences = torch.full((n_rows, n_top), -1, dtype=torch.int64)
 
-    def add(self, latents, values, sentences) -> None:
+    def add(self, rows, values, sentences) -> None:
         """Merge candidates, in any order; equal values go to the lower sentence index."""
         import torch
 
         n_top = self.values.shape[1]
-        good = values >= self.values[latents, -1]
-        has = (self.sentences >= 0).nonzero(as_tuple=True)
-        latents = torch.cat([has[0], latents[good]])
-        sentences = torch.cat([self.sentences[has], sentences[good]])
-        values = torch.cat([self.values[has], values[good]])
+        if n_top == 0:
+            return
+        good = values >= self.values[rows, -1]
+        rows, values, sentences = rows[good], values[good], sentences[good]
+        touched = rows.unique()  # soon few rows get something new
+        filled = self.sentences[touched] >= 0
+        rows = torch.cat([touched[:, None].expand_as(filled)[filled], rows])
+        values = torch.cat([self.values[touched][filled], values])
+        sentences = torch.cat([self.sentences[touched][filled], sentences])
         order = sentences.argsort()  # sorted by the least significant first, each later sort stable
         order = order[values[order].argsort(stable=True, descending=True)]
-        order = order[latents[order].argsort(stable=True)]
-        latents, values, sentences = latents[order], values[order], sentences[order]
-        counts = latents.bincount(minlength=len(self.values))
-        rank = torch.arange(len(latents)) - (counts.cumsum(0) - counts)[latents]
+        order = order[rows[order].argsort(stable=True)]
+        rows, values, sentences = rows[order], values[order], sentences[order]
+        counts = rows.bincount(minlength=len(self.values))
+        rank = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
         top = rank < n_top
-        self.values[latents[top], rank[top]] = values[top]
-        self.sentences[latents[top], rank[top]] = sentences[top]
+        self.values[rows[top], rank[top]] = values[top]
+        self.sentences[rows[top], rank[top]] = sentences[top]
+
+    def entries(self) -> tuple[Any, Any, Any]:
+        """(rows, values, sentences) of what is filled, by row, best first."""
+        where = (self.sentences >= 0).nonzero(as_tuple=True)
+        return where[0], self.values[where], self.sentences[where]
 
 
 class Progress(NamedTuple):
@@ -109,8 +155,8 @@ class Progress(NamedTuple):
     highest: Any  # (n_latents,)
 
 
-def find_top(store, sae, mine: list[int], config, partial_path: Path, identity: dict, bar) -> Progress:
-    """Pass 1: the top tables and firing statistics over this process's shards."""
+def find_top(store, sae, mine: list[int], config, partial: Callable[[Any], Path], identity: dict, bar) -> Progress:
+    """Pass 1, over this process's shards: the top tables and firing statistics. What fired goes to partial(shard)."""
     import time
 
     import torch
@@ -123,137 +169,317 @@ def find_top(store, sae, mine: list[int], config, partial_path: Path, identity: 
         torch.zeros(n, dtype=torch.float64),
         torch.zeros(n),
     )
-    if partial_path.exists():
-        state = torch.load(partial_path, weights_only=True)
-        if state["identity"] == identity:
+    state_path = partial("state")
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        if state["identity"] == identity and all(partial(i).exists() for i in mine[: state["n_shards"]]):
             for name, table in found.tables.items():
                 table.values, table.sentences = state["tables"][name]
             found = Progress(state["n_shards"], found.tables, *state["statistics"])
             bar.update(sum(store.records[i]["n_tokens"] for i in mine[: found.n_shards]))
+        else:
+            state_path.unlink()  # it must not outlive what is overwritten now
     saved = time.time()
     for position, i in enumerate(mine):
         if position < found.n_shards:
             continue
         shard = store.shard(i)
         lengths = shard.offsets.diff()
-        sentence_of_token = torch.arange(len(lengths)).repeat_interleave(lengths)
         entries = encode_entries(sae, shard.acts, config.encode_tokens)
+        write_entries(partial(i), entries, len(shard.acts))
         found.fired.add_(entries.latent.bincount(minlength=n))
         found.total.index_add_(0, entries.latent, entries.value.double())
         found.highest.scatter_reduce_(0, entries.latent, entries.value, "amax")
-        for name, e in aggregate(entries, sentence_of_token, shard.offsets, n).items():
+        for name, e in aggregate(entries, sentence_of_token(shard), shard.offsets, n).items():
             long = lengths[e.row] >= config.min_tokens
             found.tables[name].add(e.latent[long], e.value[long], shard.sentence_idx[e.row[long]])
         found = found._replace(n_shards=position + 1)
         bar.update(len(shard.acts))
-        if time.time() - saved > 60:
+        if time.time() - saved > 60 or position == len(mine) - 1:
             state = {
                 "identity": identity,
                 "n_shards": found.n_shards,
                 "tables": {name: (t.values, t.sentences) for name, t in found.tables.items()},
                 "statistics": (found.fired, found.total, found.highest),
             }
-            with stage.atomic_path(partial_path) as temporary:
+            with stage.atomic_path(state_path) as temporary:
                 torch.save(state, temporary)
             saved = time.time()
     return found
 
 
-class Examples(NamedTuple):
-    """Per-token activations of the kept (sentence, latent) pairs of one shard, and its sentences' tokens (numpy)."""
+def sentence_of_token(shard):
+    """(n_tokens,) each token's row among the shard's sentences."""
+    import torch
+
+    lengths = shard.offsets.diff()
+    return torch.arange(len(lengths)).repeat_interleave(lengths)
+
+
+# ---- samples
+
+
+def hash32(a, b, seed: int):
+    """32 bits, as int64, of each pair of int64 tensors a and b below 2^32: the finaliser of SplitMix64 (Steele, Lea and
+    Flood 2014, doi:10.1145/2660193.2660195)."""
+    import numpy as np
+    import torch
+
+    x = (a.numpy().astype(np.uint64) << np.uint64(32)) + b.numpy().astype(np.uint64)
+    x += np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy(((x ^ (x >> np.uint64(31))) >> np.uint64(32)).astype(np.int64))
+
+
+class Samples:
+    """Pass 2: sentences from each tenth of each latent's range, silent ones, and tokens to count co-firing on.
+
+    highest: (n_latents,) activation; sentences: (n_sentences,) indices of all that were captured.
+    """
+
+    def __init__(self, highest, sentences, n_tokens: int, k: int, config):
+        import torch
+
+        n = len(highest)
+        self.highest, self.k, self.config = highest, k, config
+        self.tenths = TopTable(n * _TENTHS, config.examples_per_tenth)
+        self.silent = TopTable(n, config.silent_examples)
+        self.by_tenth = torch.zeros(n * _TENTHS, dtype=torch.int64)  # sentences in each tenth
+        self.token_share = config.cofiring_tokens / n_tokens
+        self.tokens = torch.empty(0, k, dtype=torch.int32)  # latents of the sampled tokens, -1 where fewer fired
+        # Silent sentences are sought among some (sentence, latent) pairs drawn by hash: all pairs would be too many.
+        living = highest.nonzero().flatten()
+        tries = torch.arange(config.silent_examples * _SILENT_TRIES)
+        latents = living.repeat_interleave(len(tries))
+        draws = hash32(latents, tries.repeat(len(living)), config.seed + 1)
+        self.tried = (sentences[draws * len(sentences) // 2**32] * n + latents).unique()
+
+    def add(self, shard, entries: Entries) -> None:
+        import torch
+
+        n, seed = len(self.highest), self.config.seed
+        of_token, lengths = sentence_of_token(shard), shard.offsets.diff()
+        long = lengths >= self.config.min_tokens
+        best = aggregate(entries, of_token, shard.offsets, n)["max"]
+        row, latent, value = (part[long[best.row]] for part in best)
+        sentence = shard.sentence_idx[row]
+        tenth = (value / self.highest[latent] * _TENTHS).long().clamp(max=_TENTHS - 1)
+        self.by_tenth += (latent * _TENTHS + tenth).bincount(minlength=len(self.by_tenth))
+        self.tenths.add(latent * _TENTHS + tenth, -hash32(latent, sentence, seed).float(), sentence)
+
+        tried = of_shard(self.tried, shard, n)
+        tried = tried[~is_in(tried, sentence * n + latent) & is_in(tried // n, shard.sentence_idx[long])]
+        sentence, latent = tried // n, tried % n
+        self.silent.add(latent, -hash32(latent, sentence, seed).float(), sentence)
+
+        position = torch.arange(len(of_token)) - shard.offsets[of_token]
+        chosen = hash32(shard.sentence_idx[of_token], position, seed + 2) < self.token_share * 2**32
+        fired = entries.row.bincount(minlength=len(of_token))
+        slot = torch.arange(len(entries.row)) - (fired.cumsum(0) - fired)[entries.row]
+        tokens = torch.full((len(of_token), self.k), -1, dtype=torch.int32)
+        tokens[entries.row, slot] = entries.latent.int()
+        self.tokens = torch.cat([self.tokens, tokens[chosen]])
+
+
+def of_shard(keys, shard, n_latents: int):
+    """The part of ascending keys, sentence_idx * n_latents + latent, that lies between a shard's sentences."""
+    import torch
+
+    bounds = torch.stack([shard.sentence_idx[0], shard.sentence_idx[-1] + 1]) * n_latents
+    first, last = torch.searchsorted(keys, bounds).tolist()
+    return keys[first:last]
+
+
+def is_in(values, ascending):
+    """Which values stand in an ascending tensor."""
+    import torch
+
+    if len(ascending) == 0:
+        return torch.zeros(len(values), dtype=torch.bool)
+    return ascending[torch.searchsorted(ascending, values).clamp(max=len(ascending) - 1)] == values
+
+
+def cofiring(tokens, n_latents: int, n_kept: int):
+    """Each latent's n_kept strongest companions and their Jaccard index, two (n_latents, n_kept) tensors, best first.
+
+    tokens: (n_tokens, k) latents of each token, -1 where fewer fired. Where the index is 0 there is no companion; ties
+    go to the lower latent. All pairs are counted for some latents at a time, which bounds memory.
+    """
+    import torch
+
+    token, slot = (tokens >= 0).nonzero(as_tuple=True)
+    latent = tokens[token, slot].long()
+    order = latent.argsort(stable=True)
+    fired = latent.bincount(minlength=n_latents)
+    ends = fired.cumsum(0)
+    n_kept = min(n_kept, n_latents - 1)
+    companions = torch.zeros(n_latents, n_kept, dtype=torch.int64)
+    index = torch.zeros(n_latents, n_kept, dtype=torch.float64)
+    height = max(1, _COUNTED_AT_ONCE // (n_latents + 1))
+    for first in range(0, n_latents, height):
+        last = min(first + height, n_latents)
+        both = torch.zeros((last - first) * (n_latents + 1), dtype=torch.int64)
+        mine = order[ends[first] - fired[first] : ends[last - 1]]
+        for part in mine.split(max(1, _COUNTED_AT_ONCE // tokens.shape[1])):
+            # Column 0 takes the -1 of tokens on which fewer fired.
+            pairs = (latent[part] - first)[:, None] * (n_latents + 1) + tokens[token[part]] + 1
+            both += pairs.flatten().bincount(minlength=len(both))
+        both = both.view(last - first, n_latents + 1)[:, 1:]
+        both[torch.arange(last - first), torch.arange(first, last)] = 0
+        jaccard = both / (fired[first:last, None] + fired - both).clamp(min=1).double()
+        # An integer that orders by index, then by latent: topk leaves the order of ties open.
+        ranked = (jaccard * 2**40).long() * n_latents + torch.arange(n_latents - 1, -1, -1)
+        companions[first:last] = n_latents - 1 - ranked.topk(n_kept).values % n_latents
+        index[first:last] = jaccard.gather(1, companions[first:last])
+    return companions, index
+
+
+# ---- tables
+
+
+class Pairs(NamedTuple):
+    """Per-token activations of (sentence, latent) pairs of one shard (numpy)."""
 
     keys: Any  # sentence_idx * n_latents + latent, ascending
     lengths: Any  # tokens of each pair's sentence
     activations: Any  # float16, one after another
-    sentences: Any  # sentence_idx, ascending
-    sentence_lengths: Any
-    token_ids: Any
 
 
-def collect_examples(shard, sae, keys, chunk: int) -> Examples | None:
-    """Pass 2: the per-token activations of the kept pairs that lie in a shard. keys: sorted, see Examples."""
+def collect_pairs(shard, entries: Entries, keys, n_latents: int) -> Pairs:
+    """Pass 3: the per-token activations of the kept pairs that lie in a shard. keys: ascending, see Pairs."""
     import torch
 
-    n = sae.n_latents
-    wanted = torch.from_numpy(keys)
-    first, last = int(shard.sentence_idx[0]), int(shard.sentence_idx[-1])
-    wanted = wanted[(wanted >= first * n) & (wanted < (last + 1) * n)]
-    if len(wanted) == 0:
-        return None
-    sentences = (wanted // n).unique()
-    where = torch.searchsorted(shard.sentence_idx, sentences)  # rows of the wanted sentences in the shard
-    lengths = shard.offsets.diff()[where]
+    keys = of_shard(keys, shard, n_latents)
+    row = torch.searchsorted(shard.sentence_idx, keys // n_latents)
+    lengths = shard.offsets.diff()[row]
     starts = lengths.cumsum(0) - lengths
-    local = torch.arange(len(where)).repeat_interleave(lengths)  # wanted sentence of each gathered token
-    position = torch.arange(int(lengths.sum())) - starts[local]
-    rows = shard.offsets[where][local] + position
-    entries = encode_entries(sae, shard.acts[rows], chunk)
-    entry_keys = sentences[local[entries.row]] * n + entries.latent
-    pair = torch.searchsorted(wanted, entry_keys).clamp(max=len(wanted) - 1)
-    hit = wanted[pair] == entry_keys
-    pair_lengths = lengths[torch.searchsorted(sentences, wanted // n)]
-    pair_starts = pair_lengths.cumsum(0) - pair_lengths
-    activations = torch.zeros(int(pair_lengths.sum()), dtype=torch.float16)
-    activations[pair_starts[pair[hit]] + position[entries.row[hit]]] = entries.value[hit].half()
-    parts = (wanted, pair_lengths, activations, sentences, lengths, shard.token_ids[rows])
-    return Examples(*(part.numpy() for part in parts))
+    of_token = sentence_of_token(shard)
+    entry_keys = shard.sentence_idx[of_token[entries.row]] * n_latents + entries.latent
+    hit = is_in(entry_keys, keys)
+    pair, token = torch.searchsorted(keys, entry_keys[hit]), entries.row[hit]
+    activations = torch.zeros(int(lengths.sum()), dtype=torch.float16)
+    activations[starts[pair] + token - shard.offsets[row[pair]]] = entries.value[hit].half()
+    return Pairs(keys.numpy(), lengths.numpy(), activations.numpy())
 
 
-def top_table(tables: dict[str, TopTable], examples: list[Examples], texts: dict[int, str], n_latents: int):
-    """The rows of NAME.top.parquet, sorted by latent, aggregation and rank."""
+class Rows:
+    """Writes tables of (latent, sentence) rows, with the sentence's text, token ids and per-token activations."""
+
+    def __init__(self, store, sentences, pairs: list[Pairs], n_latents: int):
+        import numpy as np
+
+        self.sentences, self.n_latents = sentences, n_latents
+        self.keys = np.concatenate([p.keys for p in pairs])
+        self.key_order = self.keys.argsort()
+        self.activations = lists([p.lengths for p in pairs], [p.activations for p in pairs])
+        shards = list(store.shards())
+        self.sentence_idx = np.concatenate([s.sentence_idx for s in shards])
+        self.token_ids = lists([s.offsets.diff().numpy() for s in shards], [s.token_ids.numpy() for s in shards])
+
+    def write(self, path: Path, columns: dict[str, Any], sentence_idx, latent) -> None:
+        """columns: pyarrow arrays that come before the sentence; the rest is looked up a part at a time."""
+        import numpy as np
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.table({**columns, "sentence_idx": pa.array(sentence_idx, pa.int64())})
+        keys = sentence_idx * self.n_latents + latent
+        writer = None
+        with stage.atomic_path(path) as temporary:
+            for start in range(0, max(1, len(keys)), _ROW_GROUP):  # an empty table too has its columns
+                some = slice(start, start + _ROW_GROUP)
+                pair = self.key_order[np.searchsorted(self.keys, keys[some], sorter=self.key_order)]
+                sentence = np.searchsorted(self.sentence_idx, sentence_idx[some])
+                part = table.slice(start, _ROW_GROUP)
+                part = part.append_column(
+                    "text", self.sentences.texts.take(pa.array(self.sentences.order[sentence_idx[some]]))
+                )
+                part = part.append_column("token_ids", self.token_ids.take(pa.array(sentence)))
+                part = part.append_column("token_activations", self.activations.take(pa.array(pair)))
+                writer = writer or pq.ParquetWriter(temporary, part.schema, compression="zstd")
+                writer.write_table(part, row_group_size=_ROW_GROUP)
+            writer.close()
+
+
+def lists(lengths: list, values: list):
+    """A column of lists from parts of their lengths and of their values, one after another (numpy)."""
     import numpy as np
     import pyarrow as pa
 
-    def lists(lengths: list, values: list, of: str):
-        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-        flat = np.concatenate(values)
-        return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(flat, of))
-
-    keys = np.concatenate([e.keys for e in examples])
-    sentences = np.concatenate([e.sentences for e in examples])
-    activations = lists([e.lengths for e in examples], [e.activations for e in examples], pa.float16())
-    token_ids = lists([e.sentence_lengths for e in examples], [e.token_ids for e in examples], pa.int32())
-    key_order, sentence_order = keys.argsort(), sentences.argsort()
-
-    columns: dict[str, list] = {name: [] for name in ("latent", "aggregation", "rank", "activation", "sentence_idx")}
-    for number, name in enumerate(_AGGREGATIONS):
-        latent, rank = (tables[name].sentences >= 0).nonzero(as_tuple=True)
-        columns["latent"].append(latent.numpy())
-        columns["aggregation"].append(np.full(len(latent), number, dtype=np.int32))
-        columns["rank"].append(rank.numpy())
-        columns["activation"].append(tables[name].values[latent, rank].numpy())
-        columns["sentence_idx"].append(tables[name].sentences[latent, rank].numpy())
-    flat = {name: np.concatenate(parts) for name, parts in columns.items()}
-    order = np.lexsort((flat["rank"], flat["aggregation"], flat["latent"]))
-    flat = {name: column[order] for name, column in flat.items()}
-    row_keys = flat["sentence_idx"] * n_latents + flat["latent"]
-    pair = key_order[np.searchsorted(keys, row_keys, sorter=key_order)]
-    sentence = sentence_order[np.searchsorted(sentences, flat["sentence_idx"], sorter=sentence_order)]
-    return pa.table(
-        {
-            "latent": pa.array(flat["latent"], pa.int32()),
-            "aggregation": pa.DictionaryArray.from_arrays(flat["aggregation"], list(_AGGREGATIONS)),
-            "rank": pa.array(flat["rank"], pa.int32()),
-            "activation": pa.array(flat["activation"], pa.float32()),
-            "sentence_idx": pa.array(flat["sentence_idx"], pa.int64()),
-            "text": pa.array([texts[int(s)] for s in sentences], pa.large_string()).take(pa.array(sentence)),
-            "token_ids": token_ids.take(pa.array(sentence)),
-            "token_activations": activations.take(pa.array(pair)),
-        }
-    )
+    offsets = np.concatenate([[0], *(part for part in lengths)]).cumsum()
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(np.concatenate(values)))
 
 
-def main() -> None:
-    config = stage.parse_constants(globals())
+def write_top(rows: Rows, path: Path, tables: dict[str, TopTable]) -> None:
+    """NAME.top.parquet, by latent, aggregation and rank."""
+    import numpy as np
+    import pyarrow as pa
+    import torch
+
+    parts = []
+    for number, table in enumerate(tables.values()):
+        latent, value, sentence = table.entries()
+        rank = torch.arange(table.values.shape[1]).expand_as(table.values)[table.sentences >= 0]
+        parts.append((latent, torch.full_like(latent, number), rank, value, sentence))
+    latent, aggregation, rank, value, sentence = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    order = np.lexsort((rank, aggregation, latent))
+    columns = {
+        "latent": pa.array(latent[order], pa.int32()),
+        "aggregation": pa.DictionaryArray.from_arrays(aggregation[order].astype(np.int32), list(tables)),
+        "rank": pa.array(rank[order], pa.int32()),
+        "activation": pa.array(value[order], pa.float32()),
+    }
+    rows.write(path, columns, sentence[order], latent[order])
+
+
+def write_examples(rows: Rows, path: Path, tenths: TopTable, silent: TopTable) -> None:
+    """NAME.examples.parquet, by latent and tenth, in the order of the sample; the silent ones first, as tenth -1."""
+    import pyarrow as pa
+    import torch
+
+    row, _, sentence = tenths.entries()
+    silent_latent, _, silent_sentence = silent.entries()
+    latent = torch.cat([silent_latent, row // _TENTHS])
+    tenth = torch.cat([torch.full_like(silent_latent, -1), row % _TENTHS])
+    sentence = torch.cat([silent_sentence, sentence])
+    order = latent.argsort(stable=True)
+    columns = {
+        "latent": pa.array(latent[order].numpy(), pa.int32()),
+        "tenth": pa.array(tenth[order].numpy(), pa.int8()),
+    }
+    rows.write(path, columns, sentence[order].numpy(), latent[order].numpy())
+
+
+def write_latents(path: Path, fired, total, highest, n_tokens: int, by_tenth, companions, index) -> None:
+    """NAME.latents.parquet: one row a latent."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
-    import torch
 
+    by_tenth, together = by_tenth.view(-1, _TENTHS), (index > 0).sum(1).numpy()
+    columns = {
+        "latent": pa.array(np.arange(len(fired)), pa.int32()),
+        "frequency": pa.array((fired / n_tokens).numpy(), pa.float32()),
+        "mean": pa.array((total / fired.clamp(min=1)).numpy(), pa.float32()),
+        "max": pa.array(highest.numpy(), pa.float32()),
+        "sentences": pa.array(by_tenth.sum(1).numpy()),
+        "sentences_by_tenth": pa.FixedSizeListArray.from_arrays(pa.array(by_tenth.flatten().numpy()), _TENTHS),
+        "cofiring_latents": lists([together], [companions[index > 0].int().numpy()]),
+        "cofiring_jaccard": lists([together], [index[index > 0].float().numpy()]),
+    }
+    with stage.atomic_path(path) as temporary:
+        pq.write_table(pa.table(columns), temporary, compression="zstd")
+
+
+# ---- main
+
+
+def open_inputs(config) -> tuple[Any, Any, Any]:
+    """The activations, the SAE and the sentences. Raises InputError unless they belong together."""
     from activation_store import ActivationStore
-    from distributed import world
     from openwebtext_sentences_dataset import SentenceDataset
-    from sae import beside, load_sae_model
+    from sae import load_sae_model
 
     store = ActivationStore(config.data_dir)
     sae = load_sae_model(config.model_path)
@@ -277,70 +503,87 @@ def main() -> None:
             f"{sentences.folder} has {len(sentences.order)} sentences, {config.data_dir} was captured from "
             f"{dataset['sentences_in_all']}; name those with --sentences_dir."
         )
+    return store, sae, sentences
+
+
+def main() -> None:
+    config = stage.parse_constants(globals())
+    import torch
+
+    from distributed import world
+    from sae import beside
+
+    store, sae, sentences = open_inputs(config)
     out_dir = Path(config.captured_data_output_dir or Path(config.model_path).parent)
     named = lambda suffix: out_dir / beside(config.model_path, suffix).name
 
     with world() as w, stage.locked(out_dir, w.rank, w.barrier), torch.inference_mode():
         sae.to(w.device)
+        n = sae.n_latents
         identity = {
             "sae": stage.sha256(config.model_path) if Path(config.model_path).is_file() else str(config.model_path),
             "activations": [r["sha256"] for r in store.records],
             "top_sentences": config.top_sentences,
             "min_tokens": config.min_tokens,
         }
+        disk = 6 * sae.k * store.n_tokens
         w.print(
-            f"Reading {store.n_tokens:,} activations from {config.data_dir} twice; writing the top "
-            f"{config.top_sentences} sentences of {sae.n_latents:,} latents to {named('top.parquet')}."
+            f"Reading {store.n_tokens:,} activations from {config.data_dir}; writing the top {config.top_sentences} "
+            f"sentences of {n:,} latents to {named('top.parquet')}, and until then about {stage.gb(disk)} beside it."
         )
+        stage.require_disk(out_dir, disk)
         mine = list(range(w.rank, len(store.records), w.size))
-        partial_path = named(f"top-partial-{w.rank}-of-{w.size}.pt")
+        partial = lambda part: named(f"top-partial-{part}-{w.rank}-of-{w.size}")
         n_mine = sum(store.records[i]["n_tokens"] for i in mine)
-        with stage.progress(
-            total=2 * n_mine, unit="act", unit_scale=True, desc="top sentences", disable=not w.is_main
-        ) as bar:
-            found = find_top(store, sae, mine, config, partial_path, identity, bar)
-            tables = {name: TopTable(sae.n_latents, config.top_sentences) for name in _AGGREGATIONS}
-            for other in w.gather({n: (t.values, t.sentences) for n, t in found.tables.items()}):
-                for name, (values, kept) in other.items():
-                    latent, rank = (kept >= 0).nonzero(as_tuple=True)
-                    tables[name].add(latent, values[latent, rank], kept[latent, rank])
-            statistics = w.gather((found.fired, found.total, found.highest))
-            fired = sum(s[0] for s in statistics)
-            total = sum(s[1] for s in statistics)
-            highest = torch.stack([s[2] for s in statistics]).amax(0)
+        shown = {"unit": "act", "unit_scale": True, "disable": not w.is_main}
+        with stage.progress(total=n_mine, desc="top sentences", **shown) as bar:
+            found = find_top(store, sae, mine, config, partial, identity, bar)
+        tables = {name: TopTable(n, config.top_sentences) for name in _AGGREGATIONS}
+        for other in w.gather({name: table.entries() for name, table in found.tables.items()}):
+            for name, entries in other.items():
+                tables[name].add(*entries)
+        statistics = w.gather((found.fired, found.total, found.highest))
+        fired = sum(s[0] for s in statistics)
+        total = sum(s[1] for s in statistics)
+        highest = torch.stack([s[2] for s in statistics]).amax(0)
+        if not (tables["max"].sentences >= 0).any():
+            raise stage.InputError(f"No latent of {config.model_path} fires on {config.data_dir}; train it longer.")
 
-            pairs = []
-            for table in tables.values():
-                latent, rank = (table.sentences >= 0).nonzero(as_tuple=True)
-                pairs.append(table.sentences[latent, rank] * sae.n_latents + latent)
-            keys = torch.cat(pairs).unique().numpy()
-            examples = []
-            for i in mine:
-                examples.append(collect_examples(store.shard(i), sae, keys, config.encode_tokens))
-                bar.update(store.records[i]["n_tokens"])
-            examples = [e for part in w.gather(examples) for e in part if e is not None]
+        captured = torch.cat([shard.sentence_idx for shard in store.shards()])
+        samples = Samples(highest, captured, store.n_tokens, sae.k, config)
+        for i in stage.progress(mine, unit="shard", desc="samples", disable=not w.is_main):
+            samples.add(store.shard(i), read_entries(partial(i)))
+        tenths, silent = TopTable(n * _TENTHS, config.examples_per_tenth), TopTable(n, config.silent_examples)
+        gathered = w.gather((samples.tenths.entries(), samples.silent.entries(), samples.by_tenth, samples.tokens))
+        for other_tenths, other_silent, _, _ in gathered:
+            tenths.add(*other_tenths)
+            silent.add(*other_silent)
+
+        row, _, sentence = tenths.entries()
+        keys = [sentence * n + row // _TENTHS]
+        for table in (*tables.values(), silent):
+            latent, _, sentence = table.entries()
+            keys.append(sentence * n + latent)
+        keys = torch.cat(keys).unique()
+        pairs = []
+        for i in stage.progress(mine, unit="shard", desc="activations", disable=not w.is_main):
+            pairs.append(collect_pairs(store.shard(i), read_entries(partial(i)), keys, n))
+        pairs = [p for part in w.gather(pairs) for p in part]
 
         if w.is_main:
-            if not examples:
-                raise stage.InputError(f"No latent of {config.model_path} fires on {config.data_dir}; train it longer.")
-            texts = {int(s): sentences[int(s)] for e in examples for s in e.sentences}
-            with stage.atomic_path(named("top.parquet")) as temporary:
-                table = top_table(tables, examples, texts, sae.n_latents)
-                pq.write_table(table, temporary, compression="zstd", row_group_size=2**16)
-            latents = {
-                "latent": pa.array(np.arange(sae.n_latents), pa.int32()),
-                "frequency": pa.array((fired / store.n_tokens).numpy(), pa.float32()),
-                "mean": pa.array((total / fired.clamp(min=1)).numpy(), pa.float32()),
-                "max": pa.array(highest.numpy(), pa.float32()),
-            }
-            with stage.atomic_path(named("latents.parquet")) as temporary:
-                pq.write_table(pa.table(latents), temporary, compression="zstd")
-            living = fired > 0
-            full = {name: (t.sentences >= 0).all(1)[living].float().mean() for name, t in tables.items()}
+            rows = Rows(store, sentences, pairs, n)
+            write_top(rows, named("top.parquet"), tables)
+            write_examples(rows, named("examples.parquet"), tenths, silent)
+            by_tenth = sum(g[2] for g in gathered)
+            companions, index = cofiring(torch.cat([g[3] for g in gathered]), n, config.cofiring_latents)
+            write_latents(named("latents.parquet"), fired, total, highest, store.n_tokens, by_tenth, companions, index)
+            enough = by_tenth.view(n, _TENTHS).sum(1) >= config.top_sentences
+            full = [(t.sentences[enough] >= 0).all(1).sum() / enough.sum().clamp(min=1) for t in tables.values()]
             print(
-                f"{int(living.sum()):,} of {sae.n_latents:,} latents fire; with all {config.top_sentences} sentences: "
-                + ", ".join(f"{share:.0%} by {name}" for name, share in full.items())
-                + f": {named('top.parquet')}"
+                f"{int((fired > 0).sum()):,} of {n:,} latents fire, {int(enough.sum()):,} in {config.top_sentences} "
+                f"sentences or more; of these have their {config.top_sentences}: "
+                + ", ".join(f"{share:.1%} by {name}" for name, share in zip(tables, full, strict=True))
+                + f" (only sentences whose last token fires count there): {named('top.parquet')}"
             )
         w.barrier()
         if w.is_main:

@@ -1,4 +1,4 @@
-"""Top sentences against a naive loop over sentences with a dense SAE: every row of both tables, ties included.
+"""Top sentences against a naive loop over sentences with a dense SAE: every row of the three tables, ties included.
 
 The SAE and the activations are built so that all arithmetic is exact (see `exact_sae`): the comparison is ==, whatever
 the chunk size, the shard size and the number of processes, and many values tie.
@@ -9,6 +9,7 @@ the chunk size, the shard size and the number of processes, and many values tie.
 import json
 import random
 import time
+from unittest import mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,6 +26,7 @@ from sae import TopKSparseAutoencoder, save_sae
 
 D_MODEL, N_LATENTS, K = 10, 24, 5
 N_SENTENCES, TOP, MIN_TOKENS = 50, 7, 3
+SAMPLES = {"examples_per_tenth": 2, "silent_examples": 3, "cofiring_tokens": 150, "cofiring_latents": 4, "seed": 5}
 TEXTS = [f"sentence {i}" for i in range(N_SENTENCES)]
 SCALE = 2.0**40
 
@@ -72,11 +74,22 @@ def folder(tmp_path_factory, data):
 
 def options(folder, size=15, **more):
     paths = {"data_dir": folder / f"shards-of-{size}", "model_path": folder / "sae.pth"}
-    return paths | {"top_sentences": TOP, "min_tokens": MIN_TOKENS} | more
+    return paths | {"top_sentences": TOP, "min_tokens": MIN_TOKENS} | SAMPLES | more
 
 
-def naive(sae, acts, token_ids, texts, n_top, min_tokens):
-    """(rows of top.parquet, rows of latents.parquet)"""
+def splitmix(a: int, b: int, seed: int) -> int:
+    """The upper half of SplitMix64's output for the state 2^32 a + b + (seed + 1) gamma."""
+    z = (2**32 * a + b + (seed + 1) * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return (z ^ z >> 31) >> 32
+
+
+def naive(
+    sae, acts, token_ids, texts, n_top, min_tokens, examples_per_tenth, silent_examples, cofiring_tokens,
+    cofiring_latents, seed
+):  # fmt: skip
+    """(rows of top.parquet, rows of latents.parquet, rows of examples.parquet)"""
     latents = {}  # sentence_idx -> (n_tokens, n_latents), zeros where not kept
     for i, x in acts.items():
         x = x.double()
@@ -88,10 +101,24 @@ def naive(sae, acts, token_ids, texts, n_top, min_tokens):
             for latent in sorted(range(len(row)), key=lambda j: -row[j])[: sae.k]:
                 kept[token, latent] = max(row[latent], 0.0)
         latents[i] = kept.detach()
-    top_rows, latent_rows = [], []
+    top_rows, latent_rows, example_rows = [], [], []
     n_tokens = sum(len(x) for x in acts.values())
+    counted = {
+        (i, position): {latent for latent, value in enumerate(row) if value > 0}
+        for i, x in latents.items()
+        for position, row in enumerate(x.tolist())
+        if splitmix(i, position, seed + 2) < cofiring_tokens / n_tokens * 2**32
+    }
+    by_hash = lambda latent: lambda i: (np.float32(splitmix(latent, i, seed)), i)
+    captured = sorted(acts)
     for latent in range(sae.n_latents):
         by_sentence = {i: x[:, latent].tolist() for i, x in latents.items()}
+        row_of = lambda i, by=by_sentence: {
+            "sentence_idx": i,
+            "text": texts[i],
+            "token_ids": token_ids[i],
+            "token_activations": [float(np.float16(v)) for v in by[i]],
+        }
         for aggregation in ("mean", "max", "last"):
             scored = []
             for i, values in by_sentence.items():
@@ -99,38 +126,47 @@ def naive(sae, acts, token_ids, texts, n_top, min_tokens):
                 if score > 0 and len(values) >= min_tokens:
                     scored.append((-score, i))
             for rank, (score, i) in enumerate(sorted(scored)[:n_top]):
-                top_rows.append(
-                    {
-                        "latent": latent,
-                        "aggregation": aggregation,
-                        "rank": rank,
-                        "activation": float(np.float32(-score)),
-                        "sentence_idx": i,
-                        "text": texts[i],
-                        "token_ids": token_ids[i],
-                        "token_activations": [float(np.float16(v)) for v in by_sentence[i]],
-                    }
-                )
+                about = {"latent": latent, "aggregation": aggregation, "rank": rank}
+                top_rows.append(about | {"activation": float(np.float32(-score))} | row_of(i))
         fired = [v for values in by_sentence.values() for v in values if v > 0]
+        highest = max(fired, default=0.0)
+        tenths: list[list[int]] = [[] for _ in range(10)]
+        for i, values in by_sentence.items():
+            if max(values) > 0 and len(values) >= min_tokens:
+                fraction = np.float32(np.float16(max(values))) / np.float32(highest)
+                tenths[min(9, int(fraction * np.float32(10)))].append(i)
+        tried = {captured[splitmix(latent, j, seed + 1) * len(captured) >> 32] for j in range(8 * silent_examples)}
+        silent = [i for i in tried if fired and max(by_sentence[i]) == 0 and len(by_sentence[i]) >= min_tokens]
+        for tenth, some in [(-1, silent), *enumerate(tenths)]:
+            n = silent_examples if tenth == -1 else examples_per_tenth
+            for i in sorted(some, key=by_hash(latent))[:n]:
+                example_rows.append({"latent": latent, "tenth": tenth} | row_of(i))
+        on = lambda j: {token for token, who in counted.items() if j in who}
+        jaccard = [(len(on(latent) & on(j)) / max(1, len(on(latent) | on(j))), -j) for j in range(sae.n_latents)]
+        together = [pair for pair in sorted(jaccard, reverse=True) if pair[0] > 0 and pair[1] != -latent]
+        together = together[:cofiring_latents]
         latent_rows.append(
             {
                 "latent": latent,
                 "frequency": float(np.float32(len(fired)) / np.float32(n_tokens)),
                 "mean": float(np.float32(sum(fired) / max(len(fired), 1))),
-                "max": float(np.float32(max(fired, default=0.0))),
+                "max": float(np.float32(highest)),
+                "sentences": sum(map(len, tenths)),
+                "sentences_by_tenth": [len(some) for some in tenths],
+                "cofiring_latents": [-j for _, j in together],
+                "cofiring_jaccard": [float(np.float32(share)) for share, _ in together],
             }
         )
-    return top_rows, latent_rows
+    return top_rows, latent_rows, example_rows
 
 
 @pytest.fixture(scope="module")
 def expected(data):
-    return naive(exact_sae(), *data, TEXTS, TOP, MIN_TOKENS)
+    return naive(exact_sae(), *data, TEXTS, TOP, MIN_TOKENS, **SAMPLES)
 
 
 def read(folder):
-    table = pq.read_table(folder / "sae.top.parquet")
-    return table.to_pylist(), pq.read_table(folder / "sae.latents.parquet").to_pylist()
+    return tuple(pq.read_table(folder / f"sae.{name}.parquet").to_pylist() for name in ("top", "latents", "examples"))
 
 
 # ---- against the naive loop
@@ -144,7 +180,7 @@ def test_tables_equal_the_naive_loop(folder, expected, tmp_path, size, encode_to
 
 
 def test_the_data_has_what_this_is_about(data, expected):
-    rows, latents = expected
+    rows, latents, examples = expected
     assert sum(r["frequency"] == 0 for r in latents) >= 1 and sum(r["frequency"] > 0 for r in latents) > 10
     ties = 0
     for row, after in zip(rows, rows[1:], strict=False):
@@ -156,6 +192,11 @@ def test_the_data_has_what_this_is_about(data, expected):
     assert full and len(full) < 3 * N_LATENTS  # some latents have all their sentences, some have fewer
     lengths = {len(x) for x in data[0].values()}
     assert min(lengths) < MIN_TOKENS  # min_tokens leaves something out
+    tenths = [tenth for row in latents for tenth in row["sentences_by_tenth"]]
+    assert tenths.count(0) > 10 and sum(tenth > SAMPLES["examples_per_tenth"] for tenth in tenths) > 10
+    silent = [sum(r["latent"] == latent and r["tenth"] == -1 for r in examples) for latent in range(N_LATENTS)]
+    assert {0, SAMPLES["silent_examples"]} <= set(silent)
+    assert {0, SAMPLES["cofiring_latents"]} <= {len(row["cofiring_latents"]) for row in latents}
 
 
 def test_two_processes_write_the_same_tables(folder, expected, tmp_path):
@@ -169,9 +210,9 @@ def test_two_processes_write_the_same_tables(folder, expected, tmp_path):
 @pytest.mark.parametrize("min_tokens", [1, 6])
 def test_min_tokens(folder, data, tmp_path, min_tokens):
     call(top, **options(folder, captured_data_output_dir=tmp_path) | {"min_tokens": min_tokens})
-    rows, latents = read(tmp_path)
-    assert (rows, latents) == naive(exact_sae(), *data, TEXTS, TOP, min_tokens)
-    assert min(len(r["token_ids"]) for r in rows) >= min_tokens
+    rows, latents, examples = read(tmp_path)
+    assert (rows, latents, examples) == naive(exact_sae(), *data, TEXTS, TOP, min_tokens, **SAMPLES)
+    assert min(len(r["token_ids"]) for r in [*rows, *examples]) >= min_tokens
 
 
 def test_tables_lie_beside_the_sae_by_default(folder, expected, tmp_path):
@@ -183,16 +224,31 @@ def test_tables_lie_beside_the_sae_by_default(folder, expected, tmp_path):
 
 def test_columns(folder, tmp_path):
     call(top, **options(folder, captured_data_output_dir=tmp_path))
-    types = {f.name: str(f.type).replace("element", "item") for f in pq.read_schema(tmp_path / "sae.top.parquet")}
-    assert types == {
-        "latent": "int32",
-        "aggregation": "dictionary<values=string, indices=int32, ordered=0>",
-        "rank": "int32",
-        "activation": "float",
+
+    def types(name):
+        schema = pq.read_schema(tmp_path / f"sae.{name}.parquet")
+        return {field.name: str(field.type).replace("element", "item") for field in schema}
+
+    sentence = {
         "sentence_idx": "int64",
         "text": "large_string",
         "token_ids": "large_list<item: int32>",
         "token_activations": "large_list<item: halffloat>",
+    }
+    aggregation = "dictionary<values=string, indices=int32, ordered=0>"
+    assert types("top") == {
+        "latent": "int32", "aggregation": aggregation, "rank": "int32", "activation": "float"
+    } | sentence  # fmt: skip
+    assert types("examples") == {"latent": "int32", "tenth": "int8"} | sentence
+    assert types("latents") == {
+        "latent": "int32",
+        "frequency": "float",
+        "mean": "float",
+        "max": "float",
+        "sentences": "int64",
+        "sentences_by_tenth": "fixed_size_list<item: int64>[10]",
+        "cofiring_latents": "large_list<item: int32>",
+        "cofiring_jaccard": "large_list<item: float>",
     }
 
 
@@ -219,8 +275,8 @@ def test_real_activations(tiny_model_dir, tmp_path):
     model, tokenizer = load_model(tiny_model_dir), load_tokenizer(tiny_model_dir)
     ids = {i: tokenizer.encode(text)[:40] for i, text in enumerate(texts) if text}
     acts = {i: model.activations(torch.tensor([x]), SITE)[0].to(torch.bfloat16).float() for i, x in ids.items()}
-    rows, latents = read(tmp_path)
-    expected_rows, expected_latents = naive(sae, acts, ids, texts, 9, 3)
+    rows, latents, _ = read(tmp_path)
+    expected_rows, expected_latents, _ = naive(sae, acts, ids, texts, 9, 3, **SAMPLES)
     assert len(rows) == len(expected_rows) > 500
     tolerance = {"rtol": 0.02, "atol": 0.01}  # a stored bfloat16 may be the neighbour of the one computed here
     for name in ("activation", "latent", "rank"):
@@ -264,30 +320,65 @@ def test_top_table_equals_sorted(values, n_top, batch, rng):
         assert table.values[latent].tolist() == [-score for score, _ in best] + [-torch.inf] * (n_top - n)
 
 
+@given(
+    st.lists(st.sets(st.integers(0, 7), max_size=4), min_size=1, max_size=30),
+    st.integers(1, 9),
+    st.sampled_from([1, 20, 2**20]),
+)
+def test_cofiring_equals_counting_pairs(fired, n_kept, counted_at_once):
+    """With 8 latents many indices tie; some latents at a time or all give the same."""
+    tokens = torch.tensor([[*some, *[-1] * (4 - len(some))] for some in fired], dtype=torch.int32)
+    with mock.patch.object(top, "_COUNTED_AT_ONCE", counted_at_once):
+        companions, index = top.cofiring(tokens, 8, n_kept)
+    for latent in range(8):
+        expected = []
+        for other in set(range(8)) - {latent}:
+            both = sum({latent, other} <= some for some in fired)
+            either = sum(bool({latent, other} & some) for some in fired)
+            expected.append((-both / max(either, 1), other))
+        expected = sorted(expected)[:n_kept]
+        assert index[latent].tolist() == [-share for share, _ in expected]
+        assert companions[latent][index[latent] > 0].tolist() == [other for share, other in expected if share]
+
+
+def test_hash_is_splitmix64():
+    """The first outputs of SplitMix64 seeded with 0, as its reference implementation prints them."""
+    first = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert [int(top.hash32(zero, zero, seed)) for seed in range(3)] == [output >> 32 for output in first]
+
+
 # ---- interruptions and refusals
 
 
-def test_killed_run_continues(folder, expected, tmp_path, monkeypatch):
-    """Progress is saved each minute; here every reading of the clock is two minutes later."""
+@pytest.mark.parametrize("killed_in", ["aggregate", "collect_pairs"])
+def test_killed_run_continues(folder, expected, tmp_path, monkeypatch, killed_in):
+    """Progress is saved each minute; here every reading of the clock is two minutes later. Killed in the sixth shard
+    of the first pass, or in the last pass."""
     clock = iter(range(0, 10**9, 120))
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + next(clock))
-    real_aggregate, seen = top.aggregate, []
+    real_encode, encoded = top.encode_entries, []
 
-    def aggregate(*args):
-        seen.append(args)
-        if len(seen) == 6:
+    def encode(*args):
+        encoded.append(args)
+        return real_encode(*args)
+
+    def kill(*args):
+        if killed_in == "collect_pairs" or len(encoded) == 6:
             raise KeyboardInterrupt
-        return real_aggregate(*args)
+        return real(*args)
 
-    monkeypatch.setattr(top, "aggregate", aggregate)
+    monkeypatch.setattr(top, "encode_entries", encode)
     chosen = options(folder, 4, captured_data_output_dir=tmp_path)
-    with pytest.raises(SystemExit):
+    real = getattr(top, killed_in)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(top, killed_in, kill)
         call(top, **chosen)
-    assert len(list(tmp_path.glob("*partial*"))) == 1 and not list(tmp_path.glob("*.parquet"))
+    assert list(tmp_path.glob("*partial*")) and not list(tmp_path.glob("*.parquet"))
     call(top, **chosen)
     n_shards = len(json.loads((folder / "shards-of-4" / "manifest.json").read_text())["shards"])
-    assert len(seen) == n_shards + 1  # none twice but the one that was interrupted
+    assert len(encoded) == n_shards + (killed_in == "aggregate")  # none twice but the one that was interrupted
     assert read(tmp_path) == expected
     assert not list(tmp_path.glob("*partial*"))
 
@@ -298,11 +389,11 @@ def test_progress_of_other_options_is_not_used(folder, data, tmp_path, monkeypat
     monkeypatch.setattr(time, "time", lambda: now + next(clock))
     chosen = options(folder, 4, captured_data_output_dir=tmp_path)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(top, "collect_examples", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(top, "collect_pairs", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         call(top, **chosen)
     assert list(tmp_path.glob("*partial*"))
     call(top, **chosen | {"min_tokens": 1})
-    assert read(tmp_path) == naive(exact_sae(), *data, TEXTS, TOP, 1)
+    assert read(tmp_path) == naive(exact_sae(), *data, TEXTS, TOP, 1, **SAMPLES)
 
 
 def test_refuses_an_sae_of_another_site(folder, tmp_path, capsys):

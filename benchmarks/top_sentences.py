@@ -1,0 +1,131 @@
+"""Top sentences: sentences/s of capture_top_activating_sentences.py against the original's way, in one run.
+
+Reads   the embedded tiny Llama, its reference SAE, and the documentation on this machine (made into activations once)
+Writes  DATA_DIR; prints a row of a markdown table
+Method  the original's way is a Python loop over sentences: encode one, average (and take the last token) over its
+        tokens, and enter the sentence for the one latent that is highest by each. Written here from its description,
+        with this project's SAE; both read the same memory-mapped shards (the original read a file a sentence) and run
+        the same number of threads. Ours is the whole script's work: three aggregations, every latent's own sentences,
+        samples, co-firing and the tables on disk. Encoding alone, in batches, is the limit of any way. One of each in
+        turn, REPEATS times; medians. Run it alone on the machine
+Cost    6 minutes on two cores, and 2 more the first time
+
+    python benchmarks/top_sentences.py
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import stage
+
+DATA_DIR = "data/benchmark_top_sentences"  # folder for documents, sentences and activations
+NUM_SAMPLES = 32_000  # sentences
+ORIGINAL_SENTENCES = 4_000  # of them for the original's way, which takes the same time for each
+REPEATS = 5  # runs of each way
+
+_MODEL_DIR = stage.PROJECT_DIR / "llama_3" / "tiny_llama"
+_SITE = "layers.6.attention_norm"
+
+
+def run(script: str, **options: object) -> None:
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    subprocess.run([sys.executable, stage.PROJECT_DIR / script, *flags], check=True, stdout=subprocess.DEVNULL)
+
+
+def make_activations(folder: Path, num_samples: int) -> Path:
+    """The demo's activations of the tiny Llama, by the scripts themselves; nothing when they are there."""
+    run("documentation_corpus.py", output_dir=folder / "documents", max_mb=6)
+    punkt = {"punkt": "corpus", "punkt_train_mb": 1, "shard_mb": 2}
+    run("openwebtext_sentences_dataset.py", input_path=folder / "documents", output_dir=folder / "sentences", **punkt)
+    run(
+        "capture_activations.py",
+        model_dir=_MODEL_DIR,
+        sentences_dir=folder / "sentences",
+        output_dir=folder / "activations",
+        num_samples=num_samples,
+        sites=_SITE,
+        dtype="float32",
+        batch_tokens=2048,
+        window_sentences=4000,
+    )
+    return folder / "activations" / _SITE
+
+
+def one_by_one(store, sae, texts, n: int) -> dict[int, list]:
+    """The original's way, for n sentences: latent -> [(activation, sentence, text)], each for its highest latent."""
+    import torch
+
+    found: dict[int, list] = {}
+    for shard in store.shards():
+        offsets = shard.offsets.tolist()
+        for row, sentence in enumerate(shard.sentence_idx[:n].tolist()):
+            acts = shard.acts[offsets[row] : offsets[row + 1]]
+            values, indices = sae.encode(acts)
+            latents = torch.zeros(len(acts), sae.n_latents).scatter_(1, indices, values)
+            for aggregated in (latents.mean(0), latents[-1]):
+                activation, latent = aggregated.max(0)
+                found.setdefault(int(latent), []).append((float(activation), sentence, texts[sentence]))
+        n -= row + 1
+        if n <= 0:
+            break
+    return {latent: sorted(entries, reverse=True)[:100] for latent, entries in found.items()}
+
+
+def encode_alone(store, sae) -> None:
+    for shard in store.shards():
+        for acts in shard.acts.split(4096):
+            sae.encode(acts)
+
+
+def timed(function, *args) -> float:
+    started = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    config = stage.parse_constants(globals())
+    folder = Path(config.data_dir)
+    activations = make_activations(folder, config.num_samples)
+    import torch
+
+    from activation_store import ActivationStore
+    from openwebtext_sentences_dataset import SentenceDataset
+    from sae import load_sae_model
+
+    sae_path = _MODEL_DIR / "sae.pth"
+    store, sae = ActivationStore(activations), load_sae_model(sae_path)
+    n_sentences = store.manifest["counts"]["sentences"]
+    n_original = min(n_sentences, config.original_sentences)
+    texts = SentenceDataset(folder / "sentences", config.num_samples)
+    options = {"data_dir": activations, "model_path": sae_path, "captured_data_output_dir": folder / "sae"}
+    seconds: dict[str, list[float]] = {"original": [], "ours": [], "encoding": []}
+    with torch.inference_mode():
+        for _ in stage.progress(range(config.repeats), unit="round", desc="benchmark"):
+            seconds["original"].append(timed(one_by_one, store, sae, texts, n_original))
+            seconds["ours"].append(timed(lambda: run("capture_top_activating_sentences.py", **options)))
+            seconds["encoding"].append(timed(encode_alone, store, sae))
+    done = {"original": n_original, "ours": n_sentences, "encoding": n_sentences}
+    rate = {way: done[way] / statistics.median(times) for way, times in seconds.items()}
+    machine = f"{os.cpu_count()} cores, {processor()}, {torch.get_num_threads()} threads"
+    print("| sentences/s | original's way | ours, everything | ratio | encoding alone | machine |")
+    print("|---|---|---|---|---|---|")
+    print(
+        f"| {n_sentences:,} sentences, {store.n_tokens:,} tokens, {sae.n_latents:,} latents | {rate['original']:,.0f} "
+        f"| {rate['ours']:,.0f} | {rate['ours'] / rate['original']:.1f} | {rate['encoding']:,.0f} | {machine} |"
+    )
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    stage.run(main)
