@@ -23,6 +23,7 @@ STRENGTH = 6.0  # of steering, in multiples of the latent's highest activation
 
 _MODEL_DIR = "llama_3/tiny_llama"
 _SITE = "layers.6.attention_norm"  # of 8 layers: about 5/6 of the depth
+_MEANING = "sae.meaning_distinctive-words_max"  # names by the highest token
 _N_TRIED = 8  # latents tried for steering
 _PROMPTS = ("This is", "The", "It can be", "Note that", "When the", "A", "In this case", "The second")
 
@@ -116,23 +117,45 @@ def stages(run: Path, config) -> list[tuple[str, list[str]]]:
             "Names of the latents",
             python("interpret_top_sentences_distinctive_words.py", model_path=sae, top_sentences=20),
         ),
+        (
+            "How well the names tell where a latent fires",
+            python(
+                "score_interpretations.py",
+                model_path=sae,
+                meaning_filepath=run / "sae" / f"{_MEANING}.yaml",
+                scorer="words",
+                shown_sentences=20,
+            ),
+        ),
+        ("Tokens that the latents promote", python("promoted_tokens.py", model_path=sae)),
     ]
 
 
+def read_scores(run: Path) -> dict[str, dict[int, float]]:
+    """balanced_accuracy, and shuffled (that of another latent's name), each latent -> score."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(run / "sae" / f"{_MEANING}.scores.parquet").to_pydict()
+    return {name: dict(zip(table["latent"], table[name], strict=True)) for name in ("balanced_accuracy", "shuffled")}
+
+
 def interesting_latents(run: Path, n: int) -> list[dict]:
-    """Named latents worth showing: certain, neither rare nor everywhere, about different words, rarest words first."""
+    """Named latents worth showing: named by plain words, certain, well scored, neither rare nor everywhere, about
+    different words."""
     import pyarrow.parquet as pq
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    meanings = yaml.load((run / "sae" / "sae.meaning_distinctive-words_max.yaml").read_text(), loader)
+    meanings = yaml.load((run / "sae" / f"{_MEANING}.yaml").read_text(encoding="utf-8"), loader)
     statistics = pq.read_table(run / "sae" / "sae.latents.parquet").to_pydict()
+    scores = read_scores(run)["balanced_accuracy"]
     good = []
     for latent, meaning in meanings.items():
         words = meaning["common_semantic"].split(", ")
-        frequency = statistics["frequency"][latent]
-        if meaning["certainty"] >= 0.9 and len(words[0]) > 4 and 2e-4 <= frequency <= 5e-3:
-            good.append({"latent": latent, "words": words, **meaning, "frequency": frequency})
+        frequency, score = statistics["frequency"][latent], scores.get(latent, 0.0)
+        plain = all(word.isalpha() for word in words) and len(words[0]) > 4
+        if plain and meaning["certainty"] >= 0.9 and score >= 0.7 and 2e-4 <= frequency <= 5e-3:
+            good.append({"latent": latent, "words": words, **meaning, "score": score, "frequency": frequency})
     good.sort(key=lambda entry: (-entry["certainty"], entry["latent"]))
     chosen, used = [], set()
     for entry in good:
@@ -170,10 +193,9 @@ def count_hits(texts: list[str], words: list[str]) -> int:
 def promotes_own_words(model, tokenizer, sae, entry: dict) -> float:
     """How much a latent's direction, read and written by its layer's attention and unembedded, promotes its words: the
     best word's logit in standard deviations over the vocabulary; words of several tokens do not count."""
-    args, layer = model.args, model.layers[int(_SITE.split(".")[1])]
-    values = layer.attention.wv(sae.decoder.weight[:, entry["latent"]]).view(args.n_kv_heads, args.head_dim)
-    values = values.repeat_interleave(args.n_heads // args.n_kv_heads, dim=0).flatten()
-    logits = model.output(layer.attention.wo(values) * model.norm.weight)
+    from promoted_tokens import promoted_logits
+
+    logits = promoted_logits(model, _SITE, sae.decoder.weight[:, entry["latent"]][None], sae.b_pre)[0]
     scores = (logits - logits.mean()) / logits.std()
     tokens = [tokenizer.encode(f" {word}") for word in entry["words"]]
     return max((float(scores[ids[0]]) for ids in tokens if len(ids) == 1), default=float("-inf"))
@@ -221,6 +243,8 @@ def make_report(run: Path, times: list[tuple[str, float]], config) -> str:
     started = time.time()
     steering = steer(run, latents, config)
     times = [*times, ("Steering", time.time() - started)]
+    scores, others = (list(scores.values()) for scores in read_scores(run).values())
+    share = sum(score > 0.7 for score in scores) / len(scores)
     shown = latents[:10]
     if steering["latent"] not in [entry["latent"] for entry in shown]:
         shown = [*shown[:9], next(entry for entry in latents if entry["latent"] == steering["latent"])]
@@ -239,6 +263,9 @@ def make_report(run: Path, times: list[tuple[str, float]], config) -> str:
         f"| ... with the SAE spliced in | {quality['loss_spliced']:.4f} |",
         f"| ... with the site set to zero | {quality['loss_zeroed']:.4f} |",
         f"| loss recovered | {quality['loss_recovered']:.1%} |",
+        f"| a name tells firing from silent sentences, balanced accuracy | {sum(scores) / len(scores):.2f} "
+        f"(another latent's name: {sum(others) / len(others):.2f}) |",
+        f"| ... names above 0.7 | {share:.0%} of {len(scores):,} |",
         "",
         "| stage | time |",
         "|---|---|",
@@ -251,7 +278,10 @@ def make_report(run: Path, times: list[tuple[str, float]], config) -> str:
         "",
     ]
     for entry in shown:
-        lines.append(f"**{entry['latent']}: {entry['common_semantic']}** (certainty {entry['certainty']:.2f})")
+        lines.append(
+            f"**{entry['latent']}: {entry['common_semantic']}** (certainty {entry['certainty']:.2f}, "
+            f"score {entry['score']:.2f})"
+        )
         lines += [f"- {sentence}" for sentence in sentences[entry["latent"]]]
         lines.append("")
     (clean_hits, steered_hits), n = steering["hits"], steering["n"]

@@ -3,12 +3,11 @@
 Reads   NAME.top.parquet beside MODEL_PATH (capture_top_activating_sentences.py), the sentences it was made from, the
         Llama folder of the SAE
 Writes  NAME.meaning_distinctive-words_{mean,max,last}.yaml: latent -> {certainty, common_semantic}, most certain first
-        NAME.promoted.parquet: latent, tokens, scores: what the latent's direction makes the model say next
 Method  log-odds of a feature's share of sentences with an informative Dirichlet prior (Monroe, Colaresi and Quinn 2008,
         Political Analysis 16:4, eq. 22). A feature counts where the latent fires with at least half its highest
         activation in the sentence: a word; two or three words in a row; “…ing” or “Tim…”, a token that is part of a
         word; “(”, a sign; “number”; “line break”. Certainty is the share of the top sentences that hold one of those
-        in the name. `promoted` says what the promoted tokens leave out
+        in the name
 Cost    a minute for 4,096 latents; half an hour on one core for 65,536
 
     python interpret_top_sentences_distinctive_words.py --model_path data/sae.pth
@@ -33,7 +32,6 @@ MIN_SENTENCES = 5  # a latent with fewer gets no name
 N_WORDS = 3  # features in a name, at most
 CORPUS_SENTENCES = 50_000  # sentences the corpus is known by
 PRIOR = 20.0  # sentences' worth of corpus that every latent is assumed to have seen
-PROMOTED_TOKENS = 10  # tokens kept per latent
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _STRONG = 0.5  # share of a sentence's highest activation at which the latent counts as firing on a token

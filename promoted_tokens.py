@@ -60,6 +60,8 @@ def main() -> None:
     model_dir = config.llama_model_dir or sae.info["model_dir"]
     model = load_model(model_dir, device, rope_scaling_factor=sae.info.get("rope_scaling_factor"))
     tokenizer = load_tokenizer(model_dir)
+    special = set(tokenizer.special_tokens.values())
+    plain = torch.tensor([i for i in range(tokenizer.vocab_size) if i not in special], device=device)
     print(f"Reading {config.model_path} and {model_dir}; writing {out_path}.")
 
     tokens: list[list[str]] = []
@@ -68,10 +70,10 @@ def main() -> None:
         for some in torch.arange(sae.n_latents, device=device).split(config.latents_at_once):
             directions = sae.decoder.weight.t()[some] * highest[some, None]
             logits = promoted_logits(model, sae.info["site"], directions, sae.b_pre)
-            logits = logits[:, : tokenizer.bos_id]  # special tokens come after all others
+            logits = logits[:, plain]
             z = (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp(min=1e-12)
             best = z.topk(config.promoted_tokens)
-            tokens += [[tokenizer.decode([token]) for token in row] for row in best.indices.tolist()]
+            tokens += [[tokenizer.decode([token]) for token in row] for row in plain[best.indices].tolist()]
             scores += best.values.tolist()
             bar.update(len(some))
     columns = {
