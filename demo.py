@@ -24,7 +24,7 @@ STRENGTH = 6.0  # of steering, in multiples of the latent's highest activation
 _MODEL_DIR = "llama_3/tiny_llama"
 _SITE = "layers.6.attention_norm"  # of 8 layers: about 5/6 of the depth
 _MEANING = "sae.meaning_distinctive-words_max"  # names by the highest token
-_N_TRIED = 8  # latents tried for steering
+_N_TRIED = 16  # latents tried for steering
 _PROMPTS = ("This is", "The", "It can be", "Note that", "When the", "A", "In this case", "The second")
 
 
@@ -140,8 +140,8 @@ def read_scores(run: Path) -> dict[str, dict[int, float]]:
 
 
 def interesting_latents(run: Path, n: int) -> list[dict]:
-    """Named latents worth showing: named by plain words, certain, well scored, neither rare nor everywhere, about
-    different words."""
+    """Latents worth showing: named by plain words, certain, neither rare nor everywhere, about different words; best
+    score first."""
     import pyarrow.parquet as pq
     import yaml
 
@@ -153,10 +153,10 @@ def interesting_latents(run: Path, n: int) -> list[dict]:
     for latent, meaning in meanings.items():
         words = meaning["common_semantic"].split(", ")
         frequency, score = statistics["frequency"][latent], scores.get(latent, 0.0)
-        plain = all(word.isalpha() for word in words) and len(words[0]) > 4
-        if plain and meaning["certainty"] >= 0.9 and score >= 0.7 and 2e-4 <= frequency <= 5e-3:
+        plain = all(word.isalpha() and word != "number" for word in words) and len(words[0]) > 3
+        if plain and meaning["certainty"] >= 0.9 and 2e-4 <= frequency <= 5e-3:
             good.append({"latent": latent, "words": words, **meaning, "score": score, "frequency": frequency})
-    good.sort(key=lambda entry: (-entry["certainty"], entry["latent"]))
+    good.sort(key=lambda entry: (-entry["score"], entry["latent"]))
     chosen, used = [], set()
     for entry in good:
         if not used & {word[:4] for word in entry["words"]}:
