@@ -18,6 +18,7 @@ import os
 import reprlib
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -316,12 +317,12 @@ def print_latents(setup: Setup, ids: list[int], n: int, listed: list[int]) -> No
     from rich.text import Text
 
     n_same = len(os.path.commonprefix([ids, listed]))
+    digits = len(str(setup.sae.n_latents - 1))
     table = Table(box=None, pad_edge=False, show_header=False)
-    for _ in range(1 + n):
-        table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, max_width=16)  # the other columns share what the window leaves
     for text, latents in strongest_latents(setup, ids, n)[n_same:]:
-        named = [f"{latent:>5} {value:5.2f} {setup.meanings.get(latent, '')}" for latent, value in latents]
-        table.add_row(Text(repr(text), "bold"), *map(Text, named))
+        named = [f"{latent:>{digits}} {value:.2f} {setup.meanings.get(latent, '')}" for latent, value in latents]
+        table.add_row(Text(repr(text), "bold"), *(Text(name, no_wrap=True, overflow="ellipsis") for name in named))
     width = None if sys.stdout.isatty() else 100 * (1 + n)  # the window's; a pipe cuts nothing
     Console(width=width).print(table)
 
@@ -343,6 +344,12 @@ def check_prompts(setup: Setup, prompts: Sequence[list[int]], names: Iterable[st
             check_context(setup.model, len(prompt), setup.options["max_new_tokens"])
         except stage.InputError as error:
             raise stage.InputError(f"{name}: {error}") from None
+
+
+def steps_of(setup: Setup, prompts: list[list[int]], seeds: list[int], steering) -> Iterator[list[int | None]]:
+    """`generate` with what the options say."""
+    stop_tokens = setup.tokenizer.stop_ids
+    return generate(setup.model, prompts, stop_tokens=stop_tokens, seeds=seeds, steering=steering, **setup.options)
 
 
 def add_step(rows: list[list[int]], step: list[int | None]) -> None:
@@ -367,18 +374,19 @@ def complete_texts(setup: Setup, texts: list[str], config) -> None:
 
 
 def complete_together(setup: Setup, texts: list[str], prompts: list[list[int]], first: int, config) -> None:
-    options = {**setup.options, "stop_tokens": setup.tokenizer.stop_ids, "seeds": seeds_of(config, len(texts), first)}
+    seeds = seeds_of(config, len(texts), first)
     steerings = {"clean": None} | ({"steered": setup.steering} if setup.steering else {})
-    streams = [generate(setup.model, prompts, **options, steering=steering) for steering in steerings.values()]
+    streams = [steps_of(setup, prompts, seeds, steering) for steering in steerings.values()]
     added: dict[str, list[list[int]]] = {kind: [[] for _ in texts] for kind in steerings}
 
     def completions() -> dict[str, list[str]]:
         return {kind: [text_after(setup, *x) for x in zip(prompts, rows, strict=True)] for kind, rows in added.items()}
 
-    with side_by_side(texts, completions):
+    with side_by_side(texts, completions) as refresh:
         for steps in itertools.zip_longest(*streams, fillvalue=[None] * len(texts)):
             for rows, step in zip(added.values(), steps, strict=True):
                 add_step(rows, step)
+            refresh()
     for i, text in enumerate(texts if config.show_latents else ()):
         listed: list[int] = []
         for kind, rows in added.items():
@@ -390,13 +398,13 @@ def complete_together(setup: Setup, texts: list[str], prompts: list[list[int]], 
 
 
 @contextlib.contextmanager
-def side_by_side(texts: list[str], completions: Callable[[], dict[str, list[str]]]) -> Iterator[None]:
-    """Show texts and their completions in a table as they grow; it stays, at Ctrl-C too. A pipe gets lines at the end.
+def side_by_side(texts: list[str], completions: Callable[[], dict[str, list[str]]]) -> Iterator[Callable[[], None]]:
+    """Show texts and their completions in a table, which stays, at Ctrl-C too. A pipe gets lines at the end.
 
-    completions: gives those of every text, by kind; called from another thread.
+    completions: gives those of every text, by kind. Yields what to call when they have grown.
     """
     if not sys.stdout.isatty():
-        yield
+        yield lambda: None
         columns = completions()
         for i, text in enumerate(texts):
             print(repr(text))
@@ -426,9 +434,18 @@ def side_by_side(texts: list[str], completions: Callable[[], dict[str, list[str]
         lines = console.render_lines(table(), pad=False)[1 - console.height :]
         return Segments(itertools.chain.from_iterable([*line, Segment.line()] for line in lines))
 
+    shown_at = 0.0
+
+    def refresh() -> None:
+        nonlocal shown_at
+        if time.monotonic() - shown_at > 0.1:
+            live.refresh()
+            shown_at = time.monotonic()
+
     try:
-        with Live(console=console, get_renderable=end_of_table, transient=True, refresh_per_second=10):
-            yield
+        # Not by Live's own thread: nobody waits for it, and Python aborts when it ends inside the tokenizer.
+        with Live(console=console, get_renderable=end_of_table, transient=True, auto_refresh=False) as live:
+            yield refresh
     finally:
         console.print(table())
 
@@ -438,7 +455,9 @@ def ask() -> str | None:
     if not sys.stdin.isatty():
         return next(sys.stdin, None)
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  # arrow keys, earlier lines, several lines pasted as one
+        import readline  # arrow keys, earlier lines
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # several lines pasted are one message
     while True:
         try:
             return input("> ")
@@ -482,14 +501,13 @@ def chat_session(setup: Setup, config) -> None:
     encode = lambda messages: encode_dialogue(setup.tokenizer, [*system, *messages], setup.date)
     room = setup.model.args.max_seq_len - config.max_new_tokens
     messages: list[Message] = []
-    listed: list[int] = []
     n_answers = 0
     while (line := ask()) is not None:
         if not line.strip():
             continue
         question = Message("user", line)
         try:
-            check_prompts(setup, [encode([question])], ["This message alone"])
+            check_context(setup.model, len(encode([question])), config.max_new_tokens)
         except stage.InputError as error:
             print(f"error: {error}", file=sys.stderr)
             continue
@@ -503,19 +521,19 @@ def chat_session(setup: Setup, config) -> None:
         messages.append(Message("assistant", text_after(setup, prompt, answer)))
         n_answers += 1
         if config.show_latents:
-            print_latents(setup, prompt + answer, config.show_latents, listed)
-            listed = prompt + answer
+            before = encode(messages[:-2]) if n_answers > 1 else []
+            with contextlib.suppress(KeyboardInterrupt):
+                print_latents(setup, prompt + answer, config.show_latents, before)
 
 
 def print_answer(setup: Setup, prompt: list[int], seeds: list[int]) -> list[int]:
     """Print an answer as it comes and return its tokens; Ctrl-C ends it."""
     from llama_3.tokenizer import TextStream
 
-    options = {**setup.options, "stop_tokens": setup.tokenizer.stop_ids, "seeds": seeds, "steering": setup.steering}
     text = TextStream(setup.tokenizer, prompt)
     answer: list[int] = []
     try:
-        for (token,) in generate(setup.model, [prompt], **options):
+        for (token,) in steps_of(setup, [prompt], seeds, setup.steering):
             answer.append(token)
             print(text.add(token).translate(_VISIBLE), end="", flush=True)
     except KeyboardInterrupt:
@@ -572,9 +590,8 @@ def encode_request(setup: Setup, row: dict, config) -> list[int]:
 
     if config.command == "text":
         return encode_text(setup.tokenizer, row["prompt"])
-    messages = [Message("user", row["prompt"])]
-    if "messages" in row:
-        messages = [Message(m["role"], m["content"]) for m in row["messages"]]
+    said = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+    messages = [Message(m["role"], m["content"]) for m in said]
     if config.system and messages[0].role != "system":
         messages.insert(0, Message("system", config.system))
     return encode_dialogue(setup.tokenizer, messages, setup.date)
@@ -587,7 +604,8 @@ def run_file(setup: Setup, requests: list[tuple[int, dict]], config) -> None:
     rows = [row for _, row in requests]
     prompts = [encode_request(setup, row, config) for row in rows]
     check_prompts(setup, prompts, (f"{config.input_path}, line {number}" for number, _ in requests))
-    decides = {name: value for name, value in vars(config).items() if name not in ("output_path", "batch_size")}
+    free = ("input_path", "output_path", "batch_size")  # what the completions do not depend on
+    decides = {name: value for name, value in vars(config).items() if name not in free}
     decides |= {"input_sha256": stage.sha256(config.input_path), "sae": setup.sae and setup.sae.info}
     decides |= {"model": checkpoint_identity(config.llama_model_dir or TINY_LLAMA_DIR)}
     output = Path(config.output_path)
@@ -627,8 +645,7 @@ def complete_requests(setup: Setup, prompts: list[list[int]], first: int, config
     """Completions of requests `first` and following, with what is needed to repeat them."""
     seeds = seeds_of(config, len(prompts), first)
     added: list[list[int]] = [[] for _ in prompts]
-    options = {**setup.options, "stop_tokens": setup.tokenizer.stop_ids, "seeds": seeds, "steering": setup.steering}
-    for step in generate(setup.model, prompts, **options):
+    for step in steps_of(setup, prompts, seeds, setup.steering):
         add_step(added, step)
     results = []
     for prompt, tokens, seed in zip(prompts, added, seeds, strict=True):
@@ -664,6 +681,7 @@ def main() -> None:
     check_options(config)
     requests = read_prompts(config.input_path, config.command) if config.input_path else []
     sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal knows every character
+    print(f"Loading {config.llama_model_dir or 'the embedded tiny Llama'} ...", file=sys.stderr, flush=True)
     setup = set_up(config)
     if config.command == "chat":
         from llama_3.chat import check_chat
