@@ -672,6 +672,8 @@ def check_options(config) -> None:
         raise stage.InputError("--input_path and --output_path belong together; give both or neither.")
     if config.prompts and (config.command == "chat" or config.input_path):
         raise stage.InputError("--prompts are completed by text without --input_path; leave one of them out.")
+    if config.output_path and Path(config.output_path).resolve() == Path(config.input_path).resolve():
+        raise stage.InputError(f"{config.output_path} is the input too; name another file for --output_path.")
     if config.output_path and Path(config.output_path).is_dir():
         raise stage.InputError(f"{config.output_path} is a folder; name a file for --output_path.")
 
@@ -680,7 +682,7 @@ def main() -> None:
     config = stage.parse_constants(globals(), commands={"text": "complete text", "chat": "hold a dialogue"})
     check_options(config)
     requests = read_prompts(config.input_path, config.command) if config.input_path else []
-    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal knows every character
+    sys.stdout.reconfigure(errors="replace")  # not every terminal knows every character
     print(f"Loading {config.llama_model_dir or 'the embedded tiny Llama'} ...", file=sys.stderr, flush=True)
     setup = set_up(config)
     if config.command == "chat":

@@ -302,7 +302,7 @@ def test_a_terminal_that_lacks_characters(monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
     call(inference, prompts=["再"], max_new_tokens=1, temperature=0)
-    assert out.buffer.getvalue().decode("ascii").startswith("'\\u518d'\n  clean ")
+    assert out.buffer.getvalue().decode("ascii").startswith("'?'\n  clean ")
 
 
 # ---- files
@@ -472,6 +472,7 @@ def test_refuses_a_prompt_beyond_the_context_by_its_line(tmp_path, capsys):
 
 
 def test_refuses_an_output_that_cannot_be(tmp_path, capsys):
+    assert "is the input too" in refused(tmp_path, capsys, GOOD, output_path=tmp_path / "in.jsonl")
     assert "is a folder" in refused(tmp_path, capsys, GOOD, output_path=tmp_path)
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused(tmp_path, capsys, GOOD, output_path=tmp_path / "file" / "out.jsonl")
