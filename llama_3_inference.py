@@ -421,7 +421,9 @@ def side_by_side(texts: list[str], completions: Callable[[], dict[str, list[str]
 
     def table() -> Table:
         columns = completions()
-        grown = Table(*columns, show_lines=True, expand=True)
+        grown = Table(show_lines=True, expand=True)
+        for kind in columns:
+            grown.add_column(kind, ratio=1)  # as wide as the others, however long its texts are
         for text, *row in zip(texts, *columns.values(), strict=True):
             row = [completion.rstrip("\ufffd").translate(_VISIBLE) for completion in row]  # half a character waits
             cells = [Text.assemble((text.translate(_VISIBLE), "bold"), completion) for completion in row]

@@ -5,6 +5,7 @@ What it prints and writes is compared with `complete` of each prompt alone, and 
 .venv/bin/python -m pytest tests/test_terminal.py
 """
 
+import codecs
 import contextlib
 import io
 import json
@@ -27,7 +28,7 @@ from hypothesis import strategies as st
 
 import llama_3_inference as inference
 from llama_3 import load_model, load_tokenizer
-from llama_3.chat import Message
+from llama_3.chat import Message, encode_dialogue
 from llama_3.loading import TINY_LLAMA_DIR
 from sae import load_sae_model
 
@@ -81,7 +82,7 @@ def rows_of(path: Path) -> list[dict]:
 
 def plain(text: str) -> str:
     """Without a terminal's control sequences."""
-    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r\n", "\n")
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", text)
 
 
 def words(table: str) -> str:
@@ -100,20 +101,24 @@ class Terminal:
             changes = {"COLUMNS": str(columns), "LINES": "30", "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
             os.chdir(PROJECT_DIR)
             os.execve(sys.executable, [sys.executable, SCRIPT, *arguments], os.environ | changes | environment)
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
         self.text = ""
+
+    def read(self) -> bool:
+        """Read what comes next; False at the end."""
+        ready, _, _ = select.select([self.fd], [], [], 40)
+        assert ready, f"nothing more came after {self.text!r}"
+        try:
+            piece = os.read(self.fd, 65536)
+        except OSError:  # the other side has closed
+            return False
+        self.text += self.decoder.decode(piece)
+        return bool(piece)
 
     def read_until(self, wanted: str) -> str:
         """What it has written, up to the first `wanted`."""
-        deadline = time.monotonic() + 40
         while wanted not in plain(self.text):
-            ready, _, _ = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"{wanted!r} never came: {self.text!r}"
-            try:
-                piece = os.read(self.fd, 65536)
-            except OSError:  # the other side has closed
-                piece = b""
-            assert piece, f"it ended before {wanted!r} came: {self.text!r}"
-            self.text += piece.decode(errors="replace")
+            assert self.read(), f"it ended before {wanted!r} came: {self.text!r}"
         before, _, self.text = plain(self.text).partition(wanted)
         return before
 
@@ -122,12 +127,11 @@ class Terminal:
 
     def interrupt(self) -> None:
         time.sleep(0.2)  # until it waits again: a signal that comes just before is noticed at the next key
-        self.type("\x03")
+        self.type(CTRL_C)
 
     def exit_code(self) -> int:
-        with contextlib.suppress(OSError):
-            while piece := os.read(self.fd, 65536):
-                self.text += piece.decode(errors="replace")
+        while self.read():
+            pass
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
@@ -143,63 +147,75 @@ def terminal(*arguments: str, **how):
         os.close(session.fd)
 
 
-CTRL_D = "\x04"
+PROMPT = "\n> "
+CTRL_C, CTRL_D = "\x03", "\x04"
 PASTE = "\x1b[200~{}\x1b[201~"
 
 
+def cells_of(shown: str, width: int) -> list[list[str]]:
+    """The words in each cell of the last table, row by row, its header first."""
+    table = shown[shown.rindex("┏") :]
+    assert {len(line) for line in table.splitlines()} == {width}
+    rows = []
+    for lines in re.split("[┏┡├└].*\n?", table)[1:-1]:
+        cells = [re.split("[│┃]", line)[1:-1] for line in lines.splitlines()]
+        rows.append([words(" ".join(column)) for column in zip(*cells, strict=True)])
+    return rows
+
+
 def test_text_in_a_terminal(alone):
-    """Prompts pasted together, a dropped line, side by side, Ctrl-C in a completion, too long a prompt, Ctrl-D."""
-    clean, steered = alone(TEXTS[:2], 12, **GREEDY), alone(TEXTS[:2], 12, strength=4.0, **GREEDY)
-    flags = {"latent": LATENT, "max_new_tokens": 12, "temperature": 0}
+    """A dropped line, prompts pasted together, side by side, Ctrl-C in a completion, too long a prompt, Ctrl-D."""
+    texts = TEXTS[:2]
+    clean, steered = alone(texts, 60, **GREEDY), alone(texts, 60, strength=4.0, **GREEDY)
+    assert all(one != other for one, other in zip(clean, steered, strict=True))
+    whole = [[words(t + one), words(t + other)] for t, one, other in zip(texts, clean, steered, strict=True)]
+    flags = {"latent": LATENT, "max_new_tokens": 60, "temperature": 0}
     with terminal("text", *as_flags(flags), columns=70) as session:
-        session.read_until("> ")
-        assert all(one != other for one, other in zip(clean, steered, strict=True))
+        session.read_until(PROMPT)
         session.type("not this")
         session.read_until("not this")
         session.interrupt()
-        session.read_until("> ")
-        session.type(PASTE.format("\n".join(TEXTS[:2])) + "\r")
-        session.read_until("> ")
+        session.read_until(PROMPT)
+        session.type(PASTE.format("\n".join(texts)) + "\r")
+        session.read_until(PROMPT)
         session.type("\r")
-        shown = session.read_until("> ")
-        table = shown[shown.rindex("┏") :]  # the last one; those before were growing
-        header, *cells = re.split("[┡├└].*\n", table)
-        assert words(header) == "┏━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┓ clean steered"
-        assert max(map(len, table.splitlines())) == 70
-        for text, one, other, cell in zip(TEXTS, clean, steered, cells, strict=False):
-            columns = zip(*(line.split("│")[1:3] for line in cell.splitlines()), strict=True)
-            assert [words(" ".join(column)) for column in columns] == [words(text + one), words(text + other)]
+        assert cells_of(session.read_until(PROMPT), 70) == [["clean", "steered"], *whole]
+        session.type(texts[0] + "\r\r")
+        session.read_until("┏")
+        session.type(CTRL_C)
+        _, begun = cells_of(session.read_until(PROMPT), 70)
+        assert all(w.startswith(some) and w != some for w, some in zip(whole[0], begun, strict=True))
         session.type("1 " * 300 + "\r\r")
         session.read_until("error: '1 1 1 ")
-        session.read_until("> ")
+        session.read_until(PROMPT)
         session.type("The file\r" + CTRL_D)  # what was asked for is done before it leaves
-        session.read_until("The file")
         session.read_until("└")
         assert session.exit_code() == 0
 
 
 def test_chat_in_a_terminal(tokenizer):
-    """Ctrl-C in an answer and at the prompt, a message of several lines, a full context; the session goes on."""
-    flags = {"max_new_tokens": 180, "temperature": 2.0, "show_latents": 2}
+    """Ctrl-C at the prompt and in an answer, a full context, too long a message; the session goes on."""
+    first, second = "What is a file?", "Why?" + " really" * 25
+    room = 256 - 180
+    n_tokens = [len(encode_dialogue(tokenizer, [Message("user", text)])) for text in (first, second)]
+    assert max(n_tokens) <= room < sum(n_tokens)
+    flags = {"max_new_tokens": 180, "temperature": 0, "show_latents": 2}
     with terminal("chat", *as_flags(flags), columns=60, TERM="dumb") as session:
-        session.read_until("> ")
+        session.read_until(PROMPT)
         session.interrupt()
-        session.read_until("> ")
-        session.type("What is a file?\r")
-        session.read_until("What is a file?")
+        session.read_until(PROMPT)
+        session.type(first + "\r")
+        session.read_until(first)
         session.interrupt()
-        session.read_until("'<|begin_of_text|>'"[:15])
-        table = session.read_until("> ")
-        lines = table.splitlines()
-        assert "<|eot_id|>" in table and len(lines) < 180 and max(map(len, lines)) <= 60
-        session.type("How long is a list?\r")
-        session.read_until("> ")
-        session.type("Why?" + " really" * 20 + "\r")
-        assert "oldest messages were forgotten" in session.read_until("'user'")
-        session.read_until("> ")
+        session.read_until("'<|begin_of_tex")
+        lines = session.read_until(PROMPT).splitlines()
+        assert n_tokens[0] <= len(lines) < n_tokens[0] + 180 and max(map(len, lines)) <= 60
+        session.type(second + "\r")
+        session.read_until("The context is full; the oldest messages were forgotten.")
+        session.read_until(PROMPT)
         session.type("1 " * 300 + "\r")
         session.read_until("error: A prompt of ")
-        session.read_until("> ")
+        session.read_until(PROMPT)
         session.type(CTRL_D)
         assert session.exit_code() == 0
 
@@ -384,7 +400,7 @@ def test_a_prompt_is_a_line(tmp_path_factory, prompts, end):
 def test_a_killed_run_continues(tmp_path, monkeypatch, capsys):
     """kill -9 of the real command, a second one beside it, other options, half a line: then the same file."""
     source = write_lines(tmp_path / "in.jsonl", [{"prompt": f"{text} {i}"} for i in range(6) for text in TEXTS])
-    options = {"input_path": source, "max_new_tokens": 12, "show_latents": 1, **SAMPLED}
+    options = {"input_path": source, "max_new_tokens": 12, **SAMPLED}
     call(inference, **options, output_path=tmp_path / "whole.jsonl", batch_size=7)
     whole = (tmp_path / "whole.jsonl").read_bytes()
 
