@@ -12,10 +12,14 @@ Method  steering adds strength x the latent's highest observed activation to its
 """
 
 import contextlib
+import itertools
 import json
+import os
+import reprlib
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from itertools import zip_longest
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,7 +45,7 @@ SYSTEM = ""  # chat: the system message
 DATE = "auto"  # chat: today's date as in "26 Jul 2024", or none; auto: that one from Llama 3.1 on, none before
 INPUT_PATH: str | None = None  # file of prompts: one a line, or .jsonl with "prompt" or "messages" in each
 OUTPUT_PATH: str | None = None  # JSON lines with the completions of INPUT_PATH
-BATCH_SIZE = 8  # prompts of INPUT_PATH completed together
+BATCH_SIZE = 8  # prompts completed together
 MAX_NEW_TOKENS = 64  # tokens to add
 TEMPERATURE = 0.7  # 0: always the most likely token
 TOP_P = 0.95  # sample from the most likely tokens that together have this probability
@@ -223,12 +227,18 @@ def set_up(config) -> Setup:
 
     from llama_3 import load_model, load_tokenizer
     from llama_3.loading import TINY_LLAMA_DIR
+    from llama_3.model import check_site
     from sae import load_sae_model
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if config.dtype == "auto" else config.dtype
     if dtype not in ("bfloat16", "float16", "float32"):
         raise stage.InputError(f"--dtype {dtype} is unknown; write bfloat16, float16 or float32.")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise stage.InputError(f"--device {device} cannot be used here ({reason}); write cpu or cuda.") from None
     model_dir = config.llama_model_dir or TINY_LLAMA_DIR
     sae, sae_path = None, config.sae_model_path
     if config.latent is not None or config.show_latents or sae_path:
@@ -245,6 +255,11 @@ def set_up(config) -> Setup:
         raise stage.InputError(
             f"{sae_path} has d_model {sae.d_model}, {model_dir} has {model.args.dim}; they do not belong together."
         )
+    if sae:
+        try:
+            check_site(sae.info["site"], model.args.n_layers)
+        except ValueError as error:
+            raise stage.InputError(f"{sae_path} does not belong to {model_dir}: {error}") from None
     steering = None
     if config.latent is not None:
         function = steer_by_latent(sae, config.latent, config.strength, highest_activation(sae_path, config.latent))
@@ -253,7 +268,7 @@ def set_up(config) -> Setup:
     date = None if config.date == "none" else config.date
     if config.date == "auto":  # the date header came with Llama 3.1, as did scaled RoPE
         date = _DATE_OF_THE_TEMPLATE if model.args.rope_scaling_factor != 1 else None
-    meanings = latent_meanings(sae_path) if config.show_latents else {}
+    meanings = latent_meanings(sae_path) if sae else {}
     return Setup(model, tokenizer, sae, meanings, options, steering, date)
 
 
@@ -293,89 +308,190 @@ def strongest_latents(setup: Setup, ids: list[int], n: int) -> list[tuple[str, l
     return rows
 
 
-def print_latents(setup: Setup, ids: list[int], n: int) -> None:
-    for text, latents in strongest_latents(setup, ids, n):
-        named = [f"{i} {value:.2f} {setup.meanings.get(i, '')}".strip() for i, value in latents]
-        print(f"    {text!r:16} {'; '.join(named)}")
+def print_latents(setup: Setup, ids: list[int], n: int, listed: list[int]) -> None:
+    """List each token of `ids` with its n strongest latents, from where the tokens differ from `listed` on.
+
+    Steering acts behind the place where the SAE reads, so tokens that two lists begin with have the same latents.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    n_same = len(os.path.commonprefix([ids, listed]))
+    digits = len(str(setup.sae.n_latents - 1))
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True, max_width=16)  # the other columns share what the window leaves
+    for text, latents in strongest_latents(setup, ids, n)[n_same:]:
+        named = [f"{latent:>{digits}} {value:.2f} {setup.meanings.get(latent, '')}" for latent, value in latents]
+        table.add_row(Text(repr(text), "bold"), *(Text(name, no_wrap=True, overflow="ellipsis") for name in named))
+    width = None if sys.stdout.isatty() else 100 * (1 + n)  # the window's; a pipe cuts nothing
+    Console(width=width).print(table)
 
 
 # ---- the terminal
+
+# Control characters that a model writes could move the cursor or worse. Pictures of them are shown.
+_VISIBLE = {i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"} | dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
 
 
 def seeds_of(config, n: int, first: int = 0) -> list[int]:
     return [config.seed * 1_000_003 + first + i for i in range(n)]
 
 
-def complete_texts(setup: Setup, prompts: list[str], config) -> None:
-    """Complete prompts together, clean and (with a latent) steered side by side, as they grow; Ctrl-C ends them."""
-    options = {**setup.options, "seeds": seeds_of(config, len(prompts))}
-    streams = {"clean": stream_text(setup.model, setup.tokenizer, prompts, **options)}
-    if setup.steering:
-        streams["steered"] = stream_text(setup.model, setup.tokenizer, prompts, **options, steering=setup.steering)
-    texts = {kind: [""] * len(prompts) for kind in streams}
-    with side_by_side(prompts, texts):
-        for steps in zip_longest(*streams.values()):
-            for kind, pieces in zip(streams, steps, strict=True):
-                if pieces:
-                    texts[kind] = [text + piece for text, piece in zip(texts[kind], pieces, strict=True)]
-    for i, prompt in enumerate(prompts):
-        print(repr(prompt))
-        for kind, rows in texts.items():
-            print(f"  {kind:8} {rows[i]!r}")
-        if config.show_latents:
-            for kind, rows in texts.items():
-                print(f"  latents, {kind}")
-                print_latents(setup, encode_text(setup.tokenizer, prompt + rows[i]), config.show_latents)
-        print()
+def check_prompts(setup: Setup, prompts: Sequence[list[int]], names: Iterable[str]) -> None:
+    """Raise InputError, with its name, for the first prompt that does not fit the model's context."""
+    for prompt, name in zip(prompts, names, strict=True):
+        try:
+            check_context(setup.model, len(prompt), setup.options["max_new_tokens"])
+        except stage.InputError as error:
+            raise stage.InputError(f"{name}: {error}") from None
+
+
+def steps_of(setup: Setup, prompts: list[list[int]], seeds: list[int], steering) -> Iterator[list[int | None]]:
+    """`generate` with what the options say."""
+    stop_tokens = setup.tokenizer.stop_ids
+    return generate(setup.model, prompts, stop_tokens=stop_tokens, seeds=seeds, steering=steering, **setup.options)
+
+
+def add_step(rows: list[list[int]], step: list[int | None]) -> None:
+    """Add what `generate` gave to the tokens of each row."""
+    for row, token in zip(rows, step, strict=True):
+        if token is not None:
+            row.append(token)
+
+
+def text_after(setup: Setup, prompt: list[int], tokens: list[int]) -> str:
+    """What the tokens add to the prompt's text."""
+    return setup.tokenizer.decode(prompt + tokens)[len(setup.tokenizer.decode(prompt)) :]
+
+
+def complete_texts(setup: Setup, texts: list[str], config) -> None:
+    """Complete texts, BATCH_SIZE together, clean and (with a latent) steered side by side, from the same seeds."""
+    prompts = [encode_text(setup.tokenizer, text) for text in texts]
+    check_prompts(setup, prompts, map(reprlib.repr, texts))
+    for first in range(0, len(texts), config.batch_size):
+        batch = slice(first, first + config.batch_size)
+        complete_together(setup, texts[batch], prompts[batch], first, config)
+
+
+def complete_together(setup: Setup, texts: list[str], prompts: list[list[int]], first: int, config) -> None:
+    seeds = seeds_of(config, len(texts), first)
+    steerings = {"clean": None} | ({"steered": setup.steering} if setup.steering else {})
+    streams = [steps_of(setup, prompts, seeds, steering) for steering in steerings.values()]
+    added: dict[str, list[list[int]]] = {kind: [[] for _ in texts] for kind in steerings}
+
+    def completions() -> dict[str, list[str]]:
+        return {kind: [text_after(setup, *x) for x in zip(prompts, rows, strict=True)] for kind, rows in added.items()}
+
+    with side_by_side(texts, completions) as refresh:
+        for steps in itertools.zip_longest(*streams, fillvalue=[None] * len(texts)):
+            for rows, step in zip(added.values(), steps, strict=True):
+                add_step(rows, step)
+            refresh()
+    for i, text in enumerate(texts if config.show_latents else ()):
+        listed: list[int] = []
+        for kind, rows in added.items():
+            print(f"latents of {text!r}, {kind}" + (", from the first difference on" if listed else ""))
+            ids = prompts[i] + rows[i]
+            print_latents(setup, ids, config.show_latents, listed)
+            listed = ids
+    sys.stdout.flush()
 
 
 @contextlib.contextmanager
-def side_by_side(prompts: list[str], texts: dict[str, list[str]]) -> Iterator[None]:
-    """Where somebody watches, show a table of the texts as they grow; at the end, or at Ctrl-C, it makes way."""
+def side_by_side(texts: list[str], completions: Callable[[], dict[str, list[str]]]) -> Iterator[Callable[[], None]]:
+    """Show texts and their completions in a table, which stays, at Ctrl-C too. A pipe gets lines at the end.
+
+    completions: gives those of every text, by kind. Yields what to call when they have grown.
+    """
     if not sys.stdout.isatty():
-        yield
+        yield lambda: None
+        columns = completions()
+        for i, text in enumerate(texts):
+            print(repr(text))
+            for kind, column in columns.items():
+                print(f"  {kind:8} {column[i]!r}")
         return
+    from rich.console import Console
     from rich.live import Live
+    from rich.segment import Segment, Segments
     from rich.table import Table
     from rich.text import Text
 
+    console = Console()
+
     def table() -> Table:
-        grown = Table(*texts, show_lines=True, expand=True)
-        for prompt, *row in zip(prompts, *texts.values(), strict=True):
-            grown.add_row(*(Text.assemble((prompt, "bold"), text) for text in row))
+        columns = completions()
+        grown = Table(show_lines=True, expand=True)
+        for kind in columns:
+            grown.add_column(kind, ratio=1)  # as wide as the others, however long its texts are
+        for text, *row in zip(texts, *columns.values(), strict=True):
+            row = [completion.rstrip("\ufffd").translate(_VISIBLE) for completion in row]  # half a character waits
+            cells = [Text.assemble((text.translate(_VISIBLE), "bold"), completion) for completion in row]
+            cells[-1].stylize("yellow", len(text) + len(os.path.commonprefix(row)))  # what steering changed
+            grown.add_row(*cells)
         return grown
 
-    with contextlib.suppress(KeyboardInterrupt), Live(get_renderable=table, transient=True, refresh_per_second=10):
-        yield
+    def end_of_table() -> Segments:
+        """Its last lines, as many as the window holds: there it grows."""
+        lines = console.render_lines(table(), pad=False)[1 - console.height :]
+        return Segments(itertools.chain.from_iterable([*line, Segment.line()] for line in lines))
 
+    shown_at = 0.0
 
-def ask(question: str) -> str | None:
-    """A line typed by the user; None at the end (Ctrl-D) or at Ctrl-C."""
+    def refresh() -> None:
+        nonlocal shown_at
+        if time.monotonic() - shown_at > 0.1:
+            live.refresh()
+            shown_at = time.monotonic()
+
     try:
-        return input(question)
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return None
+        # Not by Live's own thread: nobody waits for it, and Python aborts when it ends inside the tokenizer.
+        with Live(console=console, get_renderable=end_of_table, transient=True, auto_refresh=False) as live:
+            yield refresh
+    finally:
+        console.print(table())
+
+
+def ask() -> str | None:
+    """A line typed by the user, or several pasted at once; None at the end (Ctrl-D). Ctrl-C drops what is typed."""
+    if not sys.stdin.isatty():
+        return next(sys.stdin, None)
+    with contextlib.suppress(ImportError):
+        import readline  # arrow keys, earlier lines
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # several lines pasted are one message
+    while True:
+        try:
+            return input("> ")
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return None
+
+
+def prompts_in(lines: Iterable[str]) -> list[str]:
+    return [prompt for line in lines if (prompt := line.rstrip("\r\n")).strip()]
 
 
 def text_session(setup: Setup, config) -> None:
-    if config.prompts:
-        return complete_texts(setup, list(config.prompts), config)
-    if not sys.stdin.isatty():
-        if prompts := [line.rstrip("\n") for line in sys.stdin if line.strip()]:
-            complete_texts(setup, prompts, config)
-        return None
+    if config.prompts or not sys.stdin.isatty():
+        return complete_texts(setup, config.prompts or prompts_in(sys.stdin), config)
     print("Write one prompt a line; an empty line completes them together. Ctrl-C stops a completion, Ctrl-D leaves.")
     prompts: list[str] = []
-    while (line := ask("> ")) is not None:
-        if line:
-            prompts.append(line)
-        elif prompts:
-            try:
-                complete_texts(setup, prompts, config)
-            except stage.InputError as error:  # too long, for example: said, and the session goes on
-                print(f"error: {error}", file=sys.stderr)
-            prompts = []
+    line: str | None = ""
+    while line is not None:
+        if line := ask():
+            prompts += prompts_in(line.split("\n"))
+            continue
+        try:
+            complete_texts(setup, prompts, config)
+        except KeyboardInterrupt:
+            print()
+        except stage.InputError as error:  # a prompt is too long: said, and the session goes on
+            print(f"error: {error}", file=sys.stderr)
+        prompts = []
     return None
 
 
@@ -384,116 +500,160 @@ def chat_session(setup: Setup, config) -> None:
 
     if sys.stdin.isatty():
         print("Write a message. Ctrl-C stops an answer, Ctrl-D leaves.")
-    messages = [Message("system", config.system)] if config.system else []
-    n_turns = 0
-    while (line := ask("> ")) is not None:
+    system = [Message("system", config.system)] if config.system else []
+    encode = lambda messages: encode_dialogue(setup.tokenizer, [*system, *messages], setup.date)
+    room = setup.model.args.max_seq_len - config.max_new_tokens
+    messages: list[Message] = []
+    n_answers = 0
+    while (line := ask()) is not None:
         if not line.strip():
             continue
-        messages.append(Message("user", line))
-        answer = ""
-        options = {**setup.options, "seeds": seeds_of(config, 1, n_turns), "steering": setup.steering}
+        question = Message("user", line)
         try:
-            for (piece,) in stream_chat(setup.model, setup.tokenizer, [messages], setup.date, **options):
-                print(piece, end="", flush=True)
-                answer += piece
-        except KeyboardInterrupt:
-            pass
+            check_context(setup.model, len(encode([question])), config.max_new_tokens)
         except stage.InputError as error:
             print(f"error: {error}", file=sys.stderr)
-            messages.pop()
             continue
-        print()
-        messages.append(Message("assistant", answer))
-        n_turns += 1
+        messages.append(question)
+        if len(encode(messages)) > room:
+            while len(encode(messages)) > room:
+                del messages[:2]
+            print("The context is full; the oldest messages were forgotten.", file=sys.stderr)
+        prompt = encode(messages)
+        answer = print_answer(setup, prompt, seeds_of(config, 1, n_answers))
+        messages.append(Message("assistant", text_after(setup, prompt, answer)))
+        n_answers += 1
         if config.show_latents:
-            print_latents(setup, encode_dialogue(setup.tokenizer, messages, setup.date), config.show_latents)
+            before = encode(messages[:-2]) if n_answers > 1 else []
+            with contextlib.suppress(KeyboardInterrupt):
+                print_latents(setup, prompt + answer, config.show_latents, before)
+
+
+def print_answer(setup: Setup, prompt: list[int], seeds: list[int]) -> list[int]:
+    """Print an answer as it comes and return its tokens; Ctrl-C ends it."""
+    from llama_3.tokenizer import TextStream
+
+    text = TextStream(setup.tokenizer, prompt)
+    answer: list[int] = []
+    try:
+        for (token,) in steps_of(setup, [prompt], seeds, setup.steering):
+            answer.append(token)
+            print(text.add(token).translate(_VISIBLE), end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    print(text.end().translate(_VISIBLE))
+    return answer
 
 
 # ---- files of prompts
 
 
-def read_prompts(path: str, command: str) -> list[dict]:
-    """The requests of a file: one prompt a line, or JSON lines with "prompt" or, for chat, "messages"."""
+def read_prompts(path: str, command: str) -> list[tuple[int, dict]]:
+    """The requests of a file by line number: prompts, or JSON objects with "prompt" or, for chat, "messages".
+
+    Empty lines are no requests.
+    """
     from llama_3.chat import ROLES
 
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: the line separators of Unicode may stand inside a prompt.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise stage.InputError(f"There is no {path}; name a file of prompts.") from None
     except (OSError, ValueError) as error:
         raise stage.InputError(f"{path} cannot be read as text ({error}); save it as UTF-8.") from None
-    if not path.endswith(".jsonl"):
-        return [{"prompt": line} for line in lines if line]
     wanted = {"text": 'an object with a text "prompt"', "chat": 'an object with a text "prompt" or a list "messages"'}
-    rows = []
+    rows: list[tuple[int, dict]] = []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if not path.endswith(".jsonl"):
+            rows.append((number, {"prompt": line}))
+            continue
         try:
             row = json.loads(line)
-            right = isinstance(row.get("prompt"), str)
+            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
             if command == "chat" and "messages" in row:
                 right = all(m["role"] in ROLES and isinstance(m["content"], str) for m in row["messages"])
-        except (ValueError, TypeError, KeyError, AttributeError):
+                right &= len(row["messages"]) > 0
+            else:
+                right = isinstance(row["prompt"], str)
+        except (ValueError, TypeError, KeyError):
             right = False
         if not right:
             raise stage.InputError(f"{path}, line {number} is not {wanted[command]}; correct it.")
-        rows.append(row)
+        rows.append((number, row))
+    if not rows:
+        raise stage.InputError(f"{path} holds no prompts; write one a line.")
     return rows
 
 
-def run_file(setup: Setup, rows: list[dict], config) -> None:
-    """Complete every request into OUTPUT_PATH. What a killed run had done stays in a partial file beside it."""
+def encode_request(setup: Setup, row: dict, config) -> list[int]:
     from llama_3.chat import Message, encode_dialogue
 
-    prompts = []
-    for row in rows:
-        if config.command == "chat":
-            messages = [Message(m["role"], m["content"]) for m in row.get("messages", [])]
-            if "messages" not in row:
-                system = [Message("system", config.system)] if config.system else []
-                messages = [*system, Message("user", row["prompt"])]
-            prompts.append(encode_dialogue(setup.tokenizer, messages, setup.date))
-        else:
-            prompts.append(encode_text(setup.tokenizer, row["prompt"]))
-    check_context(setup.model, max(map(len, prompts), default=0), config.max_new_tokens)
+    if config.command == "text":
+        return encode_text(setup.tokenizer, row["prompt"])
+    said = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+    messages = [Message(m["role"], m["content"]) for m in said]
+    if config.system and messages[0].role != "system":
+        messages.insert(0, Message("system", config.system))
+    return encode_dialogue(setup.tokenizer, messages, setup.date)
+
+
+def run_file(setup: Setup, requests: list[tuple[int, dict]], config) -> None:
+    """Complete every request into OUTPUT_PATH. What a killed run has done waits in a folder beside it."""
+    from llama_3.loading import TINY_LLAMA_DIR, checkpoint_identity
+
+    rows = [row for _, row in requests]
+    prompts = [encode_request(setup, row, config) for row in rows]
+    check_prompts(setup, prompts, (f"{config.input_path}, line {number}" for number, _ in requests))
+    free = ("input_path", "output_path", "batch_size")  # what the completions do not depend on
+    decides = {name: value for name, value in vars(config).items() if name not in free}
+    decides |= {"input_sha256": stage.sha256(config.input_path), "sae": setup.sae and setup.sae.info}
+    decides |= {"model": checkpoint_identity(config.llama_model_dir or TINY_LLAMA_DIR)}
     output = Path(config.output_path)
-    partial = output.with_name(output.name + ".partial")
-    decides = json.dumps({**vars(config), "rows": stage.sha256(config.input_path)})
-    with stage.locked(output.parent):
-        done: list[str] = []
-        if partial.exists():
-            first, *lines = partial.read_text(encoding="utf-8").split("\n")
-            done = lines[:-1] if first == decides else []  # the last line is not whole
-        partial.write_text("\n".join([decides, *done, ""]), encoding="utf-8")
-        with partial.open("a", encoding="utf-8") as file, stage.progress(total=len(rows), unit="prompt") as bar:
-            bar.update(len(done))
-            for start in range(len(done), len(rows), config.batch_size):
-                batch = range(start, min(start + config.batch_size, len(rows)))
-                for i, result in zip(
-                    batch, complete_batch(setup, [prompts[i] for i in batch], start, config), strict=True
-                ):
-                    file.write(json.dumps({**rows[i], **result}, ensure_ascii=False) + "\n")
-                file.flush()
-                bar.update(len(batch))
-        with stage.atomic_path(output) as temporary:
-            temporary.write_text(partial.read_text(encoding="utf-8").split("\n", 1)[1], encoding="utf-8")
-        partial.unlink()
+    folder = output.with_name(output.name + ".partial")
+    try:
+        with stage.locked(folder):
+            stage.begin_or_continue(folder, "llama_3_inference.py", decides)
+            complete_file(setup, rows, prompts, folder / "completions.jsonl", config)
+            with stage.atomic_path(output) as temporary:
+                shutil.copyfile(folder / "completions.jsonl", temporary)
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise stage.InputError(f"{output} cannot be written ({error}); name another or mend that.") from None
     print(f"{len(rows):,} completions: {output}")
 
 
-def complete_batch(setup: Setup, prompts: list[list[int]], first: int, config) -> list[dict]:
+def complete_file(setup: Setup, rows: list[dict], prompts: list[list[int]], path: Path, config) -> None:
+    """Write the lines of the completions that `path` does not hold yet."""
+    whole = path.read_bytes() if path.exists() else b""
+    whole = whole[: whole.rfind(b"\n") + 1]  # a killed process may leave half a line
+    path.write_bytes(whole)
+    n_done = whole.count(b"\n")
+    with (
+        path.open("a", encoding="utf-8") as file,
+        stage.progress(total=len(rows), initial=n_done, unit="prompt") as bar,
+    ):
+        for first in range(n_done, len(rows), config.batch_size):
+            batch = slice(first, first + config.batch_size)
+            results = complete_requests(setup, prompts[batch], first, config)
+            for row, result in zip(rows[batch], results, strict=True):
+                file.write(json.dumps({**row, **result}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(results))
+
+
+def complete_requests(setup: Setup, prompts: list[list[int]], first: int, config) -> list[dict]:
     """Completions of requests `first` and following, with what is needed to repeat them."""
     seeds = seeds_of(config, len(prompts), first)
     added: list[list[int]] = [[] for _ in prompts]
-    options = {**setup.options, "stop_tokens": setup.tokenizer.stop_ids, "seeds": seeds, "steering": setup.steering}
-    for step in generate(setup.model, prompts, **options):
-        for row, token in zip(added, step, strict=True):
-            if token is not None:
-                row.append(token)
+    for step in steps_of(setup, prompts, seeds, setup.steering):
+        add_step(added, step)
     results = []
     for prompt, tokens, seed in zip(prompts, added, seeds, strict=True):
-        context = setup.tokenizer.decode(prompt)
         result = {
-            "completion": setup.tokenizer.decode(prompt + tokens)[len(context) :],
+            "completion": text_after(setup, prompt, tokens),
             "n_prompt_tokens": len(prompt),
             "n_tokens": len(tokens),
             "stopped": len(tokens) < config.max_new_tokens,  # by a stop token, not by the limit
@@ -507,22 +667,46 @@ def complete_batch(setup: Setup, prompts: list[list[int]], first: int, config) -
     return results
 
 
-def main() -> None:
-    config = stage.parse_constants(globals(), commands={"text": "complete text", "chat": "hold a dialogue"})
+def check_options(config) -> None:
+    for name, least in {"batch_size": 1, "max_new_tokens": 1, "temperature": 0, "top_p": 0, "show_latents": 0}.items():
+        if not getattr(config, name) >= least:
+            raise stage.InputError(f"--{name} {getattr(config, name)} is too small; it is at least {least}.")
     if (config.input_path is None) != (config.output_path is None):
         raise stage.InputError("--input_path and --output_path belong together; give both or neither.")
-    rows = read_prompts(config.input_path, config.command) if config.input_path else []
+    if config.prompts and (config.command == "chat" or config.input_path):
+        raise stage.InputError("--prompts are completed by text without --input_path; leave one of them out.")
+    if config.output_path and Path(config.output_path).resolve() == Path(config.input_path).resolve():
+        raise stage.InputError(f"{config.output_path} is the input too; name another file for --output_path.")
+    if config.output_path and Path(config.output_path).is_dir():
+        raise stage.InputError(f"{config.output_path} is a folder; name a file for --output_path.")
+
+
+def main() -> None:
+    config = stage.parse_constants(globals(), commands={"text": "complete text", "chat": "hold a dialogue"})
+    check_options(config)
+    requests = read_prompts(config.input_path, config.command) if config.input_path else []
+    sys.stdout.reconfigure(errors="replace")  # not every terminal knows every character
+    print(f"Loading {config.llama_model_dir or 'the embedded tiny Llama'} ...", file=sys.stderr, flush=True)
     setup = set_up(config)
     if config.command == "chat":
         from llama_3.chat import check_chat
 
         check_chat(setup.tokenizer)
-    if config.input_path:
-        run_file(setup, rows, config)
-    elif config.command == "chat":
-        chat_session(setup, config)
-    else:
-        text_session(setup, config)
+    if setup.steering:
+        named = f" ({setup.meanings[config.latent]})" if config.latent in setup.meanings else ""
+        print(f"Steered by latent {config.latent}{named}, strength {config.strength:g}.", file=sys.stderr)
+    try:
+        if requests:
+            run_file(setup, requests, config)
+        elif config.command == "chat":
+            chat_session(setup, config)
+        else:
+            text_session(setup, config)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads (head, less) has seen enough; Python would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except UnicodeDecodeError as error:
+        raise stage.InputError(f"What was written is not {error.encoding}; set the terminal to UTF-8.") from None
 
 
 if __name__ == "__main__":
