@@ -202,7 +202,7 @@ def highest_activation(sae_path: str, latent: int) -> float:
     path = beside(sae_path, "latents.parquet")
     if not path.exists():
         raise stage.InputError(f"There is no {path}; run capture_top_activating_sentences.py first.")
-    highest = pq.read_table(path, columns=["max"]).column("max")
+    highest = pq.ParquetFile(path).read(columns=["max"]).column("max")  # read_table would import pandas
     if not 0 <= latent < len(highest):
         raise stage.InputError(f"--latent {latent} is not among the {len(highest)} latents of {sae_path}.")
     if not (value := highest[latent].as_py()) > 0:

@@ -38,8 +38,9 @@ class TopKSparseAutoencoder(nn.Module):
         self.d_model, self.n_latents, self.k, self.normalize_eps = d_model, n_latents, k, normalize_eps
         self.info: dict[str, Any] = {}
         self.b_pre = nn.Parameter(torch.empty(d_model))
-        self.encoder = nn.utils.skip_init(nn.Linear, d_model, n_latents)
-        self.decoder = nn.utils.skip_init(nn.Linear, n_latents, d_model, bias=False)
+        self.encoder, self.decoder = nn.Module(), nn.Module()  # not nn.Linear, which would initialise itself
+        self.encoder.weight = nn.Parameter(torch.empty(n_latents, d_model))
+        self.encoder.bias = nn.Parameter(torch.empty(n_latents))
         # Stored latent by latent, so that one latent's direction is contiguous; the published shape is the transpose.
         self.decoder.weight = nn.Parameter(torch.empty(n_latents, d_model).t())
 
@@ -72,7 +73,8 @@ class TopKSparseAutoencoder(nn.Module):
         return self.encode_normalized(z, h_bias)
 
     def encode_normalized(self, z: Tensor, h_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        pre_acts = self.encoder((z - self.b_pre).to(self.encoder.weight.dtype))  # (..., n_latents)
+        x = (z - self.b_pre).to(self.encoder.weight.dtype)
+        pre_acts = F.linear(x, self.encoder.weight, self.encoder.bias)  # (..., n_latents)
         if h_bias is not None:
             pre_acts = pre_acts + h_bias
         values, indices = pre_acts.float().topk(self.k, dim=-1)

@@ -276,7 +276,7 @@ def test_steering_raises_the_chosen_latent_and_zero_changes_nothing():
     h_bias = torch.zeros(N)
     h_bias[11] = 50.0
     z, _, _ = sae.normalize(x)
-    pre_acts = sae.encoder(z - sae.b_pre)
+    pre_acts = (z - sae.b_pre) @ sae.encoder.weight.T + sae.encoder.bias
     steered, where = sae.encode(x, h_bias)
     assert (where[..., 0] == 11).all()
     torch.testing.assert_close(steered[..., 0], pre_acts[..., 11] + 50)

@@ -41,7 +41,7 @@ GREEDY = {"temperature": 0}
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(TINY_LLAMA_DIR).pack()
+    return load_model(TINY_LLAMA_DIR, packed=True)
 
 
 @pytest.fixture(scope="module")
