@@ -2,10 +2,10 @@
 
 Reads   the embedded tiny Llama, its reference SAE, and the documentation on this machine (made into activations once)
 Writes  DATA_DIR; prints a row of a markdown table
-Method  the original's way is a Python loop over sentences: encode one, average (and take the last token) over its
-        tokens, and enter the sentence for the one latent that is highest by each. Written here from its description,
-        with this project's SAE; both read the same memory-mapped shards (the original read a file a sentence) and run
-        the same number of threads. Ours is the whole script's work: three aggregations, every latent's own sentences,
+Method  the original's way is a Python loop over sentences: run the SAE on one, average (and take the last token)
+        over its tokens, and enter the sentence for the one latent that is highest by each. Written here from its
+        description, with this project's SAE; both read the same memory-mapped shards (the original read a file a
+        sentence) and run the same number of threads. Ours is the whole script's work: three aggregations, every latent's own sentences,
         samples, co-firing and the tables on disk. Encoding alone, in batches, is the limit of any way. One of each in
         turn, REPEATS times; medians. Run it alone on the machine
 Cost    6 minutes on two cores, and 2 more the first time
@@ -68,6 +68,7 @@ def one_by_one(store, sae, texts, n: int) -> dict[int, list]:
             acts = shard.acts[offsets[row] : offsets[row + 1]]
             values, indices = sae.encode(acts)
             latents = torch.zeros(len(acts), sae.n_latents).scatter_(1, indices, values)
+            latents @ sae.decoder.weight.T  # its class gives latents by a whole forward pass only
             for aggregated in (latents.mean(0), latents[-1]):
                 activation, latent = aggregated.max(0)
                 found.setdefault(int(latent), []).append((float(activation), sentence, texts[sentence]))

@@ -17,11 +17,12 @@ import torch
 from conftest import PROJECT_DIR, TINY_VOCAB_SIZE, write_tiny_model
 from helpers_pipeline import refusal
 from safetensors.torch import load_file, save_file
+from test_llama import close, hf_run
 
 import llama_3_inference as inference
 from llama_3 import load_model, load_tokenizer
 from llama_3.loading import checkpoint_identity, read_params
-from llama_3.model import PackedLinear
+from llama_3.model import SITES, PackedLinear
 from stage import InputError
 
 LLAMA_3 = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
@@ -70,10 +71,6 @@ def hf_model(heads, tied, rope, head_dim=10, dtype=torch.float32, seed=0):
     return model.to(dtype)
 
 
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request, tmp_path_factory):
     """transformers' model and the folder that it saved, in several files with an index."""
@@ -90,10 +87,12 @@ def pair(request, tmp_path_factory):
 def test_a_saved_model_gives_transformers_logits_and_sites(pair):
     hf, folder = pair
     tokens = torch.randint(VOCAB_SIZE, (2, 300), generator=torch.Generator().manual_seed(1))
-    expected = hf(tokens, output_hidden_states=True)
+    logits, sites = hf_run(hf, tokens)
     model = load_model(str(folder))
-    close(model(tokens), expected.logits)
-    close(model.activations(tokens, "layers.1.resid_pre"), expected.hidden_states[1])
+    close(model(tokens), logits)
+    assert len(sites) == 2 * len(SITES)
+    for site, expected in sites.items():
+        close(model.activations(tokens, site), expected)
     assert (model.output.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()) == hf.config.tie_word_embeddings
     assert model.args.max_seq_len == 131072
 
