@@ -5,9 +5,9 @@ Writes  DATA_DIR; prints a row of a markdown table
 Method  the original's way is a Python loop over sentences: run the SAE on one, average (and take the last token)
         over its tokens, and enter the sentence for the one latent that is highest by each. Written here from its
         description, with this project's SAE; both read the same memory-mapped shards (the original read a file a
-        sentence) and run the same number of threads. Ours is the whole script's work: three aggregations, every latent's own sentences,
-        samples, co-firing and the tables on disk. Encoding alone, in batches, is the limit of any way. One of each in
-        turn, REPEATS times; medians. Run it alone on the machine
+        sentence) and run the same number of threads. Ours is the whole script's work: three aggregations, every
+        latent's own sentences, samples, co-firing and the tables on disk. Encoding alone, in batches, is the limit of
+        any way. One of each in turn, REPEATS times; medians. Run it alone on the machine
 Cost    6 minutes on two cores, and 2 more the first time
 
     python benchmarks/top_sentences.py
