@@ -6,7 +6,7 @@ Method  steering adds strength x the latent's highest observed activation to its
         SAE's site (the original's h_bias), and keeps what the SAE does not reconstruct: strength 0 changes nothing
 
     python llama_3_inference.py text                            # asks for prompts, one a line; completes them together
-    python llama_3_inference.py text --prompts "The file" "If the argument is" --latent 123 --strength 4
+    python llama_3_inference.py text --prompts "The file" "If the argument is" --latent 2935 --strength 6
     python llama_3_inference.py chat --llama_model_dir models/llama_3.2-3B-Instruct --system "Answer in one sentence."
     python llama_3_inference.py text --input_path prompts.txt --output_path completions.jsonl
 """

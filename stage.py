@@ -44,6 +44,11 @@ def run(main: Callable[[], None]) -> None:
             time.sleep(10)
         print(f"error: {error}", file=sys.stderr, flush=True)
         exit_at_once(2)
+    except RuntimeError as error:
+        if "RANK" not in os.environ or "Connection" not in str(error):
+            raise
+        print(f"rank {rank}: another process of this run has ended.", file=sys.stderr, flush=True)  # it said why
+        exit_at_once(1)
     except KeyboardInterrupt:
         print("\nInterrupted; run the same command again to continue.", file=sys.stderr, flush=True)
         exit_at_once(130)
@@ -306,6 +311,8 @@ def begin_or_continue(folder: Path | str, stage: str, decides: dict[str, Any]) -
     decides = json.loads(json.dumps(decides))
     if (folder / MANIFEST).exists():
         manifest = read_json(folder / MANIFEST, "remove the folder or name another.")
+        if not isinstance(manifest, dict):
+            raise InputError(f"{folder / MANIFEST} is no manifest; remove the folder or name another.")
         old = manifest.get("decides", {}) if manifest.get("stage") == stage else {"stage": manifest.get("stage")}
         for name in sorted(decides.keys() | old.keys()):
             if decides.get(name) != old.get(name):
