@@ -100,7 +100,10 @@ def naive(model, sae, sentences, bos_id=None) -> dict:
 @pytest.mark.parametrize("bos_id", [None, 276])
 def test_equals_the_naive_computation(model, sae, sentences, batch_tokens, bos_id):
     expected = naive(model, sae, sentences, bos_id)
-    assert run(model, sae, sentences, batch_tokens, bos_id) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    found = run(model, sae, sentences, batch_tokens, bos_id)
+    # A ratio of small differences between losses in float32: their rounding shows in its fourth digit.
+    assert found.pop("loss_recovered") == pytest.approx(expected.pop("loss_recovered"), rel=1e-3)
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert 0 < expected["l0"] < K and 20 / N_LATENTS <= expected["silent_frac"] < 1  # the data has what this is about
     assert len({round(expected[f"loss_{name}"], 3) for name in ("clean", "spliced", "zeroed")}) == 3
 
