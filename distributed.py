@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 
 class World(NamedTuple):
-    """This process's place. rank counts over all nodes; without torchrun the world is one process."""
+    """This process's place among others. rank counts over all nodes; without torchrun the world is one process."""
 
     rank: int
     size: int
     device: Any  # torch.device
+    group: Any = None  # of torch.distributed; None: all processes
 
     @property
     def is_main(self) -> bool:
@@ -25,14 +26,14 @@ class World(NamedTuple):
         if self.size > 1:
             import torch.distributed as dist
 
-            dist.barrier()
+            dist.barrier(self.group)
 
     def all_reduce(self, tensor: Any) -> Any:
         """Sum `tensor` over the processes, in place."""
         if self.size > 1:
             import torch.distributed as dist
 
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
@@ -42,8 +43,25 @@ class World(NamedTuple):
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, self.group)
         return values
+
+
+def grid(w: World, width: int) -> tuple[World, World]:
+    """The processes in rows of `width`, which must divide their number: this process's column and its row.
+
+    A row's processes have neighbouring ranks, and so share a node where the node has that many.
+    """
+    if w.size == 1:
+        return w, w
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(w.device.type, (w.size // width, width), mesh_dim_names=("column", "row"))
+    column, row = (
+        World(mesh.get_local_rank(name), mesh.size(i), w.device, mesh.get_group(name))
+        for i, name in enumerate(("column", "row"))
+    )
+    return column, row
 
 
 @contextlib.contextmanager

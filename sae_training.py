@@ -1,21 +1,30 @@
 """Train a TopK sparse autoencoder on shuffled batches of activations.
 
 Reads   DATA_DIR (sae_preprocessing.py)
-Writes  MODEL_SAVE_PATH: the SAE NAME.pth with NAME.json, NAME.metrics.jsonl and NAME.curves.png beside it;
-        CHECKPOINT_DIR: checkpoints to resume from
-Method  Gao et al. 2024, arXiv:2406.04093; departures from it and from the original are listed in the README
+Writes  MODEL_SAVE_PATH: the SAE NAME.pth with NAME.json, NAME.metrics.jsonl, NAME.curves.png and NAME.frequencies.png
+        beside it; CHECKPOINT_DIR: checkpoints to resume from (several nodes must all see it)
+Method  Gao et al. 2024, arXiv:2406.04093; departures from it and from the original are listed in the README.
+        The processes form a grid, data x latents: LATENT_PARALLEL neighbours share one SAE, a slice of its latents
+        each, and see the same activations; the groups of neighbours share the batch out. All exchanges of a step come
+        before it changes anything, so that whoever is stopped or left alone holds the whole state of the step before
 Cost    disk: a checkpoint is three times the SAE; rates in the README's table
 
     python sae_training.py --data_dir data/batches --model_save_path data/sae.pth
     torchrun --standalone --nproc_per_node=8 sae_training.py --data_dir data/batches --model_save_path data/sae.pth
 """
 
+import contextlib
+import dataclasses
 import json
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
+import signal
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import stage
 
@@ -32,6 +41,7 @@ AUX_LOSS_COEFF = 1 / 32  # weight of the auxiliary loss
 DEAD_AFTER_TOKENS = 10_000_000  # activations without firing before a latent counts as dead
 
 NUM_EPOCHS = 10  # passes over the training activations
+EARLY_STOP_EPOCHS: int | None = None  # ends after so many epochs without a better validation FVU; the last weights stay
 BATCH_SIZE = 8192  # activations a step, over all processes
 LEARNING_RATE = 5e-5  # peak
 LEARNING_RATE_MIN_RATIO = 1 / 5  # the cosine ends at this share of the peak
@@ -39,85 +49,44 @@ WARMUP_STEPS = 0  # steps of linear warm-up
 BETAS = (0.85, 0.9999)  # of AdamW; rare latents need a long second moment
 ADAM_EPS = 6.25e-10  # of AdamW
 WEIGHT_DECAY = 0.0  # of AdamW; the original's 0.01 shrank silent latents
+GRAD_CLIP: float | None = None  # largest norm of the whole gradient, after projection
 SEED = 0  # of the initialisation and of the order of batches
+
+LATENT_PARALLEL = 1  # processes that share one SAE, a slice of its latents each
+MICRO_BATCH_SIZE: int | None = None  # activations in one forward pass of a process; all of its share when not given
+ENCODER_DTYPE = "float32"  # of the product that chooses latents: float32, or bfloat16 (chosen values stay float32)
+ALLOW_TF32 = False  # on GPUs: TF32 in float32 products
 LOGS_PER_EPOCH = 1000  # lines in metrics.jsonl an epoch
 CHECKPOINTS_PER_EPOCH = 1  # checkpoints an epoch
 KEEP_CHECKPOINTS = 2  # newest checkpoints kept
-ALLOW_TF32 = False  # on GPUs: TF32 in float32 products
+REPLICA_CHECK_STEPS = 1000  # steps between comparisons of the parameters that processes hold in common
+EXPLOSION_FACTOR = 10.0  # a main loss above this many times its running mean stops the run
 WANDB = "auto"  # auto: online with a key, offline without; online, offline or off
 
 _STAGE = "sae_training.py"
+_NOT_IN_THE_RESULT = (  # constants that may change between two parts of one run
+    *("data_dir", "model_save_path", "checkpoint_dir", "b_pre_path", "latent_parallel", "micro_batch_size"),
+    *(
+        "logs_per_epoch",
+        "checkpoints_per_epoch",
+        "keep_checkpoints",
+        "replica_check_steps",
+        "explosion_factor",
+        "wandb",
+    ),
+)
+_LOSS_MEMORY = 0.98  # of the running mean of the loss: about 50 steps
 
 
-class Batches:
-    """Rows of the training shards by global batch, memory-mapped; the order depends on seed and epoch alone."""
-
-    def __init__(self, data_dir: str, manifest: dict, batch_size: int, seed: int):
-        from activation_store import open_shard
-
-        self.stored = manifest["batch_size"]
-        self.batch_size, self.seed = batch_size, seed
-        self.files = [open_shard(Path(data_dir) / s["file"], "sae_preprocessing.py") for s in manifest["shards"]]
-        self.where = [  # stored batch -> (shard, first row)
-            (i, row) for i, s in enumerate(manifest["shards"]) for row in range(0, s["n_rows"], self.stored)
-        ]
-        self.per_step = batch_size // self.stored
-        self.steps_per_epoch = len(self.where) // self.per_step
-
-    def order(self, epoch: int):
-        import numpy as np
-
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.where))
-
-    def read(self, epoch: int, step: int, rank: int, world_size: int):
-        """This process's share of a step's rows, (batch_size / world_size, d_model) bfloat16."""
-        import torch
-
-        share = self.batch_size // world_size
-        begin, end = rank * share, (rank + 1) * share
-        parts = []
-        for j, batch in enumerate(self.order(epoch)[step * self.per_step : (step + 1) * self.per_step]):
-            first, last = max(begin - j * self.stored, 0), min(end - j * self.stored, self.stored)
-            if first < last:
-                shard, row = self.where[batch]
-                parts.append(self.files[shard].get_slice("acts")[row + first : row + last])
-        return torch.cat(parts)
+# ---- validation, schedule
 
 
 class Validation(NamedTuple):
-    main: float  # mean squared error, normalised space
-    fvu: float  # fraction of variance unexplained
-    l0: float  # kept values above zero per activation
-
-
-def validate(sae, data_dir: str, manifest: dict, batch_size: int, w) -> Validation | None:
-    """Measure the SAE on all held-out activations, shared out over the processes; None where there are none."""
-    import torch
-
-    from activation_store import open_shard
-
-    d = sae.d_model
-    sums = torch.zeros(2 * d + 3, dtype=torch.float64, device=w.device)  # sum z, sum z^2, squared error, L0, count
-    chunk = 0
-    with torch.no_grad():
-        for record in manifest["validation_shards"]:
-            acts = open_shard(Path(data_dir) / record["file"], "sae_preprocessing.py").get_slice("acts")
-            for row in range(0, record["n_rows"], batch_size):
-                chunk += 1
-                if chunk % w.size != w.rank:
-                    continue
-                z, _, _ = sae.normalize(acts[row : row + batch_size].to(w.device))
-                values, indices = sae.encode_normalized(z)
-                error = (sae.decode(values, indices) - z).square().sum()
-                z = z.double()
-                parts = [z.sum(0), z.square().sum(0), error[None], (values > 0).sum()[None], z.new_tensor([len(z)])]
-                sums += torch.cat([part.double() for part in parts])
-    w.all_reduce(sums)
-    total, squares, (error, l0, count) = sums[:d], sums[d : 2 * d], sums[2 * d :].tolist()
-    if count == 0:
-        return None
-    variance = float((squares - total.square() / count).sum())
-    return Validation(error / (count * d), error / variance, l0 / count)
+    val_main: float  # mean squared error, normalised space
+    val_aux: float  # mean squared error of the auxiliary reconstruction by the latents dead at this moment
+    val_total: float  # the loss
+    val_fvu: float  # fraction of variance unexplained
+    val_l0: float  # kept values above zero per activation
 
 
 def learning_rate(step: int, n_steps: int, peak: float, min_ratio: float, warmup_steps: int) -> float:
@@ -128,70 +97,445 @@ def learning_rate(step: int, n_steps: int, peak: float, min_ratio: float, warmup
     return peak * (min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.pt"))
+def stops_early(val_fvus: list[float], patience: int | None) -> bool:
+    """Whether the best of the epochs' validation FVUs lies `patience` or more epochs back."""
+    return bool(patience and val_fvus) and len(val_fvus) - 1 - val_fvus.index(min(val_fvus)) >= patience
 
 
-def save_checkpoint(folder: Path, step: int, keep: int, state: dict) -> None:
-    import torch
+def bytes_sent(config, d_model: int, n_data: int) -> tuple[float, float]:
+    """What a process sends each step (all-reduce in a ring): for data parallelism, and for latent parallelism.
 
-    with stage.atomic_path(folder / f"step-{step:09d}.pt") as temporary:
-        torch.save(state, temporary)
-    for old in checkpoints(folder)[:-keep]:
-        old.unlink()
-
-
-def plot_curves(metrics_path: Path, png_path: Path) -> None:
-    """The four published figures: train total loss, validation loss, dead latents, auxiliary loss."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = [json.loads(line) for line in metrics_path.read_text().splitlines()]
-    panels = [
-        ("train_total", "total loss, training", True),
-        ("val_main", "main loss, held out", True),
-        ("dead_frac", "dead latents", False),
-        ("train_aux", "auxiliary loss, training", False),
-    ]
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), constrained_layout=True)
-    for axis, (name, title, log) in zip(axes, panels, strict=True):
-        points = [(line["tokens"] / 1e6, line[name]) for line in lines if name in line]
-        if points:
-            axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, color="tab:blue")
-        axis.set_title(title)
-        axis.set_xlabel("million activations")
-        axis.grid(alpha=0.3)
-        if log and any(y > 0 for _, y in points):
-            axis.set_yscale("log")
-        if name == "dead_frac":
-            axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-            axis.set_ylim(bottom=0)
-    with stage.atomic_path(png_path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
+    Data: the gradients of its slice and what fired. Latents: the values of its candidates, the partial reconstructions,
+    b_pre's gradient; the auxiliary loss comes on top with min(k_aux, dead latents) candidates and a reconstruction.
+    Published size, eight processes: 2.82 GB as 8 x 1; 0.19 GB as 1 x 8, 0.84 GB once 2048 latents of a slice are dead.
+    """
+    n_slice, width = config.n_latents // config.latent_parallel, config.latent_parallel
+    rows = config.batch_size // n_data
+    data = 2 * (n_data - 1) / n_data * (4 * (2 * n_slice * d_model + n_slice + d_model) + 8 * n_slice)
+    candidates = (width - 1) * 4 * rows * min(config.k, n_slice)
+    return data, candidates + 2 * (width - 1) / width * 4 * (rows + 1) * d_model
 
 
-def start_wandb(mode: str, folder: Path, config: dict):
+def start_wandb(mode: str, folder: Path, config: dict, run_id: str | None):
+    """run_id: of the run to continue, if any. None where W&B is off."""
     if mode == "off":
         return None
     import wandb
 
     if mode == "auto":
         mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
-    return wandb.init(project="llama3-sae", dir=str(folder), config=config, mode=mode)
+    try:
+        return wandb.init(
+            project="llama3-sae",
+            dir=str(folder),
+            config=config,
+            mode=mode,
+            id=run_id,
+            resume="allow" if run_id else None,
+        )
+    except wandb.Error as error:
+        raise stage.InputError(f"Weights & Biases does not start ({error}); use --wandb offline or off.") from None
 
 
-def main() -> None:
-    config = stage.parse_constants(globals())
-    manifest = stage.read_manifest(config.data_dir, "sae_preprocessing.py")
-    stage.check_files(config.data_dir, manifest["shards"] + manifest["validation_shards"], "sae_preprocessing.py")
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if config.batch_size % manifest["batch_size"] or config.batch_size % size:
+# ---- training
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[SimpleNamespace]:
+    """SIGTERM and Ctrl-C do not end the process in this block: `number` says which one came, 0 for none."""
+    seen = SimpleNamespace(number=0)
+
+    def note(number: int, _frame: Any) -> None:
+        seen.number = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is; goes into checkpoints. There is no random state: the order of data follows from the seed."""
+
+    step: int = 0
+    seconds: float = 0.0  # of training, validation and checkpoints left out
+    waited: float = 0.0  # seconds of these that went into waiting for data
+    mean_loss: float | None = None  # running mean of the main loss
+    counting_since: int = 0  # the step at which `firing` began
+    metrics: list[str] = dataclasses.field(default_factory=list)  # lines of metrics.jsonl
+    val_fvus: list[float] = dataclasses.field(default_factory=list)  # of each epoch
+    wandb_id: str | None = None
+
+
+class Agreed(NamedTuple):
+    """What the processes tell one another in a step, the same on each of them."""
+
+    stop: bool  # one of them got a signal
+    main: float  # losses of the whole batch, means
+    aux: float
+    n_dead: list[int]  # dead latents after this step, by slice
+    longest_silence: int  # in activations
+
+
+class Training:
+    """A run: this process's slice of the SAE, its optimizer and counters, and where they are kept."""
+
+    def __init__(self, config, batches, sae, variance: float, w, data, latents):
+        import torch
+
+        from sae import LatentGroup, beside
+
+        self.config, self.batches, self.variance = config, batches, variance
+        self.w, self.data, self.latents = w, data, latents
+        self.latent_group = LatentGroup(latents.group, latents.rank, latents.size)
+        self.folder = Path(config.checkpoint_dir)
+        self.metrics_path, self.curves_path, self.frequencies_path = (
+            beside(config.model_save_path, name) for name in ("metrics.jsonl", "curves.png", "frequencies.png")
+        )
+        self.sae = sae.to(w.device)
+        self.parameters = dict(sae.named_parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=config.learning_rate,
+            betas=tuple(config.betas),
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        # Activations since each latent last fired, and how often it fired since Progress.counting_since.
+        self.silent_tokens, self.firing = torch.zeros(2, sae.n_latents, dtype=torch.int64, device=w.device)
+        self.progress = Progress()
+        self.wandb_run = None
+        self.stop_signal = SimpleNamespace(number=0)
+        self.n_steps = batches.steps_per_epoch * config.num_epochs
+        self.checkpoint_every = max(1, batches.steps_per_epoch // config.checkpoints_per_epoch)
+
+    # ---- one step
+
+    def dead(self, n_dead: list[int]):
+        return (self.silent_tokens >= self.config.dead_after_tokens).nonzero().flatten() if any(n_dead) else None
+
+    def losses(self, z, n_dead: list[int], dead, encoder_dtype):
+        from sae import loss_sums
+
+        return loss_sums(self.sae, z, dead, self.config.k_aux, self.latent_group, encoder_dtype, n_dead)
+
+    def gradients(self, x, n_dead: list[int]):
+        """Leaves the whole batch's gradients in the parameters. x: this process's rows.
+
+        Returns the losses of these rows (2,), and how often each latent of the slice fired on the whole batch.
+        """
+        import torch
+
+        config = self.config
+        scale = 1 / (config.batch_size * self.sae.d_model)
+        losses, fired = x.new_zeros(2, dtype=torch.float32), torch.zeros_like(self.firing)
+        dead = self.dead(n_dead)
+        for part in x.split(config.micro_batch_size or len(x)):
+            z, _, _ = self.sae.normalize(part)
+            sums = self.losses(z, n_dead, dead, getattr(torch, config.encoder_dtype))
+            ((sums.main + config.aux_loss_coeff * sums.aux) * scale).backward()
+            losses += torch.stack([sums.main, sums.aux]).detach() * scale
+            fired += sums.fired
+        for tensor in (*(p.grad for p in self.parameters.values()), fired):
+            self.data.all_reduce(tensor)
+        self.sae.project_decoder_grad()
+        if config.grad_clip is not None:
+            squares = {name: p.grad.square().sum() for name, p in self.parameters.items()}
+            b_pre = squares.pop("b_pre")  # whole on every process
+            norm = (b_pre + self.latents.all_reduce(sum(squares.values()))).sqrt()
+            for p in self.parameters.values():
+                p.grad.mul_((config.grad_clip / norm).clamp(max=1))
+        return losses, fired
+
+    def agree(self, losses, silent_tokens) -> Agreed:
+        """The one exchange between all processes in a step, and its one point where the CPU waits for the GPU."""
+        import torch
+
+        width = self.latents.size
+        numbers = torch.zeros(3 + 2 * width, dtype=torch.float64, device=self.w.device)
+        numbers[0] = self.stop_signal.number
+        if self.latents.is_main:
+            numbers[1:3] = losses
+        if self.data.is_main:
+            numbers[3 + self.latents.rank] = (silent_tokens >= self.config.dead_after_tokens).sum()
+            numbers[3 + width + self.latents.rank] = silent_tokens.max()
+        stop, main, aux, *rest = self.w.all_reduce(numbers).tolist()
+        return Agreed(stop > 0, main, aux, [int(n) for n in rest[:width]], int(max(rest[width:])))
+
+    def apply(self, fired, silent_tokens, main: float) -> float:
+        """The step itself: only here does anything change, with nothing to wait for. Returns the learning rate."""
+        config, progress = self.config, self.progress
+        lr = learning_rate(
+            progress.step, self.n_steps, config.learning_rate, config.learning_rate_min_ratio, config.warmup_steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.sae.normalize_decoder()
+        if self.checkpoint_due():  # after the last step: counting begins anew
+            self.firing.zero_()
+            progress.counting_since = progress.step
+        self.firing += fired
+        self.silent_tokens.copy_(silent_tokens)
+        mean = main if progress.mean_loss is None else progress.mean_loss
+        progress.mean_loss = _LOSS_MEMORY * mean + (1 - _LOSS_MEMORY) * main
+        progress.step += 1
+        return lr
+
+    def check_loss(self, agreed: Agreed) -> None:
+        """Raise InputError before a bad step changes anything."""
+        from sae_checkpoints import whole_checkpoints
+
+        progress, mean = self.progress, self.progress.mean_loss
+        exploded = mean is not None and agreed.main > self.config.explosion_factor * mean
+        if math.isfinite(agreed.main + agreed.aux) and not exploded:
+            return
+        what = f"{agreed.main:.4g}, more than {self.config.explosion_factor:g} times its running mean {mean:.4g},"
+        rows = self.batches.stored_batches(*divmod(progress.step, self.batches.steps_per_epoch))
+        shards = sorted({self.batches.names[shard] for shard, _ in rows})
+        good = whole_checkpoints(self.folder)
+        raise stage.InputError(
+            f"The loss is {what if exploded else agreed.main + agreed.aux} at step {progress.step + 1} (activations of "
+            f"{', '.join(shards)} in {self.config.data_dir}); the last good checkpoint is "
+            f"{good[-1][0] if good else 'none'}: look at these activations, or begin again in another --checkpoint_dir "
+            "with a lower --learning_rate or a --grad_clip."
+        )
+
+    # ---- now and then
+
+    def checkpoint_due(self) -> bool:
+        step = self.progress.step
+        return step % self.checkpoint_every == 0 or step % self.batches.steps_per_epoch == 0
+
+    def goes_on(self) -> bool:
+        early = stops_early(self.progress.val_fvus, self.config.early_stop_epochs)
+        return self.progress.step < self.n_steps and not early
+
+    def check_replicas(self) -> None:
+        """Compare sums over the bits of what processes hold in common."""
+        import torch
+
+        own = [int(p.detach().view(torch.int32).sum()) for p in self.parameters.values()]  # b_pre is the first
+        own.append(int(self.silent_tokens.sum()))
+        every, width = self.w.gather(own), self.latents.size
+        wrong = [rank for rank, sums in enumerate(every) if sums != every[rank % width] or sums[0] != every[0][0]]
+        if wrong:
+            raise stage.InputError(
+                f"The parameters of rank {', '.join(map(str, wrong))} differ at step {self.progress.step} from "
+                f"those of the ranks below {width}, which should hold the same; look for a faulty device, and run the "
+                "same command again to continue from the last checkpoint."
+            )
+
+    def validate(self, data_dir: str, manifest: dict, n_dead: list[int]) -> Validation | None:
+        """Measure the SAE on all held-out activations, shared out over the data ranks; None where there are none."""
+        import torch
+
+        from activation_batches import open_rows
+
+        d = self.sae.d_model
+        n_rows = self.config.micro_batch_size or self.config.batch_size // self.data.size
+        # Sums of z, of z^2, of both squared errors, and the count; fired values apart, which slices do not share.
+        sums, l0 = (torch.zeros(n, dtype=torch.float64, device=self.w.device) for n in (2 * d + 3, 1))
+        dead, chunk = self.dead(n_dead), 0
+        with torch.no_grad():
+            for record in manifest["validation_shards"]:
+                shard = torch.from_numpy(open_rows(Path(data_dir) / record["file"])).view(torch.bfloat16)
+                for rows in shard.split(n_rows):
+                    chunk += 1
+                    if chunk % self.data.size != self.data.rank:
+                        continue
+                    z, _, _ = self.sae.normalize(rows.to(self.w.device))
+                    parts = self.losses(z, n_dead, dead, torch.float32)
+                    l0 += parts.fired.sum()
+                    z = z.double()
+                    counted = torch.stack([parts.main, parts.aux, z.new_tensor(len(z))])
+                    sums += torch.cat([z.sum(0), z.square().sum(0), counted])
+        self.data.all_reduce(sums)
+        self.w.all_reduce(l0)
+        total, squares, (main, aux, count) = sums[:d], sums[d : 2 * d], sums[2 * d :].tolist()
+        if count == 0:
+            return None
+        variance = float((squares - total.square() / count).sum())
+        loss = (main + self.config.aux_loss_coeff * aux) / (count * d)
+        return Validation(main / (count * d), aux / (count * d), loss, main / variance, float(l0) / count)
+
+    def log(self, **values: float) -> None:
+        step = self.progress.step
+        line = json.dumps({"step": step, "tokens": step * self.config.batch_size, **values})
+        self.progress.metrics.append(line)
+        if self.w.is_main:
+            with open(self.metrics_path, "a") as file:
+                file.write(line + "\n")
+            if self.wandb_run:
+                self.wandb_run.log(values, step=step)
+
+    def draw(self, firing) -> None:
+        from training_figures import plot_curves, plot_frequencies
+
+        progress = self.progress
+        plot_curves(progress.metrics, self.curves_path)
+        n_activations = (progress.step - progress.counting_since) * self.config.batch_size
+        plot_frequencies(firing, n_activations, self.frequencies_path)
+
+    # ---- checkpoints
+
+    def save(self, by_whoever_comes_first: bool = False) -> None:
+        """Write this process's slice, without a word to the others. Processes with the same slice leave it to the first
+        of them, or, where that one may be gone, to whoever comes first."""
+        from sae_checkpoints import Slice, save_tensors
+
+        path = Slice(self.progress.step, self.latents.rank, self.latents.size).path(self.folder)
+        if path.exists():
+            return
+        if by_whoever_comes_first:
+            try:
+                path.with_name(f".{path.name}.claimed.tmp").touch(exist_ok=False)
+            except FileExistsError:
+                return
+        elif not self.data.is_main:
+            return
+        if not all(p.isfinite().all() for p in self.parameters.values()):
+            raise stage.InputError(
+                f"The weights are not finite after step {self.progress.step}, no checkpoint of them was written; begin "
+                "again in another --checkpoint_dir with a lower --learning_rate or a --grad_clip."
+            )
+        state: dict[str, dict] = {"progress": dataclasses.asdict(self.progress), "sae": self.sae.state_dict()}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[moment] = {name: self.optimizer.state[p][moment] for name, p in self.parameters.items()}
+        state["counters"] = {"silent_tokens": self.silent_tokens, "firing": self.firing}
+        save_tensors(path, state)
+
+    def checkpoint(self) -> None:
+        """A checkpoint that all processes come to: checked, written, older ones deleted, figures drawn."""
+        self.check_replicas()
+        self.save()
+        firing = self.w.gather(
+            self.firing.cpu() if self.data.is_main else None
+        )  # all have written when this is through
+        if self.w.is_main:
+            import torch
+
+            from sae_checkpoints import delete_checkpoints
+
+            delete_checkpoints(self.folder, self.config.keep_checkpoints)
+            if self.goes_on():  # else they are drawn at the end
+                self.draw(torch.cat([part for part in firing if part is not None]))
+
+    def load(self, paths: list[Path]) -> None:
+        import torch
+
+        from sae_checkpoints import load_checkpoint
+
+        state = load_checkpoint(paths, self.latents.rank, self.latents.size)
+        self.progress = Progress(**state["progress"])
+        self.sae.load_state_dict(state["sae"])
+        for name, p in self.parameters.items():
+            # Copied into the parameter's own order in memory, which the fused step relies on.
+            moments = {m: torch.empty_like(p).copy_(state[m][name]) for m in ("exp_avg", "exp_avg_sq")}
+            steps = torch.tensor(float(self.progress.step), device=self.w.device)
+            self.optimizer.state[p] = {"step": steps, **moments}
+        self.silent_tokens.copy_(state["counters"]["silent_tokens"])
+        self.firing.copy_(state["counters"]["firing"])
+
+
+def train(t: Training, manifest: dict) -> int:
+    """Train to the end; returns 0. A signal or another process's end stops it at a checkpoint of the last whole step;
+    returns the signal's number."""
+    import torch
+
+    from activation_batches import Reader
+
+    config, progress, w, batches = t.config, t.progress, t.w, t.batches
+    log_every = max(1, batches.steps_per_epoch // config.logs_per_epoch)
+    with (
+        noted_signals() as t.stop_signal,
+        Reader(batches, range(progress.step, t.n_steps), t.data.rank, t.data.size, w.device) as reader,
+        stage.progress(
+            total=t.n_steps * config.batch_size,
+            initial=progress.step * config.batch_size,
+            unit="act",
+            unit_scale=True,
+            desc="SAE",
+            disable=not w.is_main,
+        ) as bar,
+    ):
+        agreed = t.agree(torch.zeros(2), t.silent_tokens)
+        logged = dataclasses.replace(progress)
+        while t.goes_on():
+            started = time.perf_counter()
+            x, waited = reader.next()
+            try:
+                losses, fired = t.gradients(x, agreed.n_dead)
+                silent_tokens = (t.silent_tokens + config.batch_size).masked_fill_(fired > 0, 0)
+                agreed = t.agree(losses, silent_tokens)
+            except torch.OutOfMemoryError as error:
+                raise stage.InputError(
+                    f"{w.device} has too little memory for {config.micro_batch_size or len(x)} activations at a time; "
+                    "give a smaller --micro_batch_size, or a larger --latent_parallel."
+                ) from error
+            except RuntimeError:
+                if w.size > 1:  # another process is gone; what this one holds is the state of the last step
+                    t.save(by_whoever_comes_first=True)
+                raise
+            if agreed.stop:
+                t.save()
+                return t.stop_signal.number or signal.SIGTERM
+            t.check_loss(agreed)
+            lr = t.apply(fired, silent_tokens, agreed.main)
+            progress.seconds += time.perf_counter() - started
+            progress.waited += waited
+            bar.update(config.batch_size)
+
+            step = progress.step
+            epoch_ends = step % batches.steps_per_epoch == 0
+            if step % log_every == 0 or t.checkpoint_due():
+                seconds = progress.seconds - logged.seconds
+                values = {
+                    "train_main": agreed.main,
+                    "train_aux": agreed.aux,
+                    "train_total": agreed.main + config.aux_loss_coeff * agreed.aux,
+                    "train_fvu": agreed.main / t.variance,
+                    "dead_frac": sum(agreed.n_dead) / config.n_latents,
+                    "longest_silence_tokens": agreed.longest_silence,
+                    "learning_rate": lr,
+                    "acts_per_s": (step - logged.step) * config.batch_size / seconds,
+                    "data_wait_frac": (progress.waited - logged.waited) / seconds,
+                }
+                if epoch_ends and (quality := t.validate(config.data_dir, manifest, agreed.n_dead)):
+                    values |= quality._asdict()
+                    progress.val_fvus.append(quality.val_fvu)
+                t.log(**values)
+                logged = dataclasses.replace(progress)
+                postfix = f"loss {values['train_total']:.4f}, FVU {values['train_fvu']:.3f}, "
+                bar.set_postfix_str(postfix + f"dead {values['dead_frac']:.1%}", refresh=False)
+            if t.checkpoint_due():
+                t.checkpoint()
+            elif step % config.replica_check_steps == 0:
+                t.check_replicas()
+    return 0
+
+
+def check_options(config, manifest: dict, size: int) -> None:
+    """size: processes. Raises InputError."""
+    for name, value in vars(config).items():
+        count = name.endswith(("_steps", "_epoch", "_epochs", "_size", "_parallel", "_checkpoints", "k_aux"))
+        if count and name != "warmup_steps" and value is not None and value < 1:
+            raise stage.InputError(f"--{name} {value} must be at least 1.")
+    width = config.latent_parallel
+    if size % width or config.n_latents % width:
+        raise stage.InputError(
+            f"--latent_parallel {width} must divide the {size} processes and --n_latents {config.n_latents}; choose "
+            "another."
+        )
+    if config.batch_size % manifest["batch_size"] or config.batch_size % (size // width):
         raise stage.InputError(
             f"--batch_size {config.batch_size} must be a multiple of the stored batches of {manifest['batch_size']} in "
-            f"{config.data_dir} and of the {size} processes; choose another."
+            f"{config.data_dir} and of the {size // width} processes that share it out; choose another."
         )
     if config.batch_size > manifest["counts"]["train"]:
         raise stage.InputError(
@@ -200,198 +544,153 @@ def main() -> None:
         )
     if not 0 < config.k <= config.n_latents:
         raise stage.InputError(f"--k {config.k} must lie between 1 and --n_latents {config.n_latents}.")
+    if config.encoder_dtype not in ("float32", "bfloat16"):
+        raise stage.InputError(f"--encoder_dtype {config.encoder_dtype} must be float32 or bfloat16.")
+    if config.early_stop_epochs and not manifest["validation_shards"]:
+        raise stage.InputError(f"{config.data_dir} holds nothing out, --early_stop_epochs needs that; leave it out.")
+
+
+def starting_sae(config, manifest: dict, mean):
+    """The whole SAE as training begins; its weights are left unset where checkpoints hold others."""
     import torch
 
+    from sae import TopKSparseAutoencoder, load_sae_model
+    from sae_checkpoints import whole_checkpoints
+
+    sae = TopKSparseAutoencoder(manifest["d_model"], config.n_latents, config.k, manifest["normalize_eps"])
+    if whole_checkpoints(Path(config.checkpoint_dir)):
+        return sae
+    if not config.model_load_path:
+        sae.initialize(mean, torch.Generator().manual_seed(config.seed))
+        return sae
+    loaded = load_sae_model(config.model_load_path, normalize_eps=manifest["normalize_eps"], k=config.k)
+    if (loaded.d_model, loaded.n_latents) != (sae.d_model, sae.n_latents):
+        raise stage.InputError(
+            f"{config.model_load_path} has d_model {loaded.d_model} and {loaded.n_latents} latents, this run "
+            f"{sae.d_model} and {sae.n_latents}; load another or change --n_latents."
+        )
+    return loaded.requires_grad_(True)
+
+
+def announce(t: Training, manifest: dict) -> None:
+    """What will be read, written, held in memory and sent; InputError where the disk is too small."""
+    from sae import rows_at_once
+    from sae_checkpoints import checkpoint_files
+
+    config, d_model = t.config, manifest["d_model"]
+    sae_bytes = 4 * (2 * config.n_latents * d_model + config.n_latents + d_model)
+    present = sum(path.stat().st_size for path in checkpoint_files(t.folder))
+    stage.require_disk(t.folder, 3 * sae_bytes * (config.keep_checkpoints + 1) + sae_bytes - present)
+    n_slice, share = config.n_latents // t.latents.size, config.batch_size // t.data.size
+    rows = min(config.micro_batch_size or share, share)
+    block = 4 * n_slice * min(rows, rows_at_once(4 * n_slice, t.w.device))
+    copies = 4 if rows == share else 5  # weights, two moments, gradients, those of one micro-batch
+    memory = copies * sae_bytes // t.latents.size + block + rows * (24 * d_model + 80 * min(config.k, n_slice))
+    t.w.print(
+        f"Reading {manifest['counts']['train']:,} activations of {manifest['site']} from {config.data_dir}; "
+        f"writing {config.model_save_path} ({stage.gb(sae_bytes)}) and checkpoints ({stage.gb(3 * sae_bytes)} each) to "
+        f"{t.folder}; {t.n_steps:,} steps of {config.batch_size} on {t.w.size} x {t.w.device.type}, about "
+        f"{stage.gb(memory)} of memory each for the weights, their gradients and moments, and {rows} activations."
+    )
+    if t.w.size > 1:
+        data, latents = map(stage.gb, bytes_sent(config, d_model, t.data.size))
+        t.w.print(f"Each process sends in a step {data} of gradients and {latents} between slices of the latents.")
+
+
+def finish(t: Training, manifest: dict, decides: dict) -> None:
+    """Write the SAE, its JSON and figures from the last checkpoint, which holds it whole."""
+    from sae import TopKSparseAutoencoder, save_sae
+    from sae_checkpoints import load_checkpoint, whole_checkpoints
+
+    config, progress = t.config, t.progress
+    state = load_checkpoint(whole_checkpoints(t.folder)[-1], 0, 1)
+    sae = TopKSparseAutoencoder(manifest["d_model"], config.n_latents, config.k, manifest["normalize_eps"])
+    sae.load_state_dict(state["sae"])
+    t.draw(state["counters"]["firing"])
+    last, tokens = json.loads(progress.metrics[-1]), progress.step * config.batch_size
+    inherited = ("model", "model_dir", "sentences_dir", "site", "layer", "begin_of_text", "bos_id", "max_tokens")
+    more = ("rope_scaling_factor", "dataset", "first_validation_sentence")
+    quality = {name: last.get(name) for name in (*Validation._fields, "dead_frac")}
+    cost = {"tokens": tokens, "seconds": progress.seconds, "acts_per_s": tokens / progress.seconds}
+    info = {name: manifest[name] for name in (*inherited, *more)} | {
+        "normalization": "layer_norm",
+        "activations_dir": manifest["input_dir"],
+        "tokens_trained": tokens,
+        "quality": quality | cost,
+        "config": vars(config),
+        "git_commit": stage.git_commit(),
+    }
+    save_sae(sae, config.model_save_path, info)
+    stage.write_manifest(t.folder, _STAGE, complete=True, decides=decides, config=vars(config))
+    if t.wandb_run:
+        t.wandb_run.finish()
+    held_out = "val_fvu" in last and f"FVU {last['val_fvu']:.4f}, L0 {last['val_l0']:.1f} on held-out activations, "
+    print(
+        f"{held_out or ''}{last['dead_frac']:.1%} dead latents; {cost['acts_per_s']:,.0f} activations/s, "
+        f"{progress.waited / progress.seconds:.1%} of the time waiting for data: {config.model_save_path}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    config = stage.parse_constants(globals())
+    manifest = stage.read_manifest(config.data_dir, "sae_preprocessing.py")
+    stage.check_files(config.data_dir, manifest["shards"] + manifest["validation_shards"], "sae_preprocessing.py")
+    check_options(config, manifest, int(os.environ.get("WORLD_SIZE", 1)))
+    import torch
+
+    from activation_batches import Batches
     from activation_store import open_shard
-    from distributed import world
-    from sae import TopKSparseAutoencoder, beside, load_sae_model, loss_sums, save_sae
+    from distributed import grid, world
+    from sae_checkpoints import delete_checkpoints, whole_checkpoints
 
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    save_path = Path(config.model_save_path)
-    folder = Path(config.checkpoint_dir)
+    save_path, folder = Path(config.model_save_path), Path(config.checkpoint_dir)
     b_pre_path = Path(config.b_pre_path or Path(config.data_dir) / manifest["statistics"])
     if not b_pre_path.is_file():
         raise stage.InputError(f"There are no statistics at {b_pre_path}; run sae_preprocessing.py again.")
     statistics = open_shard(b_pre_path, "sae_preprocessing.py")
-    d_model = manifest["d_model"]
-    decides = {
-        name: value
-        for name, value in vars(config).items()
-        if name
-        not in (
-            "data_dir",
-            "model_save_path",
-            "checkpoint_dir",
-            "b_pre_path",
-            "wandb",
-            "keep_checkpoints",
-        )
-    }
+    variance = float(statistics.get_tensor("var_normalized").mean())
+    decides = {name: value for name, value in vars(config).items() if name not in _NOT_IN_THE_RESULT}
     decides["batches"] = [s["sha256"] for s in manifest["shards"]]
-
-    if config.model_load_path:
-        sae = load_sae_model(config.model_load_path, normalize_eps=manifest["normalize_eps"], k=config.k)
-        if (sae.d_model, sae.n_latents) != (d_model, config.n_latents):
-            raise stage.InputError(
-                f"{config.model_load_path} has d_model {sae.d_model} and {sae.n_latents} latents, this run "
-                f"{d_model} and {config.n_latents}; load another or change --n_latents."
-            )
-        sae.requires_grad_(True)
-    else:
-        sae = TopKSparseAutoencoder(d_model, config.n_latents, config.k, manifest["normalize_eps"])
-        generator = torch.Generator().manual_seed(config.seed)
-        sae.initialize(statistics.get_tensor("mean_normalized").float(), generator)
+    sae = starting_sae(config, manifest, statistics.get_tensor("mean_normalized").float())
 
     with world() as w, stage.locked(folder, w.rank, w.barrier):
         done = stage.begin_or_continue(folder, _STAGE, decides) if w.is_main else False
         if w.gather(done)[0] and save_path.exists():
             w.print(f"{save_path} is complete already.")
             return
+        data, latents = grid(w, config.latent_parallel)
+        sae = sae.slice(latents.rank, latents.size) if latents.size > 1 else sae
         batches = Batches(config.data_dir, manifest, config.batch_size, config.seed)
-        n_steps = batches.steps_per_epoch * config.num_epochs
-        sae_bytes = 4 * (2 * config.n_latents * d_model + config.n_latents + d_model)
+        t = Training(config, batches, sae, variance, w, data, latents)
         if w.is_main:
-            stage.require_disk(folder, 3 * sae_bytes * config.keep_checkpoints + sae_bytes)
-        w.print(
-            f"Reading {manifest['counts']['train']:,} activations of {manifest['site']} from {config.data_dir}; "
-            f"writing {save_path} ({stage.gb(sae_bytes)}) and checkpoints ({stage.gb(3 * sae_bytes)} each) to "
-            f"{folder}; {n_steps:,} steps of {config.batch_size} on {w.size} x {w.device.type}."
-        )
-
-        sae.to(w.device)
-        optimizer = torch.optim.AdamW(
-            sae.parameters(),
-            lr=config.learning_rate,
-            betas=tuple(config.betas),
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        silent_tokens = torch.zeros(config.n_latents, dtype=torch.int64, device=w.device)  # since each last fired
-        step = 0
-        metrics_path = beside(save_path, "metrics.jsonl")
-        metrics: list[str] = []
-        if found := checkpoints(folder):
-            state = torch.load(found[-1], map_location="cpu", weights_only=True)
-            sae.load_state_dict(state["sae"])
-            optimizer.load_state_dict(state["optimizer"])
-            silent_tokens.copy_(state["silent_tokens"])
-            step, metrics = state["step"], state["metrics"]
-            w.print(f"Continuing from step {step} ({found[-1]}).")
+            announce(t, manifest)
+            delete_checkpoints(folder, config.keep_checkpoints)  # slices without the others
+        found = w.gather(whole_checkpoints(folder))[0]
+        if found:
+            t.load(found[-1])
+            w.print(f"Continuing from step {t.progress.step} ({found[-1][0]}).")
         if w.is_main:  # lines beyond the checkpoint come again
             save_path.parent.mkdir(parents=True, exist_ok=True)
-            metrics_path.write_text("".join(line + "\n" for line in metrics))
-        wandb_run = start_wandb(config.wandb, folder, vars(config)) if w.is_main else None
-        variance = float(statistics.get_tensor("var_normalized").mean())
-        scale = 1 / (config.batch_size * d_model)
-
-        def log(**values: float) -> None:
-            tokens = step * config.batch_size
-            metrics.append(json.dumps({"step": step, "tokens": tokens, **values}))
+            t.metrics_path.write_text("".join(line + "\n" for line in t.progress.metrics))
+        if t.goes_on():
             if w.is_main:
-                with open(metrics_path, "a") as file:
-                    file.write(metrics[-1] + "\n")
-                if wandb_run:
-                    wandb_run.log(values, step=step)
-
-        def checkpoint() -> None:
-            if w.is_main:
-                state = {"sae": sae.state_dict(), "optimizer": optimizer.state_dict(), "silent_tokens": silent_tokens}
-                save_checkpoint(folder, step, config.keep_checkpoints, {**state, "step": step, "metrics": metrics})
-                plot_curves(metrics_path, beside(save_path, "curves.png"))
-            w.barrier()
-
-        per_epoch = batches.steps_per_epoch
-        log_every = max(1, per_epoch // config.logs_per_epoch)
-        checkpoint_every = max(1, per_epoch // config.checkpoints_per_epoch)
-        read = lambda s: batches.read(s // per_epoch, s % per_epoch, w.rank, w.size)
-        with (
-            ThreadPoolExecutor(1) as reader,
-            stage.progress(
-                total=n_steps * config.batch_size,
-                initial=step * config.batch_size,
-                unit="act",
-                unit_scale=True,
-                desc="SAE",
-                disable=not w.is_main,
-            ) as bar,
-        ):
-            ahead = reader.submit(read, step) if step < n_steps else None
-            while step < n_steps:
-                x = ahead.result().to(w.device)
-                if step + 1 < n_steps:
-                    ahead = reader.submit(read, step + 1)
-                z, _, _ = sae.normalize(x)
-                dead = (silent_tokens >= config.dead_after_tokens).nonzero().flatten()
-                sums = loss_sums(sae, z, dead, config.k_aux)
-                ((sums.main + config.aux_loss_coeff * sums.aux) * scale).backward()
-                fired = torch.bincount(sums.indices[sums.values > 0], minlength=config.n_latents)
-                for tensor in (*(p.grad for p in sae.parameters()), fired):
-                    w.all_reduce(tensor)
-                sae.project_decoder_grad()
-                lr = learning_rate(
-                    step, n_steps, config.learning_rate, config.learning_rate_min_ratio, config.warmup_steps
-                )
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                optimizer.step()
-                optimizer.zero_grad()
-                sae.normalize_decoder()
-                silent_tokens += config.batch_size
-                silent_tokens[fired > 0] = 0
-                step += 1
-                bar.update(config.batch_size)
-
-                epoch_ends = step % per_epoch == 0
-                if step % log_every == 0 or step % checkpoint_every == 0 or epoch_ends:
-                    main_loss, aux_loss = (w.all_reduce(torch.stack([sums.main, sums.aux]).detach()) * scale).tolist()
-                    if not math.isfinite(main_loss + aux_loss):
-                        good = checkpoints(folder)
-                        raise stage.InputError(
-                            f"The loss is {main_loss} at step {step} (batches of {config.data_dir}); lower "
-                            f"--learning_rate or continue from {good[-1] if good else 'the start'}."
-                        )
-                    dead_frac = float((silent_tokens >= config.dead_after_tokens).float().mean())
-                    values = {
-                        "train_main": main_loss,
-                        "train_aux": aux_loss,
-                        "train_total": main_loss + config.aux_loss_coeff * aux_loss,
-                        "train_fvu": main_loss / variance,
-                        "dead_frac": dead_frac,
-                        "longest_silence_tokens": int(silent_tokens.max()),
-                        "learning_rate": lr,
-                    }
-                    if epoch_ends:
-                        quality = validate(sae, config.data_dir, manifest, config.batch_size, w)
-                    if epoch_ends and quality:
-                        values |= {"val_main": quality.main, "val_fvu": quality.fvu, "val_l0": quality.l0}
-                    log(**values)
-                    fvu = main_loss / variance
-                    bar.set_postfix_str(f"loss {main_loss:.4f}, FVU {fvu:.3f}, dead {dead_frac:.1%}", refresh=False)
-                if step % checkpoint_every == 0 or epoch_ends:
-                    checkpoint()
-
-        last = json.loads(metrics[-1])
-        inherited = ("model", "model_dir", "sentences_dir", "site", "layer", "begin_of_text", "bos_id", "max_tokens")
-        more = ("rope_scaling_factor", "dataset", "first_validation_sentence")
-        info = {name: manifest[name] for name in (*inherited, *more)}
-        info |= {
-            "normalization": "layer_norm",
-            "activations_dir": manifest["input_dir"],
-            "tokens_trained": step * config.batch_size,
-            "quality": {name: last.get(name) for name in ("val_main", "val_fvu", "val_l0", "dead_frac")},
-            "config": vars(config),
-            "git_commit": stage.git_commit(),
-        }
+                t.wandb_run = start_wandb(config.wandb, folder, vars(config), t.progress.wandb_id)
+            t.progress.wandb_id = w.gather(t.wandb_run.id if t.wandb_run else t.progress.wandb_id)[0]
+            if number := train(t, manifest):
+                if w.is_main:
+                    if t.wandb_run:
+                        t.wandb_run.finish(exit_code=1)
+                    print(
+                        f"\nStopped by {signal.Signals(number).name} after step {t.progress.step}, which is saved; run "
+                        "the same command again to continue.",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                stage.exit_at_once(128 + number)
         if w.is_main:
-            save_sae(sae, save_path, info)
-            stage.write_manifest(folder, _STAGE, complete=True, decides=decides, config=vars(config))
-            if wandb_run:
-                wandb_run.finish()
-        quality = ""
-        if "val_fvu" in last:
-            quality = f"FVU {last['val_fvu']:.4f}, L0 {last['val_l0']:.1f} on held-out activations, "
-        w.print(f"{quality}{last['dead_frac']:.1%} dead latents: {save_path}")
+            finish(t, manifest, decides)
 
 
 if __name__ == "__main__":

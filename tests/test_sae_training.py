@@ -26,8 +26,9 @@ from safetensors.torch import load_file
 import sae_preprocessing
 import sae_training
 import stage
+from activation_batches import Batches
 from sae import TopKSparseAutoencoder, load_sae_model, save_sae
-from sae_training import Batches, learning_rate
+from sae_training import learning_rate
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 
@@ -69,7 +70,7 @@ def places(folder: Path) -> dict[str, Path]:
 def train(data: Path, folder: Path, **options) -> Path:
     """Train in this process; returns the SAE's path. The figure, which costs most, has its own test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sae_training, "plot_curves", lambda *args: None)
+        patch.setattr(sae_training.Training, "draw", lambda *args: None)
         run_script(sae_training, data_dir=data, **places(folder), **OPTIONS | options)
     return folder / "sae.pth"
 
@@ -399,7 +400,6 @@ def test_truncated_batches(data, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sae_training, "plot_curves", lambda *args: None)
     real = torch.optim.AdamW.step
 
     def explode(self, *args, **kwargs):

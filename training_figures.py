@@ -1,0 +1,64 @@
+"""The figures of sae_training.py: training curves, and how often latents fire."""
+
+import json
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+import stage
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def plot_curves(metrics: list[str], png_path: Path) -> None:
+    """The four published figures: total loss in training and held out, dead latents, auxiliary loss."""
+    lines = [json.loads(line) for line in metrics]
+    panels = [
+        ("train_total", "total loss, training", True),
+        ("val_total", "total loss, held out", True),
+        ("dead_frac", "dead latents", False),
+        ("train_aux", "auxiliary loss, training", False),
+    ]
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), constrained_layout=True)
+    for axis, (name, title, log) in zip(axes, panels, strict=True):
+        points = [(line["tokens"] / 1e6, line[name]) for line in lines if name in line]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, color="tab:blue")
+        axis.set_title(title)
+        axis.set_xlabel("million activations")
+        axis.grid(alpha=0.3)
+        if log and any(y > 0 for _, y in points):
+            axis.set_yscale("log")
+        if name == "dead_frac":
+            axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+            axis.set_ylim(bottom=0)
+    with stage.atomic_path(png_path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    plt.close(figure)
+
+
+def plot_frequencies(firing, n_activations: int, png_path: Path) -> None:
+    """On what share of activations each latent fired, as a histogram; those that never did apart.
+
+    firing: (n_latents,), how many of the last n_activations each latent fired on.
+    """
+    counts = np.asarray(firing)
+    fired = np.log10(counts[counts > 0] / n_activations)
+    floor = math.floor(-math.log10(n_activations))
+    bins = np.arange(floor, 0.01, 0.125)
+    figure, axis = plt.subplots(figsize=(7, 3.6), constrained_layout=True)
+    axis.hist(fired, bins=bins, color="tab:blue", label=f"{len(fired):,} latents that fired")
+    silent = len(counts) - len(fired)
+    axis.bar(floor - 0.5, silent, width=0.4, color="tab:gray", label=f"{silent:,} that never fired")
+    ticks = range(floor, 1)
+    axis.set_xticks([floor - 0.5, *ticks], ["never", *(f"$10^{{{tick}}}$" for tick in ticks)])
+    axis.set_xlabel(f"share of the last {n_activations:,} activations that a latent fired on")
+    axis.set_ylabel("latents")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    with stage.atomic_path(png_path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    plt.close(figure)
