@@ -325,10 +325,11 @@ class Training:
         every, width = self.w.gather(own), self.latents.size
         wrong = [rank for rank, sums in enumerate(every) if sums != every[rank % width] or sums[0] != every[0][0]]
         if wrong:
+            others = "rank 0" if width == 1 else f"ranks 0 to {width - 1}"
             raise stage.InputError(
                 f"The parameters of rank {', '.join(map(str, wrong))} differ at step {self.progress.step} from "
-                f"those of the ranks below {width}, which should hold the same; look for a faulty device, and run the "
-                "same command again to continue from the last checkpoint."
+                f"those of {others}, which should hold the same; look for a faulty device, and run the same command "
+                "again to continue from the last checkpoint."
             )
 
     def validate(self, data_dir: str, manifest: dict, n_dead: list[int]) -> Validation | None:
@@ -369,8 +370,13 @@ class Training:
         line = json.dumps({"step": step, "tokens": step * self.config.batch_size, **values})
         self.progress.metrics.append(line)
         if self.w.is_main:
-            with open(self.metrics_path, "a") as file:
-                file.write(line + "\n")
+            try:
+                with open(self.metrics_path, "a") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                raise stage.InputError(
+                    f"Could not write {self.metrics_path} ({error}); free some disk and run again to continue."
+                ) from error
             if self.wandb_run:
                 self.wandb_run.log(values, step=step)
 
@@ -390,7 +396,7 @@ class Training:
         from sae_checkpoints import Slice, save_tensors
 
         path = Slice(self.progress.step, self.latents.rank, self.latents.size).path(self.folder)
-        if path.exists():
+        if self.progress.step == 0 or path.exists():
             return
         if by_whoever_comes_first:
             try:

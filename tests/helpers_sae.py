@@ -1,8 +1,10 @@
 """What the SAE's test files share: an SAE with random weights, captured activations, scripts run in this process.
 
-Used by test_sae.py, test_sae_preprocessing.py and test_sae_training.py.
+Also a small set of batches to train on and what a run on it leaves.
+Used by test_sae.py, test_sae_preprocessing.py, test_sae_training.py and test_sae_parallel.py.
 """
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -114,3 +116,82 @@ def refusal(module: ModuleType, capsys: pytest.CaptureFixture, **options: Any) -
 def is_complete(folder: Path) -> bool:
     path = folder / stage.MANIFEST
     return path.exists() and stage.read_json(path, "")["complete"]
+
+
+# ---- training on a small set of batches
+
+D, N_LATENTS, K = 14, 96, 4
+STORED, BATCH = 32, 96  # rows of a stored batch, rows of a step
+TRAINING = {
+    "n_latents": N_LATENTS,
+    "k": K,
+    "k_aux": 8,
+    "dead_after_tokens": 150,
+    "num_epochs": 3,
+    "batch_size": BATCH,
+    "learning_rate": 8e-3,
+    "warmup_steps": 5,
+    "betas": (0.85, 0.999),
+    "grad_clip": 0.05,  # exceeded in about half of the steps
+    "seed": 7,
+    "wandb": "off",
+}
+TIMING = ("acts_per_s", "data_wait_frac")  # in metrics.jsonl, different in each run
+
+
+def write_batches(folder: Path, n_rows: int = 3000) -> Path:
+    """Batches of rows that are sums of three of 30 directions, in several shards, by sae_preprocessing.py."""
+    import sae_preprocessing
+
+    rows = sparse_dictionary_data(n_rows, D, n_true=30, n_active=3, seed=0)
+    sentences = dict(enumerate(rows.split(10)))
+    write_store(folder / "site", sentences, [0, 170], len(sentences))
+    options = {"batch_size": STORED, "validation_fraction": 0.2, "num_processes": 1, "shard_gb": 801 * 2 * D / 1e9}
+    run_script(sae_preprocessing, input_dir=folder / "site", output_dir=folder / "batches", **options)
+    return folder / "batches"
+
+
+def places(folder: Path) -> dict[str, Path]:
+    return {"model_save_path": folder / "sae.pth", "checkpoint_dir": folder / "checkpoints"}
+
+
+def train(data: Path, folder: Path, **options: Any) -> Path:
+    """Train in this process; returns the SAE's path. The figures, which cost most, have their own test."""
+    import sae_training
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sae_training.Training, "draw", lambda *args: None)
+        run_script(sae_training, **{"data_dir": data, **places(folder), **TRAINING, **options})
+    return folder / "sae.pth"
+
+
+def metrics_of(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl but for the timing."""
+    lines = map(json.loads, path.with_suffix(".metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
+
+
+def checkpoints_of(path: Path) -> list[str]:
+    return sorted(file.name for file in (path.parent / "checkpoints").glob("step-*"))
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Equal to the last bit: weights and metrics."""
+    first, second = (torch.load(path, weights_only=True) for path in (a, b))
+    assert first.keys() == second.keys() == {"b_pre", "encoder.weight", "encoder.bias", "decoder.weight"}
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert metrics_of(a) == metrics_of(b)
+
+
+def assert_similar_run(a: Path, b: Path) -> None:
+    """The same losses to 1e-5 in every step, and nearly the same weights."""
+    one, two = metrics_of(a), metrics_of(b)
+    assert len(one) == len(two)
+    for first, second in zip(one, two, strict=True):
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            assert second[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (name, first["step"])
+    states = [torch.load(path, weights_only=True) for path in (a, b)]
+    for name in states[0]:
+        torch.testing.assert_close(states[1][name], states[0][name], rtol=0, atol=2e-5)

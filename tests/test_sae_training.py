@@ -1,82 +1,56 @@
-"""Training: two processes against one, an interrupted run against an unbroken one, the result against plain numpy.
+"""Training in one process: the result against plain numpy, what is read and written, other ways to the same result.
 
 Also: the schedule, what metrics.jsonl holds, that a sparse dictionary is learnt and dead latents return, refusals.
-The batches come from sae_preprocessing.py.
+The batches come from sae_preprocessing.py. Several processes and interruptions: test_sae_parallel.py.
 
     .venv/bin/python -m pytest tests/test_sae_training.py
 """
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import PROJECT_DIR
-from helpers_sae import arguments, is_complete, refusal, run_script, sparse_dictionary_data, write_store
+from helpers_sae import (
+    BATCH,
+    N_LATENTS,
+    STORED,
+    TRAINING,
+    D,
+    K,
+    assert_same_run,
+    assert_similar_run,
+    checkpoints_of,
+    is_complete,
+    metrics_of,
+    places,
+    refusal,
+    run_script,
+    train,
+    write_batches,
+)
 from safetensors.torch import load_file
 
-import sae_preprocessing
 import sae_training
 import stage
-from activation_batches import Batches
+from activation_batches import Batches, Reader
 from sae import TopKSparseAutoencoder, load_sae_model, save_sae
-from sae_training import learning_rate
+from sae_checkpoints import delete_checkpoints, whole_checkpoints
+from sae_training import learning_rate, stops_early
+from training_figures import plot_curves, plot_frequencies
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 
-D, N_LATENTS, K = 14, 96, 4
-STORED, BATCH = 32, 96  # rows of a stored batch, rows of a step
-ROWS = 3000
-OPTIONS = {
-    "n_latents": N_LATENTS,
-    "k": K,
-    "k_aux": 8,
-    "dead_after_tokens": 150,
-    "num_epochs": 3,
-    "batch_size": BATCH,
-    "learning_rate": 8e-3,
-    "warmup_steps": 5,
-    "betas": (0.85, 0.999),
-    "seed": 7,
-    "wandb": "off",
-}
-STATE = ("b_pre", "encoder.weight", "encoder.bias", "decoder.weight")
+
+STATE = {"b_pre", "encoder.weight", "encoder.bias", "decoder.weight"}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Batches of rows that are sums of three of 30 directions, in several shards."""
-    folder = tmp_path_factory.mktemp("data")
-    rows = sparse_dictionary_data(ROWS, D, n_true=30, n_active=3, seed=0)
-    sentences = dict(enumerate(rows.split(10)))
-    write_store(folder / "site", sentences, [0, 170], len(sentences))
-    options = {"batch_size": STORED, "validation_fraction": 0.2, "num_processes": 1, "shard_gb": 801 * 2 * D / 1e9}
-    run_script(sae_preprocessing, input_dir=folder / "site", output_dir=folder / "batches", **options)
-    return folder / "batches"
-
-
-def places(folder: Path) -> dict[str, Path]:
-    return {"model_save_path": folder / "sae.pth", "checkpoint_dir": folder / "checkpoints"}
-
-
-def train(data: Path, folder: Path, **options) -> Path:
-    """Train in this process; returns the SAE's path. The figure, which costs most, has its own test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sae_training.Training, "draw", lambda *args: None)
-        run_script(sae_training, data_dir=data, **places(folder), **OPTIONS | options)
-    return folder / "sae.pth"
-
-
-def metrics_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.with_suffix(".metrics.jsonl").read_text().splitlines()]
+    return write_batches(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +93,16 @@ def test_every_stored_batch_is_read_once_an_epoch(data, world_size):
     assert orders[0] != orders[1]
 
 
+def test_reader_gives_the_steps_in_order(data):
+    """Each step's rows stay until the next are asked for, though buffers are used again."""
+    batches = Batches(str(data), manifest_of(data), BATCH, seed=3)
+    per_epoch = batches.steps_per_epoch
+    with Reader(batches, range(7, per_epoch + 9), 1, 2, torch.device("cpu")) as reader:
+        for step in range(7, per_epoch + 9):
+            rows, waited = reader.next()
+            assert torch.equal(rows, batches.read(*divmod(step, per_epoch), 1, 2)) and waited >= 0
+
+
 # ---- schedule and metrics
 
 
@@ -137,13 +121,13 @@ def test_learning_rate_schedule():
 def test_metrics(data, trained):
     per_epoch = steps_per_epoch(data)
     lines = metrics_of(trained)
-    n_steps = per_epoch * OPTIONS["num_epochs"]
+    n_steps = per_epoch * TRAINING["num_epochs"]
     assert [line["step"] for line in lines] == list(range(1, n_steps + 1))
     for line in lines:
         assert line["tokens"] == line["step"] * BATCH
         assert line["train_total"] == pytest.approx(line["train_main"] + line["train_aux"] / 32, rel=1e-6)
         assert 0 <= line["dead_frac"] <= 1
-        assert (line["dead_frac"] > 0) == (line["longest_silence_tokens"] >= OPTIONS["dead_after_tokens"])
+        assert (line["dead_frac"] > 0) == (line["longest_silence_tokens"] >= TRAINING["dead_after_tokens"])
         assert line["longest_silence_tokens"] <= line["tokens"]
         expected = learning_rate(line["step"] - 1, n_steps, 8e-3, 1 / 5, 5)
         assert line["learning_rate"] == pytest.approx(expected, rel=1e-9)
@@ -173,7 +157,7 @@ def test_learns_a_sparse_dictionary(trained):
 
 def test_saved_sae_and_its_json(data, trained):
     state = torch.load(trained, weights_only=True)
-    assert state.keys() == set(STATE)
+    assert state.keys() == STATE
     torch.testing.assert_close(state["decoder.weight"].norm(dim=0), torch.ones(N_LATENTS))
     assert state["decoder.weight"].shape == (D, N_LATENTS) and state["encoder.weight"].shape == (N_LATENTS, D)
 
@@ -185,8 +169,11 @@ def test_saved_sae_and_its_json(data, trained):
     for name in ("model", "site", "layer", "begin_of_text", "bos_id", "max_tokens", "dataset"):
         assert info[name] == manifest[name]
     assert (info["k"], info["normalize_eps"], info["tokens_trained"]) == (K, 1e-5, last["tokens"])
-    assert info["quality"] == {name: last[name] for name in ("val_main", "val_fvu", "val_l0", "dead_frac")}
-    assert info["config"]["seed"] == OPTIONS["seed"]
+    names = ("val_main", "val_aux", "val_total", "val_fvu", "val_l0", "dead_frac", "tokens")
+    quality = info["quality"]
+    assert {name: quality[name] for name in names} == {name: last[name] for name in names}
+    assert quality["acts_per_s"] == pytest.approx(last["tokens"] / quality["seconds"]) and quality["seconds"] > 0
+    assert info["config"]["seed"] == TRAINING["seed"]
 
 
 def test_quality_equals_numpy_on_the_held_out_rows(data, trained):
@@ -240,106 +227,30 @@ def test_auxiliary_loss_revives_dead_latents(data, tmp_path):
     assert last[1 / 32]["val_fvu"] < last[0.0]["val_fvu"]
 
 
-# ---- several processes
-
-
-def torchrun(n_processes: int, options: dict) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
-    command += ["sae_training.py", *arguments(options)]
-    process = subprocess.Popen(
-        command, cwd=PROJECT_DIR, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        out, err = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # workers and all
-        raise
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
-def test_two_processes_train_like_one(data, trained, tmp_path):
-    done = torchrun(2, {"data_dir": data, **places(tmp_path), **OPTIONS})
-    assert done.returncode == 0, done.stderr
-    assert "2 x cpu" in done.stdout
-    one, two = metrics_of(trained), metrics_of(tmp_path / "sae.pth")
-    assert len(one) == len(two)
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for name, value in a.items():
-            assert b[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (name, a["step"])
-    first, second = (torch.load(p, weights_only=True) for p in (trained, tmp_path / "sae.pth"))
-    for name in STATE:
-        torch.testing.assert_close(second[name], first[name], rtol=0, atol=2e-5)
-
-
-def test_missing_data_under_torchrun(tmp_path):
-    done = torchrun(2, {"data_dir": tmp_path / "nowhere", **places(tmp_path), **OPTIONS})
-    assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert said == [f"error: There is no folder {tmp_path / 'nowhere'}; run sae_preprocessing.py to make it."]
-    assert "Traceback" not in done.stderr.partition("error: ")[0]
-    assert not (tmp_path / "checkpoints").exists()
-
-
-# ---- interruption
-
-
-def test_killed_and_run_again_ends_like_an_unbroken_run(data, trained, tmp_path, capsys):
-    """kill -9 of the process group once it is past its first checkpoint; everything but the frequency of checkpoints is
-    the options of `trained`, and that does not touch the result."""
-    options = OPTIONS | {"checkpoints_per_epoch": 4}
-    command = [sys.executable, "sae_training.py", *arguments({"data_dir": data, **places(tmp_path), **options})]
-    path, metrics_path, folder = tmp_path / "sae.pth", tmp_path / "sae.metrics.jsonl", tmp_path / "checkpoints"
-    process = subprocess.Popen(
-        command, cwd=PROJECT_DIR, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    )
-    first = steps_per_epoch(data) // 4
-    try:
-        while process.poll() is None:
-            if metrics_path.exists() and len(metrics_path.read_bytes().splitlines()) > first + 1:
-                break
-            time.sleep(0.01)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    _, err = process.communicate()
-    assert process.returncode == -signal.SIGKILL, err.decode()
-    assert list(folder.glob("step-*.pt")) and not path.exists() and not is_complete(folder)
-
-    train(data, tmp_path, checkpoints_per_epoch=4)
-    assert "Continuing from step" in capsys.readouterr().out
-    assert is_complete(folder)
-    assert metrics_path.read_bytes() == trained.with_suffix(".metrics.jsonl").read_bytes()
-    assert_same_weights(path, trained)
-
-
-def assert_same_weights(a: Path, b: Path) -> None:
-    first, second = (torch.load(path, weights_only=True) for path in (a, b))
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
-def test_killed_between_the_last_checkpoint_and_the_end(data, trained, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    def dies(*args):
-        raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("sae.save_sae", dies)
-        train(data, tmp_path)
-    assert not (tmp_path / "sae.pth").exists() and not is_complete(tmp_path / "checkpoints")
-    path = train(data, tmp_path)
-    assert_same_weights(path, trained)
-    assert metrics_of(path) == metrics_of(trained)
+# ---- checkpoints
 
 
 def test_checkpoints_kept(trained, data):
-    steps = sorted(int(path.stem.removeprefix("step-")) for path in (trained.parent / "checkpoints").glob("step-*.pt"))
     per_epoch = steps_per_epoch(data)
-    assert steps == [2 * per_epoch, 3 * per_epoch]
+    assert checkpoints_of(trained) == [f"step-{2 * per_epoch:09d}.0-of-1.pt", f"step-{3 * per_epoch:09d}.0-of-1.pt"]
+
+
+def test_slices_without_the_others_do_not_count(data, trained, tmp_path):
+    for name in ("step-000000025.0-of-1.pt", "step-000000050.0-of-2.pt", "step-000000050.2-of-2.pt", "other.pt"):
+        (tmp_path / name).touch()
+    assert whole_checkpoints(tmp_path) == [[tmp_path / "step-000000025.0-of-1.pt"]]
+    delete_checkpoints(tmp_path, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-000000025.0-of-1.pt", "other.pt"}
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(data, trained, tmp_path, capsys):
+    folder = shutil.copytree(trained.parent / "checkpoints", tmp_path / "checkpoints")
+    newest = folder / checkpoints_of(trained)[-1]
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **TRAINING)
+    assert f"{newest} is damaged; delete it to continue from the checkpoint before." in said
+    newest.unlink()
+    assert_same_run(train(data, tmp_path), trained)
 
 
 def test_a_complete_run_is_left_alone(data, trained, capsys):
@@ -349,6 +260,70 @@ def test_a_complete_run_is_left_alone(data, trained, capsys):
     assert trained.stat().st_mtime_ns == before
 
 
+def test_a_complete_run_is_saved_elsewhere_with_all_that_belongs_to_it(data, trained, tmp_path):
+    path = tmp_path / "elsewhere" / "again.pth"
+    options = {"data_dir": data, "checkpoint_dir": trained.parent / "checkpoints", "model_save_path": path}
+    run_script(sae_training, **options, **TRAINING)
+    assert_same_run(path, trained)
+    for suffix in ("curves.png", "frequencies.png"):
+        assert (path.parent / f"again.{suffix}").read_bytes().startswith(b"\x89PNG")
+    first, second = (json.loads(p.with_suffix(".json").read_text()) for p in (trained, path))
+    assert first["quality"] == second["quality"]
+
+
+def test_counters_of_the_last_checkpoint(data, trained):
+    """Counted since the checkpoint before: what never fired there has been silent for at least as long."""
+    state = torch.load(trained.parent / "checkpoints" / checkpoints_of(trained)[-1], weights_only=True)
+    firing, silent_tokens = state["counters"]["firing"], state["counters"]["silent_tokens"]
+    n_activations = (state["progress"]["step"] - state["progress"]["counting_since"]) * BATCH
+    assert n_activations == steps_per_epoch(data) * BATCH
+    assert torch.equal(firing == 0, silent_tokens >= n_activations)
+    assert 0.9 * K < firing.sum() / n_activations <= K and firing.max() <= n_activations
+    assert int(silent_tokens.max()) == metrics_of(trained)[-1]["longest_silence_tokens"]
+
+
+# ---- other ways to the same result
+
+
+@pytest.mark.parametrize("size", [20, 96])
+def test_micro_batches_give_the_same_result(data, trained, tmp_path, size):
+    assert_similar_run(train(data, tmp_path, micro_batch_size=size), trained)
+
+
+def test_bfloat16_encoder(data, trained, tmp_path):
+    last = metrics_of(train(data, tmp_path, encoder_dtype="bfloat16"))[-1]
+    assert last["val_fvu"] == pytest.approx(metrics_of(trained)[-1]["val_fvu"], rel=0.1)
+    assert last["val_fvu"] != metrics_of(trained)[-1]["val_fvu"]
+
+
+def test_gradients_are_clipped(data, tmp_path, monkeypatch):
+    norms = []
+    real = torch.optim.AdamW.step
+
+    def noted(self, *args, **kwargs):
+        parameters = self.param_groups[0]["params"]
+        norms.append(math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters)))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    for clip in (None, 0.05):
+        train(data, tmp_path / str(clip), num_epochs=1, **({"grad_clip": clip} if clip else {"grad_clip": 1e9}))
+    free, clipped = norms[: len(norms) // 2], norms[len(norms) // 2 :]
+    assert clipped[0] == pytest.approx(min(free[0], 0.05), rel=1e-5)
+    assert max(free) > 0.06 and max(clipped) <= 0.05 * (1 + 1e-5) and min(clipped) < 0.049
+
+
+def test_early_stopping(data, tmp_path):
+    """With a learning rate of 0 no epoch is better than the first: after two more the run ends and is complete."""
+    path = train(data, tmp_path, learning_rate=0.0, num_epochs=9, early_stop_epochs=2)
+    assert metrics_of(path)[-1]["step"] == 3 * steps_per_epoch(data)
+    assert is_complete(tmp_path / "checkpoints")
+    train(data, tmp_path, learning_rate=0.0, num_epochs=9, early_stop_epochs=2)
+    assert metrics_of(path)[-1]["step"] == 3 * steps_per_epoch(data)
+    assert not stops_early([], 1) and not stops_early([3.0, 2.0, 1.0], 1) and not stops_early([1.0, 1.0], None)
+    assert stops_early([3.0, 2.0, 2.5], 1) and not stops_early([3.0, 2.0, 2.5], 2) and stops_early([2.0, 2.0], 1)
+
+
 # ---- refusals
 
 
@@ -356,14 +331,14 @@ def test_a_complete_run_is_left_alone(data, trained, capsys):
     ("name", "value"), [("learning_rate", 1e-4), ("seed", 8), ("k", 5), ("betas", (0.9, 0.999)), ("num_epochs", 4)]
 )
 def test_changed_constant_is_refused_by_name(data, trained, capsys, name, value):
-    said = refusal(sae_training, capsys, data_dir=data, **places(trained.parent), **OPTIONS | {name: value})
+    said = refusal(sae_training, capsys, data_dir=data, **places(trained.parent), **TRAINING | {name: value})
     assert str(trained.parent / "checkpoints") in said and f"was begun with {name} = " in said
     assert is_complete(trained.parent / "checkpoints")
 
 
 def test_a_second_process_on_the_checkpoints_is_refused(data, tmp_path, capsys):
     with stage.locked(tmp_path / "checkpoints"):
-        said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **OPTIONS)
+        said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **TRAINING)
     assert f"{tmp_path / 'checkpoints'} is in use by another process" in said
     assert not (tmp_path / "sae.pth").exists()
 
@@ -375,13 +350,16 @@ def test_a_second_process_on_the_checkpoints_is_refused(data, tmp_path, capsys):
         ({"batch_size": 32 * 1000}, "fewer than --batch_size 32000"),
         ({"k": 97}, "--k 97 must lie between 1 and --n_latents 96"),
         ({"k": 0}, "--k 0 must lie between 1 and"),
+        ({"latent_parallel": 2}, "--latent_parallel 2 must divide the 1 processes and --n_latents 96"),
+        ({"micro_batch_size": 0}, "--micro_batch_size 0 must be at least 1."),
+        ({"encoder_dtype": "float16"}, "--encoder_dtype float16 must be float32 or bfloat16."),
         ({"b_pre_path": "/nowhere/statistics.safetensors"}, "no statistics at /nowhere/statistics.safetensors"),
         ({"model_load_path": "/nowhere/sae.pth"}, "no SAE at /nowhere/sae.pth"),
         ({"data_dir": "/nowhere"}, "There is no folder /nowhere; run sae_preprocessing.py to make it."),
     ],
 )
 def test_bad_options(data, tmp_path, capsys, changed, words):
-    said = refusal(sae_training, capsys, **{"data_dir": data, **places(tmp_path), **OPTIONS, **changed})
+    said = refusal(sae_training, capsys, **{"data_dir": data, **places(tmp_path), **TRAINING, **changed})
     assert words in said
     assert not (tmp_path / "sae.pth").exists()
     assert not (tmp_path / "checkpoints" / "manifest.json").exists()  # so that the mended command is not refused
@@ -395,44 +373,65 @@ def test_truncated_batches(data, tmp_path, capsys):
             (copy / path.name).write_bytes(path.read_bytes())
     record = manifest_of(data)["shards"][1]
     (copy / record["file"]).write_bytes((data / record["file"]).read_bytes()[:-2])
-    said = refusal(sae_training, capsys, data_dir=copy, **places(tmp_path), **OPTIONS)
+    said = refusal(sae_training, capsys, data_dir=copy, **places(tmp_path), **TRAINING)
     assert f"{copy / record['file']} has {record['bytes'] - 2} bytes instead of {record['bytes']}" in said
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, capsys, monkeypatch):
-    real = torch.optim.AdamW.step
+@pytest.mark.parametrize(
+    ("value", "call", "words"), [(math.nan, 0, "The loss is nan at step 2"), (30.0, 26, "at step 28 (activations of ")]
+)
+def test_a_bad_loss_stops_the_run(data, tmp_path, capsys, monkeypatch, value, call, words):
+    """Weights that become NaN in step 1, or thirty times as large in step 27: noticed in the step after, whose batch's
+    shards are named; checkpoints hold only what was before."""
+    real, calls = torch.optim.AdamW.step, []
 
-    def explode(self, *args, **kwargs):
+    def goes_wrong(self, *args, **kwargs):
         real(self, *args, **kwargs)
-        with torch.no_grad():
-            self.param_groups[0]["params"][0].fill_(math.nan)
+        calls.append(len(calls))
+        if calls[-1] == call:
+            self.param_groups[0]["params"][1].data.mul_(value)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", explode)
-    said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **OPTIONS)
-    assert "The loss is nan at step 2" in said and str(data) in said
-    assert not (tmp_path / "sae.pth").exists() and not list((tmp_path / "checkpoints").glob("step-*"))
+    monkeypatch.setattr(torch.optim.AdamW, "step", goes_wrong)
+    monkeypatch.setattr(sae_training.Training, "draw", lambda *args: None)
+    said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **TRAINING)
+    batches, (epoch, step) = Batches(str(data), manifest_of(data), BATCH, TRAINING["seed"]), divmod(call + 1, 25)
+    shards = {batches.names[shard] for shard, _ in batches.stored_batches(epoch, step)}
+    assert words in said and all(name in said for name in shards) and str(data) in said
+    good = [] if call == 0 else ["step-000000025.0-of-1.pt"]
+    assert checkpoints_of(tmp_path / "sae.pth") == good and (good[0] if good else "checkpoint is none") in said
+    assert ("more than 10 times its running mean" in said) == (call > 0)
+    assert not (tmp_path / "sae.pth").exists()
 
 
-# ---- figure, Weights & Biases
+def test_no_checkpoint_of_bad_weights(data, tmp_path, capsys, monkeypatch):
+    """They become infinite in the very step that ends the first epoch, whose loss is still right."""
+    real = sae_training.Training.checkpoint
+
+    def after_a_mishap(self):
+        self.sae.encoder.weight.data[3, 3] = math.inf
+        real(self)
+
+    monkeypatch.setattr(sae_training.Training, "checkpoint", after_a_mishap)
+    said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **TRAINING)
+    assert "The weights are not finite after step 25" in said and not checkpoints_of(tmp_path / "sae.pth")
 
 
-def test_curves_are_drawn(trained, tmp_path):
-    sae_training.plot_curves(trained.with_suffix(".metrics.jsonl"), tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+def test_too_little_memory_on_a_device(data, tmp_path, capsys, monkeypatch):
+    def too_much(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("sae.loss_sums", too_much)
+    said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **TRAINING)
+    assert "too little memory for 96 activations at a time; give a smaller --micro_batch_size" in said
 
 
-def test_wandb_offline_without_asking(data, tmp_path):
-    """The default mode with no key: an offline run folder, nothing read from the terminal."""
-    hidden = ("WANDB_", "RANK", "WORLD_SIZE")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
-    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
-    options = {"data_dir": data, **places(tmp_path), **OPTIONS, "num_epochs": 1, "wandb": "auto"}
-    command = [sys.executable, "sae_training.py", *arguments(options)]
-    done = subprocess.run(
-        command, cwd=PROJECT_DIR, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    runs = list((tmp_path / "checkpoints" / "wandb").glob("offline-run-*"))
-    assert len(runs) == 1 and list(runs[0].glob("*.wandb"))
-    assert np.isfinite(metrics_of(tmp_path / "sae.pth")[-1]["val_fvu"])
-    assert (tmp_path / "sae.curves.png").exists()
+# ---- figures
+
+
+@pytest.mark.parametrize("firing", [[0, 5, 100, 2400, 1], [0, 0], [7, 8]])
+def test_figures_are_drawn(trained, tmp_path, firing):
+    lines = trained.with_suffix(".metrics.jsonl").read_text().splitlines()
+    plot_curves(lines, tmp_path / "curves.png")
+    plot_frequencies(torch.tensor(firing), 2400, tmp_path / "frequencies.png")
+    for name in ("curves", "frequencies"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

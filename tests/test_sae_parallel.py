@@ -1,0 +1,283 @@
+"""Training in several processes and through mishaps, against one unbroken process and to the last bit.
+
+Data x latent grids of 2 x 1, 1 x 2 and 2 x 2 processes follow the run of one process; so does a run that was killed,
+stopped or that lost a process, continued on the same or on another number of them. Real processes, by torchrun and gloo
+or forked from this one. KILLS=200 kills a run at so many random moments instead of a few.
+
+    .venv/bin/python -m pytest tests/test_sae_parallel.py
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT_DIR
+from helpers_sae import (
+    BATCH,
+    N_LATENTS,
+    TRAINING,
+    D,
+    K,
+    arguments,
+    assert_same_run,
+    assert_similar_run,
+    checkpoints_of,
+    is_complete,
+    metrics_of,
+    places,
+    train,
+    write_batches,
+)
+from training_with_mishaps import run
+
+from sae_checkpoints import load_checkpoint, whole_checkpoints
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_batches(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
+    """One unbroken run in one process."""
+    return train(data, tmp_path_factory.mktemp("trained"))
+
+
+def one_run(data: Path, folder: Path, mishap: dict | None = None, bytes_path: Path | None = None, **options) -> dict:
+    """What training_with_mishaps.py takes."""
+    everything = {"data_dir": data, **places(folder), **TRAINING, **options}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in everything.items()}
+    return {"options": plain, "mishap": mishap, "bytes_path": bytes_path and str(bytes_path)}
+
+
+def torchrun(n_processes: int, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}", *words]
+    process = subprocess.Popen(
+        command, cwd=PROJECT_DIR, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # workers and all
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def run_in(n_processes: int, *runs: dict) -> subprocess.CompletedProcess:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in runs]
+        for one, free in zip(runs, sockets, strict=True):
+            free.bind(("127.0.0.1", 0))
+            one["port"] = free.getsockname()[1]
+    return torchrun(n_processes, "tests/training_with_mishaps.py", json.dumps(runs))
+
+
+# ---- several processes
+
+
+@pytest.fixture(scope="module")
+def pair(data, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """Two processes train data parallel, then latent parallel, then data parallel until one of them goes wrong."""
+    folder = tmp_path_factory.mktemp("pair")
+    mishap = {"what": "corrupt", "method": "gradients", "call": 6, "rank": 1}
+    done = run_in(
+        2,
+        one_run(data, folder / "2x1"),
+        one_run(data, folder / "1x2", latent_parallel=2),
+        one_run(data, folder / "corrupt", mishap, replica_check_steps=10),
+    )
+    return folder, done
+
+
+@pytest.mark.parametrize("grid", ["2x1", "1x2"])
+def test_two_processes_train_like_one(trained, pair, grid):
+    folder, done = pair
+    assert (folder / grid / "sae.pth").exists(), done.stderr
+    assert "2 x cpu" in done.stdout
+    assert any(line["dead_frac"] > 0 and line["train_aux"] > 0 for line in metrics_of(trained)[:-10])
+    assert_similar_run(folder / grid / "sae.pth", trained)
+
+
+def test_replicas_that_differ_stop_the_run(pair):
+    """Rank 1's weights change before step 7; they are compared after step 10."""
+    folder, done = pair
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "The parameters of rank 1 differ at step 10 from those of" in said[0]
+    assert not (folder / "corrupt" / "sae.pth").exists() and not checkpoints_of(folder / "corrupt" / "sae.pth")
+
+
+def test_four_processes_train_like_one_and_send_what_is_said(data, trained, tmp_path):
+    """2 x 2, and the bytes that one run without dead latents sends in each step."""
+    grid = {"latent_parallel": 2, "micro_batch_size": 20}
+    alive = {"dead_after_tokens": 10**9, "num_epochs": 1}
+    done = run_in(
+        4,
+        one_run(data, tmp_path / "2x2", **grid),
+        one_run(data, tmp_path / "bytes", bytes_path=tmp_path / "sent", latent_parallel=2, **alive),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 x cpu" in done.stdout
+    assert_similar_run(tmp_path / "2x2" / "sae.pth", trained)
+    n = N_LATENTS // 2
+    gradients = 4 * (2 * n * D + n + D) + 8 * n  # ring of two: all of it once; 8 bytes a latent for what fired
+    candidates = 4 * BATCH // 2 * K + 4 * D * (BATCH // 2 + 1) + 4  # 4: the norm of the gradient, for clipping
+    for rank in range(4):
+        steps = [float(line) for line in (tmp_path / f"sent.{rank}").read_text().splitlines()]
+        assert steps == [gradients + candidates] * len(steps) and len(steps) == 25
+    told = f"{gradients / 1e6:.2f} MB of gradients and {(candidates - 4) / 1e6:.2f} MB between slices"
+    assert told in done.stdout
+
+
+def test_missing_data_under_torchrun(tmp_path):
+    options = {"data_dir": tmp_path / "nowhere", **places(tmp_path), **TRAINING}
+    done = torchrun(2, "sae_training.py", *arguments(options))
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said == [f"error: There is no folder {tmp_path / 'nowhere'}; run sae_preprocessing.py to make it."]
+    assert "Traceback" not in done.stderr.partition("error: ")[0]
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_stopped_and_left_alone_pairs_continue(data, trained, pair, tmp_path):
+    """SIGTERM to torchrun of a latent-parallel pair, and kill -9 of one process of a data-parallel pair: both end at
+    once, leave the last whole step, and continue to the unbroken pair's result; on one process nearly to it."""
+    unbroken, _ = pair
+    stopped, alone = tmp_path / "1x2", tmp_path / "2x1"
+    mishap = {"what": "terminate torchrun", "method": "gradients", "call": 33, "rank": 0}
+    done = run_in(2, one_run(data, stopped, mishap, latent_parallel=2))
+    assert done.returncode != 0
+    assert (
+        done.stderr.count("Stopped by SIGTERM after step ") == 1 and "Traceback" not in done.stderr.partition("Stop")[0]
+    )
+    (first, second), (zero, one) = (whole_checkpoints(stopped / "checkpoints")[-1], checkpoints_of(stopped / "x")[-2:])
+    assert (first.name, second.name) == (zero, one) and zero.endswith(".0-of-2.pt") and one.endswith(".1-of-2.pt")
+    assert 33 <= int(zero[5:14]) <= 45
+
+    mishap = {"what": "kill", "method": "gradients", "call": 40, "rank": 0}  # the one that writes checkpoints
+    done = run_in(2, one_run(data, alone, mishap))
+    assert done.returncode != 0 and "another process of this run has ended" in done.stderr
+    assert checkpoints_of(alone / "x") == ["step-000000025.0-of-1.pt", "step-000000040.0-of-1.pt"]
+
+    for folder in (stopped, alone):
+        other = shutil.copytree(folder, tmp_path / "on one" / folder.name)
+        assert_similar_run(train(data, other), trained)
+    done = run_in(2, one_run(data, stopped, latent_parallel=2), one_run(data, alone))
+    assert done.returncode == 0, done.stderr
+    assert "Continuing from step 40 " in done.stdout
+    assert_same_run(stopped / "sae.pth", unbroken / "1x2" / "sae.pth")
+    assert_same_run(alone / "sae.pth", unbroken / "2x1" / "sae.pth")
+
+
+def test_slices_are_cut_anew(pair):
+    """A checkpoint of two slices, read in one and in three."""
+    paths = whole_checkpoints(pair[0] / "1x2" / "checkpoints")[-1]
+    assert len(paths) == 2
+    halves = [torch.load(path, weights_only=True) for path in paths]
+    whole, thirds = load_checkpoint(paths, 0, 1), [load_checkpoint(paths, rank, 3) for rank in range(3)]
+    for kind in ("sae", "exp_avg", "exp_avg_sq"):
+        for name, dim in (("encoder.weight", 0), ("encoder.bias", 0), ("decoder.weight", 1)):
+            expected = torch.cat([half[kind][name] for half in halves], dim)
+            assert expected.shape[dim] == N_LATENTS and torch.equal(whole[kind][name], expected)
+            assert torch.equal(torch.cat([third[kind][name] for third in thirds], dim), expected)
+        assert all(torch.equal(part[kind]["b_pre"], halves[0][kind]["b_pre"]) for part in (whole, *thirds))
+    silent = torch.cat([half["counters"]["silent_tokens"] for half in halves])
+    assert torch.equal(torch.cat([third["counters"]["silent_tokens"] for third in thirds]), silent)
+
+
+# ---- one process and its end
+
+
+def forked(data: Path, folder: Path, mishap: dict | None = None, limit: int | None = None, **options) -> int:
+    """Train in a process forked from this one; returns its exit code. limit: of the files it may write, in bytes."""
+
+    def child() -> None:
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        run(**one_run(data, folder, mishap, **options))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def test_killed_at_random_and_run_again_ends_like_an_unbroken_run(data, trained, tmp_path):
+    """kill -9 before or within a step, or on the way to or from a checkpoint; until it once comes to the end."""
+    rng = random.Random(0)
+    for kill in range(int(os.environ.get("KILLS", 4))):
+        folder = tmp_path / str(kill)
+        code, ends = -1, 0
+        for _ in range(2):
+            method = rng.choice(["gradients", "agree", "apply", "log", "save", "checkpoint", "check_replicas"])
+            often = method not in ("save", "checkpoint", "check_replicas")
+            mishap = {"what": "kill", "method": method, "call": rng.randrange(45) if often else rng.randrange(4)}
+            code = forked(data, folder, mishap, checkpoints_per_epoch=4, num_epochs=3)
+            ends += code == -signal.SIGKILL
+        assert ends >= 1 or code == 0
+        if code != 0:
+            assert not (folder / "sae.pth").exists() and not is_complete(folder / "checkpoints")
+            assert forked(data, folder, checkpoints_per_epoch=4, num_epochs=3) == 0
+        assert_same_run(folder / "sae.pth", trained)
+
+
+@pytest.mark.parametrize(("what", "code"), [("terminate", 143), ("interrupt", 130)])
+def test_a_signal_is_answered_with_a_checkpoint(data, trained, tmp_path, capfd, what, code):
+    mishap = {"what": what, "method": "gradients", "call": 31}
+    assert forked(data, tmp_path, mishap) == code
+    name = {"terminate": "SIGTERM", "interrupt": "SIGINT"}[what]
+    said = f"Stopped by {name} after step 31, which is saved; run the same command again to continue."
+    assert capfd.readouterr().err.splitlines()[-1] == said
+    assert checkpoints_of(tmp_path / "x")[-1] == "step-000000031.0-of-1.pt"
+    assert forked(data, tmp_path) == 0
+    assert "Continuing from step 31 " in capfd.readouterr().out
+    assert_same_run(tmp_path / "sae.pth", trained)
+
+
+def test_a_full_disk_is_said_in_a_sentence(data, trained, tmp_path, capfd):
+    """No file may grow beyond 20,000 bytes, a checkpoint has more."""
+    assert forked(data, tmp_path, limit=20_000) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if "Could not write" in line]
+    assert len(said) == 1 and said[0].startswith("error: Could not write ") and "step-000000025.0-of-1.pt (" in said[0]
+    assert said[0].endswith("free some disk and run again to continue.")
+    assert not checkpoints_of(tmp_path / "x") and not list((tmp_path / "checkpoints").glob(".*.tmp"))
+    assert_same_run(train(data, tmp_path), trained)
+
+
+def test_wandb_offline_without_asking_and_one_run_for_both_parts(data, tmp_path):
+    """The default mode with no key, by the real command line, ended by SIGTERM and begun again: run folders of one id,
+    nothing read from the terminal."""
+    hidden = ("WANDB_", "RANK", "WORLD_SIZE")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    options = {"data_dir": data, **places(tmp_path), **TRAINING, "num_epochs": 100, "wandb": "auto"}
+    command = [sys.executable, "sae_training.py", *arguments(options)]
+    common = {"cwd": PROJECT_DIR, "env": environment, "stdin": subprocess.DEVNULL, "text": True}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **common)
+    while "W&B" not in (line := process.stderr.readline()) and line:
+        pass
+    while process.poll() is None and not checkpoints_of(tmp_path / "x"):
+        pass
+    process.terminate()
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, err
+    assert "Stopped by SIGTERM after step " in err
+    done = subprocess.run(command, capture_output=True, timeout=240, **common)
+    assert done.returncode == 0, done.stderr
+    runs = list((tmp_path / "checkpoints" / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2 and all(list(run.glob("*.wandb")) for run in runs)
+    assert len({run.name.rpartition("-")[2] for run in runs}) == 1
+    assert (tmp_path / "sae.curves.png").exists() and (tmp_path / "sae.frequencies.png").exists()
