@@ -78,7 +78,7 @@ def load_checkpoint(paths: list[Path], rank: int, size: int) -> dict:
     for path in paths:
         try:
             slices.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError) as error:
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError) as error:
             raise stage.InputError(f"{path} is damaged; delete it to continue from the checkpoint before.") from error
     state = {"progress": slices[0]["progress"]}
     for part in slices[0].keys() - state.keys():
