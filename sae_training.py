@@ -181,7 +181,7 @@ class Agreed(NamedTuple):
 
 
 class Training:
-    """A run: this process's slice of the SAE, its optimizer and counters, and where they are kept."""
+    """A run: this process's slice of the SAE, its moments and counters, and where they are kept."""
 
     def __init__(self, config, batches, sae, variance: float, w, data, latents):
         import torch
@@ -197,13 +197,9 @@ class Training:
         )
         self.sae = sae.to(w.device)
         self.parameters = dict(sae.named_parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=config.learning_rate,
-            betas=tuple(config.betas),
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            fused=True,
+        # AdamW's moments, laid out in memory as the parameters are.
+        self.exp_avg, self.exp_avg_sq = (
+            {name: torch.zeros_like(p) for name, p in self.parameters.items()} for _ in range(2)
         )
         # Activations since each latent last fired, and how often it fired since Progress.counting_since.
         self.silent_tokens, self.firing = torch.zeros(2, sae.n_latents, dtype=torch.int64, device=w.device)
@@ -268,14 +264,32 @@ class Training:
 
     def apply(self, fired, silent_tokens, main: float) -> float:
         """The step itself: only here does anything change, with nothing to wait for. Returns the learning rate."""
+        import torch
+        from torch.optim.adamw import adamw
+
         config, progress = self.config, self.progress
         lr = learning_rate(
             progress.step, self.n_steps, config.learning_rate, config.learning_rate_min_ratio, config.warmup_steps
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        # The class AdamW does the same, and imports torch's compiler first: seconds for each process.
+        with torch.no_grad():
+            adamw(
+                list(self.parameters.values()),
+                [p.grad for p in self.parameters.values()],
+                list(self.exp_avg.values()),
+                list(self.exp_avg_sq.values()),
+                [],
+                [torch.tensor(float(progress.step), device=self.w.device) for _ in self.parameters],
+                fused=True,
+                amsgrad=False,
+                beta1=config.betas[0],
+                beta2=config.betas[1],
+                lr=lr,
+                weight_decay=config.weight_decay,
+                eps=config.adam_eps,
+                maximize=False,
+            )
+        self.sae.zero_grad()
         self.sae.normalize_decoder()
         if self.checkpoint_due():  # after the last step: counting begins anew
             self.firing.zero_()
@@ -410,9 +424,8 @@ class Training:
                 f"The weights are not finite after step {self.progress.step}, no checkpoint of them was written; begin "
                 "again in another --checkpoint_dir with a lower --learning_rate or a --grad_clip."
             )
-        state: dict[str, dict] = {"progress": dataclasses.asdict(self.progress), "sae": self.sae.state_dict()}
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state[moment] = {name: self.optimizer.state[p][moment] for name, p in self.parameters.items()}
+        state = {"progress": dataclasses.asdict(self.progress), "sae": self.sae.state_dict()}
+        state |= {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         state["counters"] = {"silent_tokens": self.silent_tokens, "firing": self.firing}
         save_tensors(path, state)
 
@@ -433,18 +446,14 @@ class Training:
                 self.draw(torch.cat([part for part in firing if part is not None]))
 
     def load(self, paths: list[Path]) -> None:
-        import torch
-
         from sae_checkpoints import load_checkpoint
 
         state = load_checkpoint(paths, self.latents.rank, self.latents.size)
         self.progress = Progress(**state["progress"])
         self.sae.load_state_dict(state["sae"])
-        for name, p in self.parameters.items():
-            # Copied into the parameter's own order in memory, which the fused step relies on.
-            moments = {m: torch.empty_like(p).copy_(state[m][name]) for m in ("exp_avg", "exp_avg_sq")}
-            steps = torch.tensor(float(self.progress.step), device=self.w.device)
-            self.optimizer.state[p] = {"step": steps, **moments}
+        for name in self.parameters:
+            self.exp_avg[name].copy_(state["exp_avg"][name])
+            self.exp_avg_sq[name].copy_(state["exp_avg_sq"][name])
         self.silent_tokens.copy_(state["counters"]["silent_tokens"])
         self.firing.copy_(state["counters"]["firing"])
 

@@ -108,7 +108,7 @@ def test_reader_gives_the_steps_in_order(data):
 
 def test_learning_rate_schedule():
     rates = [learning_rate(step, 100, 0.5, 0.2, 10) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.25 * i for i in range(1, 11)])
+    assert rates[:10] == pytest.approx([0.05 * i for i in range(1, 11)])
     assert rates[10] == max(rates) == 0.5
     assert rates[-1] == min(rates[10:]) == pytest.approx(0.1)
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
@@ -298,19 +298,44 @@ def test_bfloat16_encoder(data, trained, tmp_path):
 
 def test_gradients_are_clipped(data, tmp_path, monkeypatch):
     norms = []
-    real = torch.optim.AdamW.step
+    real = sae_training.Training.apply
 
-    def noted(self, *args, **kwargs):
-        parameters = self.param_groups[0]["params"]
-        norms.append(math.sqrt(sum(float(p.grad.double().square().sum()) for p in parameters)))
-        return real(self, *args, **kwargs)
+    def noted(self, *args):
+        norms.append(math.sqrt(sum(float(p.grad.double().square().sum()) for p in self.sae.parameters())))
+        return real(self, *args)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    monkeypatch.setattr(sae_training.Training, "apply", noted)
     for clip in (1e9, 0.25):
         train(data, tmp_path / str(clip), num_epochs=1, grad_clip=clip)
     free, clipped = norms[: len(norms) // 2], norms[len(norms) // 2 :]
     assert clipped[0] == pytest.approx(min(free[0], 0.25), rel=1e-5)
     assert max(free) > 0.3 and max(clipped) <= 0.25 * (1 + 1e-5) and min(clipped) < 0.24
+
+
+def test_steps_are_those_of_adamw(data, tmp_path, monkeypatch):
+    """Against torch's class, which gets the same gradients; weight decay included."""
+    real, copies, states = sae_training.Training.apply, [], []
+
+    def compared(self, *args):
+        own = list(self.sae.parameters())
+        if not states:
+            copies.extend(torch.nn.Parameter(p.detach().clone()) for p in own)
+            options = {"betas": (0.85, 0.999), "eps": 6.25e-10, "weight_decay": 0.01, "fused": True}
+            states.append(torch.optim.AdamW(copies, **options))
+        for copy, p in zip(copies, own, strict=True):
+            copy.data.copy_(p)
+            copy.grad = p.grad.clone()
+        lr = real(self, *args)
+        states[0].param_groups[0]["lr"] = lr
+        states[0].step()
+        copies[3].data.div_(copies[3].norm(dim=0))
+        for copy, p in zip(copies, own, strict=True):
+            torch.testing.assert_close(p, copy, rtol=0, atol=1e-7)
+        return lr
+
+    monkeypatch.setattr(sae_training.Training, "apply", compared)
+    train(data, tmp_path, num_epochs=1, weight_decay=0.01)
+    assert states
 
 
 def test_early_stopping(data, tmp_path):
@@ -383,15 +408,16 @@ def test_truncated_batches(data, tmp_path, capsys):
 def test_a_bad_loss_stops_the_run(data, tmp_path, capsys, monkeypatch, value, call, words):
     """Weights that become NaN in step 1, or thirty times as large in step 27: noticed in the step after, whose batch's
     shards are named; checkpoints hold only what was before."""
-    real, calls = torch.optim.AdamW.step, []
+    real, calls = sae_training.Training.apply, []
 
-    def goes_wrong(self, *args, **kwargs):
-        real(self, *args, **kwargs)
+    def goes_wrong(self, *args):
+        lr = real(self, *args)
         calls.append(len(calls))
         if calls[-1] == call:
-            self.param_groups[0]["params"][1].data.mul_(value)
+            self.sae.encoder.weight.data.mul_(value)
+        return lr
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", goes_wrong)
+    monkeypatch.setattr(sae_training.Training, "apply", goes_wrong)
     monkeypatch.setattr(sae_training.Training, "draw", lambda *args: None)
     said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **TRAINING)
     batches, (epoch, step) = Batches(str(data), manifest_of(data), BATCH, TRAINING["seed"]), divmod(call + 1, 25)
