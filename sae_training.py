@@ -64,17 +64,10 @@ EXPLOSION_FACTOR = 10.0  # a main loss above this many times its running mean st
 WANDB = "auto"  # auto: online with a key, offline without; online, offline or off
 
 _STAGE = "sae_training.py"
-_NOT_IN_THE_RESULT = (  # constants that may change between two parts of one run
-    *("data_dir", "model_save_path", "checkpoint_dir", "b_pre_path", "latent_parallel", "micro_batch_size"),
-    *(
-        "logs_per_epoch",
-        "checkpoints_per_epoch",
-        "keep_checkpoints",
-        "replica_check_steps",
-        "explosion_factor",
-        "wandb",
-    ),
-)
+_NOT_IN_THE_RESULT = [  # constants that may change between two parts of one run
+    *("data_dir", "model_save_path", "checkpoint_dir", "b_pre_path", "latent_parallel", "micro_batch_size", "wandb"),
+    *("logs_per_epoch", "checkpoints_per_epoch", "keep_checkpoints", "replica_check_steps", "explosion_factor"),
+]
 _LOSS_MEMORY = 0.98  # of the running mean of the loss: about 50 steps
 
 
@@ -103,7 +96,7 @@ def stops_early(val_fvus: list[float], patience: int | None) -> bool:
 
 
 def bytes_sent(config, d_model: int, n_data: int) -> tuple[float, float]:
-    """What a process sends each step (all-reduce in a ring): for data parallelism, and for latent parallelism.
+    """What a process sends each step: for data parallelism, and for latent parallelism.
 
     Data: the gradients of its slice and what fired. Latents: the values of its candidates, the partial reconstructions,
     b_pre's gradient; the auxiliary loss comes on top with min(k_aux, dead latents) candidates and a reconstruction.
@@ -111,9 +104,10 @@ def bytes_sent(config, d_model: int, n_data: int) -> tuple[float, float]:
     """
     n_slice, width = config.n_latents // config.latent_parallel, config.latent_parallel
     rows = config.batch_size // n_data
-    data = 2 * (n_data - 1) / n_data * (4 * (2 * n_slice * d_model + n_slice + d_model) + 8 * n_slice)
+    ring = lambda n, n_bytes: 2 * (n - 1) / n * n_bytes  # of an all-reduce
+    data = ring(n_data, 4 * n_slice * (2 * d_model + 1) + 8 * n_slice) + ring(n_data * width, 4 * d_model)
     candidates = (width - 1) * 4 * rows * min(config.k, n_slice)
-    return data, candidates + 2 * (width - 1) / width * 4 * (rows + 1) * d_model
+    return data, candidates + ring(width, 4 * d_model * (rows + 1))
 
 
 def start_wandb(mode: str, folder: Path, config: dict, run_id: str | None):
@@ -207,7 +201,7 @@ class Training:
         self.wandb_run = None
         self.stop_signal = SimpleNamespace(number=0)
         self.n_steps = batches.steps_per_epoch * config.num_epochs
-        self.checkpoint_every = max(1, batches.steps_per_epoch // config.checkpoints_per_epoch)
+        self.checkpoint_every = math.ceil(batches.steps_per_epoch / config.checkpoints_per_epoch)
 
     # ---- one step
 
@@ -236,15 +230,16 @@ class Training:
             ((sums.main + config.aux_loss_coeff * sums.aux) * scale).backward()
             losses += torch.stack([sums.main, sums.aux]).detach() * scale
             fired += sums.fired
-        for tensor in (*(p.grad for p in self.parameters.values()), fired):
+        b_pre, *own = (p.grad for p in self.parameters.values())
+        for tensor in (*own, fired):
             self.data.all_reduce(tensor)
+        # Complete in each slice; by one sum over all processes it stays equal to the last bit on all of them.
+        self.w.all_reduce(b_pre.div_(self.latents.size))
         self.sae.project_decoder_grad()
         if config.grad_clip is not None:
-            squares = {name: p.grad.square().sum() for name, p in self.parameters.items()}
-            b_pre = squares.pop("b_pre")  # whole on every process
-            norm = (b_pre + self.latents.all_reduce(sum(squares.values()))).sqrt()
-            for p in self.parameters.values():
-                p.grad.mul_((config.grad_clip / norm).clamp(max=1))
+            square = self.latents.all_reduce(sum(grad.square().sum() for grad in own)) + b_pre.square().sum()
+            for grad in (b_pre, *own):
+                grad.mul_((config.grad_clip / square.sqrt()).clamp(max=1))
         return losses, fired
 
     def agree(self, losses, silent_tokens) -> Agreed:
@@ -323,8 +318,7 @@ class Training:
     # ---- now and then
 
     def checkpoint_due(self) -> bool:
-        step = self.progress.step
-        return step % self.checkpoint_every == 0 or step % self.batches.steps_per_epoch == 0
+        return self.progress.step % self.batches.steps_per_epoch % self.checkpoint_every == 0
 
     def goes_on(self) -> bool:
         early = stops_early(self.progress.val_fvus, self.config.early_stop_epochs)

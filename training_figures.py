@@ -22,6 +22,7 @@ def plot_curves(metrics: list[str], png_path: Path) -> None:
         ("dead_frac", "dead latents", False),
         ("train_aux", "auxiliary loss, training", False),
     ]
+    end = lines[-1]["tokens"] / 1e6
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), constrained_layout=True)
     for axis, (name, title, log) in zip(axes, panels, strict=True):
         points = [(line["tokens"] / 1e6, line[name]) for line in lines if name in line]
@@ -30,11 +31,13 @@ def plot_curves(metrics: list[str], png_path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("million activations")
         axis.grid(alpha=0.3)
+        axis.set_xlim(0, 1.02 * end)
         if log and any(y > 0 for _, y in points):
             axis.set_yscale("log")
+        else:
+            axis.set_ylim(0, max([1.05 * y for _, y in points if y > 0], default=1.0))
         if name == "dead_frac":
             axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-            axis.set_ylim(bottom=0)
     with stage.atomic_path(png_path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
@@ -48,7 +51,7 @@ def plot_frequencies(firing, n_activations: int, png_path: Path) -> None:
     counts = np.asarray(firing)
     fired = np.log10(counts[counts > 0] / n_activations)
     floor = math.floor(-math.log10(n_activations))
-    bins = np.arange(floor, 0.01, 0.125)
+    bins = np.arange(floor, 0.01, 0.25)
     figure, axis = plt.subplots(figsize=(7, 3.6), constrained_layout=True)
     axis.hist(fired, bins=bins, color="tab:blue", label=f"{len(fired):,} latents that fired")
     silent = len(counts) - len(fired)
@@ -57,6 +60,7 @@ def plot_frequencies(firing, n_activations: int, png_path: Path) -> None:
     axis.set_xticks([floor - 0.5, *ticks], ["never", *(f"$10^{{{tick}}}$" for tick in ticks)])
     axis.set_xlabel(f"share of the last {n_activations:,} activations that a latent fired on")
     axis.set_ylabel("latents")
+    axis.set_axisbelow(True)
     axis.grid(alpha=0.3)
     axis.legend()
     with stage.atomic_path(png_path) as temporary:
