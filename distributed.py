@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 
@@ -86,3 +88,19 @@ def world() -> Iterator[World]:
     if size > 1:  # not after an error: a clean-up with a missing rank would hang, and the process ends anyway
         dist.barrier()
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[SimpleNamespace]:
+    """SIGTERM and Ctrl-C do not end the process in this block: `number` says which one came, 0 for none."""
+    seen = SimpleNamespace(number=0)
+
+    def note(number: int, _frame: Any) -> None:
+        seen.number = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

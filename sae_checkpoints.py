@@ -63,7 +63,6 @@ def load_checkpoint(paths: list[Path], rank: int, size: int) -> dict:
     Raises InputError for a damaged file.
     """
 
-
     def own_share(tensors: list, dim: int):
         length = sum(tensor.shape[dim] for tensor in tensors) // size
         begin, parts = rank * length, []

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import stage
 
@@ -110,44 +110,7 @@ def bytes_sent(config, d_model: int, n_data: int) -> tuple[float, float]:
     return data, candidates + ring(width, 4 * d_model * (rows + 1))
 
 
-def start_wandb(mode: str, folder: Path, config: dict, run_id: str | None):
-    """run_id: of the run to continue, if any. None where W&B is off."""
-    if mode == "off":
-        return None
-    import wandb
-
-    if mode == "auto":
-        mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
-    try:
-        return wandb.init(
-            project="llama3-sae",
-            dir=str(folder),
-            config=config,
-            mode=mode,
-            id=run_id,
-            resume="allow" if run_id else None,
-        )
-    except wandb.Error as error:
-        raise stage.InputError(f"Weights & Biases does not start ({error}); use --wandb offline or off.") from None
-
-
 # ---- training
-
-
-@contextlib.contextmanager
-def noted_signals() -> Iterator[SimpleNamespace]:
-    """SIGTERM and Ctrl-C do not end the process in this block: `number` says which one came, 0 for none."""
-    seen = SimpleNamespace(number=0)
-
-    def note(number: int, _frame: Any) -> None:
-        seen.number = number
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @dataclasses.dataclass
@@ -243,7 +206,7 @@ class Training:
         return losses, fired
 
     def agree(self, losses, silent_tokens) -> Agreed:
-        """The one exchange between all processes in a step, and its one point where the CPU waits for the GPU."""
+        """The one exchange between all processes in a step, and the point where the CPU waits for the GPU."""
         import torch
 
         width = self.latents.size
@@ -274,7 +237,7 @@ class Training:
                 list(self.exp_avg.values()),
                 list(self.exp_avg_sq.values()),
                 [],
-                [torch.tensor(float(progress.step), device=self.w.device) for _ in self.parameters],
+                [torch.full((), progress.step, dtype=torch.float32, device=self.w.device) for _ in self.parameters],
                 fused=True,
                 amsgrad=False,
                 beta1=config.betas[0],
@@ -328,6 +291,8 @@ class Training:
         """Compare sums over the bits of what processes hold in common."""
         import torch
 
+        if self.w.size == 1:
+            return
         own = [int(p.detach().view(torch.int32).sum()) for p in self.parameters.values()]  # b_pre is the first
         own.append(int(self.silent_tokens.sum()))
         every, width = self.w.gather(own), self.latents.size
@@ -389,7 +354,7 @@ class Training:
                 self.wandb_run.log(values, step=step)
 
     def draw(self, firing) -> None:
-        from training_figures import plot_curves, plot_frequencies
+        from training_watch import plot_curves, plot_frequencies
 
         progress = self.progress
         plot_curves(progress.metrics, self.curves_path)
@@ -423,13 +388,30 @@ class Training:
         state["counters"] = {"silent_tokens": self.silent_tokens, "firing": self.firing}
         save_tensors(path, state)
 
+    @contextlib.contextmanager
+    def saved_when_left_alone(self) -> Iterator[None]:
+        """For what waits for other processes and changes nothing: where one of them is gone, the state is saved."""
+        import torch
+
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            rows = self.config.micro_batch_size or self.config.batch_size // self.data.size
+            raise stage.InputError(
+                f"{self.w.device} has too little memory for {rows} activations at a time; give a smaller "
+                "--micro_batch_size, or a larger --latent_parallel."
+            ) from error
+        except RuntimeError:
+            if self.w.size > 1:
+                self.save(by_whoever_comes_first=True)
+            raise
+
     def checkpoint(self) -> None:
         """A checkpoint that all processes come to: checked, written, older ones deleted, figures drawn."""
         self.check_replicas()
         self.save()
-        firing = self.w.gather(
-            self.firing.cpu() if self.data.is_main else None
-        )  # all have written when this is through
+        # Behind this all have written.
+        firing = self.w.gather(self.firing.cpu() if self.data.is_main else None)
         if self.w.is_main:
             import torch
 
@@ -453,11 +435,11 @@ class Training:
 
 
 def train(t: Training, manifest: dict) -> int:
-    """Train to the end; returns 0. A signal or another process's end stops it at a checkpoint of the last whole step;
-    returns the signal's number."""
+    """Train to the end; returns 0. A signal stops it at a checkpoint of the last whole step; returns its number."""
     import torch
 
     from activation_batches import Reader
+    from distributed import noted_signals
 
     config, progress, w, batches = t.config, t.progress, t.w, t.batches
     log_every = max(1, batches.steps_per_epoch // config.logs_per_epoch)
@@ -478,19 +460,10 @@ def train(t: Training, manifest: dict) -> int:
         while t.goes_on():
             started = time.perf_counter()
             x, waited = reader.next()
-            try:
+            with t.saved_when_left_alone():
                 losses, fired = t.gradients(x, agreed.n_dead)
                 silent_tokens = (t.silent_tokens + config.batch_size).masked_fill_(fired > 0, 0)
                 agreed = t.agree(losses, silent_tokens)
-            except torch.OutOfMemoryError as error:
-                raise stage.InputError(
-                    f"{w.device} has too little memory for {config.micro_batch_size or len(x)} activations at a time; "
-                    "give a smaller --micro_batch_size, or a larger --latent_parallel."
-                ) from error
-            except RuntimeError:
-                if w.size > 1:  # another process is gone; what this one holds is the state of the last step
-                    t.save(by_whoever_comes_first=True)
-                raise
             if agreed.stop:
                 t.save()
                 return t.stop_signal.number or signal.SIGTERM
@@ -522,10 +495,11 @@ def train(t: Training, manifest: dict) -> int:
                 logged = dataclasses.replace(progress)
                 postfix = f"loss {values['train_total']:.4f}, FVU {values['train_fvu']:.3f}, "
                 bar.set_postfix_str(postfix + f"dead {values['dead_frac']:.1%}", refresh=False)
-            if t.checkpoint_due():
-                t.checkpoint()
-            elif step % config.replica_check_steps == 0:
-                t.check_replicas()
+            with t.saved_when_left_alone():
+                if t.checkpoint_due():
+                    t.checkpoint()
+                elif step % config.replica_check_steps == 0:
+                    t.check_replicas()
     return 0
 
 
@@ -685,6 +659,8 @@ def main() -> None:
             t.metrics_path.write_text("".join(line + "\n" for line in t.progress.metrics))
         if t.goes_on():
             if w.is_main:
+                from training_watch import start_wandb
+
                 t.wandb_run = start_wandb(config.wandb, folder, vars(config), t.progress.wandb_id)
             t.progress.wandb_id = w.gather(t.wandb_run.id if t.wandb_run else t.progress.wandb_id)[0]
             if number := train(t, manifest):

@@ -40,7 +40,7 @@ from activation_batches import Batches, Reader
 from sae import TopKSparseAutoencoder, load_sae_model, save_sae
 from sae_checkpoints import delete_checkpoints, whole_checkpoints
 from sae_training import learning_rate, stops_early
-from training_figures import plot_curves, plot_frequencies
+from training_watch import plot_curves, plot_frequencies
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 
@@ -447,8 +447,8 @@ def test_too_little_memory_on_a_device(data, tmp_path, capsys, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr("sae.loss_sums", too_much)
-    said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **TRAINING)
-    assert "too little memory for 96 activations at a time; give a smaller --micro_batch_size" in said
+    said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **TRAINING, micro_batch_size=48)
+    assert "too little memory for 48 activations at a time; give a smaller --micro_batch_size" in said
 
 
 # ---- figures

@@ -1,7 +1,8 @@
-"""The figures of sae_training.py: training curves, and how often latents fire."""
+"""What one watches sae_training.py by: training curves, how often latents fire, Weights & Biases."""
 
 import json
 import math
+import os
 from pathlib import Path
 
 import matplotlib
@@ -66,3 +67,24 @@ def plot_frequencies(firing, n_activations: int, png_path: Path) -> None:
     with stage.atomic_path(png_path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
+
+
+def start_wandb(mode: str, folder: Path, config: dict, run_id: str | None):
+    """run_id: of the run to continue, if any. None where W&B is off."""
+    if mode == "off":
+        return None
+    import wandb
+
+    if mode == "auto":
+        mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
+    try:
+        return wandb.init(
+            project="llama3-sae",
+            dir=str(folder),
+            config=config,
+            mode=mode,
+            id=run_id,
+            resume="allow" if run_id else None,
+        )
+    except wandb.Error as error:
+        raise stage.InputError(f"Weights & Biases does not start ({error}); use --wandb offline or off.") from None
