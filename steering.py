@@ -16,6 +16,7 @@ Clamping is that of Templeton et al. 2024, "Scaling Monosemanticity", under "Inf
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import stage
@@ -99,7 +100,7 @@ def check_latents(strengths: Mapping[int, float], highest: "Tensor", mode: str =
             raise stage.InputError(f"Latent {latent} cannot have strength {strength}; give a finite number.")
 
 
-def highest_activations(sae_path: str) -> "Tensor":
+def highest_activations(sae_path: str | Path) -> "Tensor":
     """(n_latents,) float32, each latent's highest activation in NAME.latents.parquet, 0 for one that never fired.
 
     Raises InputError where the file is missing or unreadable.

@@ -345,7 +345,7 @@ def test_refuses_what_is_no_steering(tiny_model_dir, sae_path, capsys, flags, sa
 def test_refuses_a_latent_out_of_range(tiny_model_dir, sae_path, capsys, latent):
     options = {"llama_model_dir": tiny_model_dir, "sae_model_path": sae_path, "max_new_tokens": 1}
     said = refusal(capsys, inference, **options, latents=latent)
-    assert f"latent {latent}" in said and str(N_LATENTS) in said
+    assert f"latent {latent}" in said and f"0 to {N_LATENTS - 1}" in said
 
 
 def test_refuses_a_latent_that_never_fired(tiny_model_dir, sae_path, capsys):

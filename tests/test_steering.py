@@ -26,7 +26,7 @@ from llama_3.model import SITES
 from llama_3_inference import generate
 from sae import load_sae_model
 from stage import InputError
-from steering import DEFAULT_MODE, DEFAULT_STRENGTH, MODES, check_latents, highest_activations, make_steering
+from steering import DEFAULT_STRENGTH, MODES, check_latents, highest_activations, make_steering
 
 D, N, K = 8, 20, 5
 HIGHEST = torch.linspace(0.5, 3.0, N)
