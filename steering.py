@@ -33,8 +33,8 @@ MODES = {
     "scale": "multiply the latent by the strength where it fires; 1 changes nothing",
     "ablate": "set the latent to 0; the strength does not matter",
 }
-DEFAULT_MODE = "clamp"
-DEFAULT_STRENGTH = 4.0  # in multiples of the latent's highest activation
+DEFAULT_MODE = "add"  # these two: the best of benchmarks/steering.py on the reference SAE
+DEFAULT_STRENGTH = 5.0  # in multiples of the latent's highest activation
 
 
 def make_steering(

@@ -90,7 +90,7 @@ def choose_concepts(sae_path: str, n: int) -> list[Concept]:
 
 
 def conditions(config) -> list[Condition]:
-    from_strengths = [("h_bias", True), ("add", True), ("clamp", True), ("h_bias", False), ("clamp", False)]
+    from_strengths = [("add", True), ("clamp", True), ("h_bias", True), ("clamp", False), ("h_bias", False)]
     return [
         *(Condition(mode, strength, keep) for mode, keep in from_strengths for strength in config.strengths),
         *(Condition("scale", factor, True) for factor in config.factors),
@@ -193,6 +193,7 @@ def measure(model, tokenizer, sae, highest, concepts: list[Concept], condition: 
 
 
 def find_best(clean: dict, rows: list[dict], config) -> dict | None:
+    """By the rule of the docstring; of equals the first, whose mode computes less."""
     affordable = [
         row
         for row in rows
@@ -239,7 +240,7 @@ def plot(clean: dict, rows: list[dict], best: dict | None, path: Path) -> None:
             style = "--" if "dropped" in name else "-"
             axis.plot(x, y, marker="o", markersize=4, linestyle=style, color=f"C{i}", label=name)
             for point, *place in zip(points, x, y, strict=True):
-                if name != "ablate":
+                if name == "scale" or (best and name == name_of(best)):  # those of the other modes lie beside them
                     axis.annotate(f"{point['strength']:g}", place, (3, 3), textcoords="offset points", fontsize=7)
         axis.plot([scale * clean[cost]], [100 * clean["words_share"]], "k*", markersize=11, label="clean")
         if best:
@@ -249,7 +250,7 @@ def plot(clean: dict, rows: list[dict], best: dict | None, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("completions with the latent's own words, %")
     axes[0].legend(fontsize=8)
-    figure.suptitle("Steering: concept against fluency; numbers are strengths")
+    figure.suptitle("Steering: concept against fluency; numbers are strengths, about the same on the lines beside")
     with stage.atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
     plt.close(figure)
