@@ -16,6 +16,8 @@ Cost    3 + one a SAE passes of the model over the sentences, one more as far as
 """
 
 import math
+import reprlib
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ BATCH_TOKENS = 8192  # tokens a forward pass, padding included
 _ROWS = 512  # tokens whose logits or pre-activations are in memory at once: 263 MB at a vocabulary of 128,256
 _DENSE = 0.1  # a latent that fires on a greater share of the tokens is dense
 _EPS = 1e-5  # of the normalisation, for reconstructions that are plain functions
-_BINS_A_DECADE = 4  # of the histogram of firing frequencies
+_BINS_A_DECADE = 3  # of the histogram of firing frequencies
 
 
 # ---- measuring
@@ -273,25 +275,184 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(path: Path, name: str, result: dict[str, Any]) -> None:
+    """One SAE: what it costs the model beside the mean and zero, how often its latents fire, its error by place."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (costs, frequencies, places) = plt.subplots(1, 3, figsize=(15, 3.8), layout="constrained")
+    about = f"{name}, {result['site']}: FVU {result['fvu']:.3f}, L0 {result['l0']:.1f}"
+    figure.suptitle(f"{about}, {result['tokens']:,} tokens of {result['sentences']:,} held-out sentences")
+
+    kinds = [("zeroed", "zero"), ("mean", "its mean"), ("spliced", "its\nreconstruction")]
+    kinds = [(kind, label) for kind, label in kinds if result[f"loss_{kind}"] is not None]
+    clean = result["loss_clean"]
+    for offset, label, color, values in (
+        (0.2, "cross-entropy above clean", "tab:blue", [result[f"loss_{kind}"] - clean for kind, _ in kinds]),
+        (-0.2, "KL from clean", "tab:orange", [result[f"kl_{kind}"] for kind, _ in kinds]),
+    ):
+        bars = costs.barh([i + offset for i in range(len(kinds))], values, 0.36, label=label, color=color)
+        costs.bar_label(bars, fmt="{:.4f}", padding=3)
+    costs.set_yticks(range(len(kinds)), [label for _, label in kinds])
+    costs.margins(x=0.2)
+    shares = [("against zero", result["loss_recovered"]), ("against the mean", result["loss_recovered_mean"])]
+    shares = [f"{share:.1%} {against}" for against, share in shares if share is not None]
+    costs.set(title="loss recovered: " + (", ".join(shares) or "-"), xlabel=f"nats a token (clean: {clean:.3f})")
+    costs.set_ylabel("site replaced by")
+    costs.legend(frameon=False, loc="center right")
+
+    edges, latents = (result["firing_frequency"][key] for key in ("log10_edges", "latents"))
+    colors = ["tab:orange" if left >= math.log10(_DENSE) else "tab:blue" for left in edges[:-1]]
+    frequencies.bar(edges[:-1], latents, 1 / _BINS_A_DECADE, align="edge", color=colors, edgecolor="white")
+    n, silent = result["n_latents"], result["silent_frac"]
+    frequencies.set_title(f"{n:,} latents: {silent:.1%} silent, {result['dense_frac']:.1%} dense (orange)")
+    frequency_axis(frequencies, edges[0])
+
+    bands = result["by_position"]
+    scale = result["fvu"] / result["mse_normalized"] if result["mse_normalized"] else 0.0
+    labels = [str(b["first"]) if b["first"] == b["last"] else f"{b['first']}\u2013{b['last']}" for b in bands]
+    places.plot(labels, [band["mse_normalized"] * scale for band in bands], marker="o")
+    places.axhline(result["fvu"], color="grey", linewidth=1, linestyle=":", label="all tokens")
+    places.set(title="error by place of the token", xlabel="place in the sentence", ylabel="squared error / variance")
+    places.set_ylim(bottom=0)
+    places.legend(frameon=False)
+    save(figure, path)
+
+
+def draw_comparison(path: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Several SAEs, a colour each: the main measures side by side, and the firing frequencies on top of each other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [
+        ("fvu", "FVU (less is better)", "{:.4f}"),
+        ("kl_spliced", "KL(clean || spliced), nats (less is better)", "{:.4f}"),
+        ("loss_recovered", "loss recovered (more is better)", "{:.1%}"),
+        ("l0", "L0", "{:.1f}"),
+    ]
+    height = 2.4 + 0.35 * len(results)
+    figure, axes = plt.subplot_mosaic(
+        [[key for key, _, _ in panels], ["firing"] * 4], figsize=(15, height + 2.6), height_ratios=[height - 1, 2.6],
+        layout="constrained",
+    )  # fmt: skip
+    names = list(results)
+    palette = plt.get_cmap("tab10" if len(names) <= 10 else "tab20")
+    colors = [palette(i % palette.N) for i in range(len(names))]
+    for key, title, form in panels:
+        axis = axes[key]
+        for row, (name, color) in enumerate(zip(names, colors, strict=True)):
+            if (value := results[name][key]) is not None:
+                axis.plot(value, row, "o", color=color)
+                axis.annotate(form.format(value), (value, row), (0, 6), textcoords="offset points", ha="center")
+        axis.set(title=title, ylim=(len(names) - 0.4, -0.7))
+        axis.set_yticks(range(len(names)), names if key == "fvu" else [""] * len(names))
+        axis.margins(x=0.25)
+        axis.grid(alpha=0.3)
+    for name, color in zip(names, colors, strict=True):
+        edges, latents = (results[name]["firing_frequency"][key] for key in ("log10_edges", "latents"))
+        label = f"{name}: {results[name]['silent_frac']:.1%} silent, {results[name]['dense_frac']:.1%} dense"
+        shares = [n / results[name]["n_latents"] for n in latents]
+        axes["firing"].stairs(shares, edges, color=color, label=label, linewidth=1.5)
+    frequency_axis(axes["firing"], edges[0])
+    axes["firing"].set_ylabel("share of latents")
+    axes["firing"].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axes["firing"].legend(frameon=False, loc="upper left")
+    save(figure, path)
+
+
+def frequency_axis(axis: Any, lowest: float) -> None:
+    """Ticks for log10 of a share of tokens."""
+    decades = range(math.ceil(lowest), 1)
+    axis.set_xticks(decades, [f"{100 * 10.0**decade:.10g} %" for decade in decades])
+    axis.set(xlabel="share of tokens that a latent fires on", ylabel="latents")
+    axis.axvline(math.log10(_DENSE), color="grey", linewidth=1, linestyle=":")
+
+
+def save(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    with stage.atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    plt.close(figure)
+
+
 # ---- main
+
+# What the JSON beside an SAE must tell, and in what SAEs that are compared must agree.
+_NEEDED = ("site", "model_dir", "sentences_dir", "dataset", "first_validation_sentence", "max_tokens", "begin_of_text")
+_SHARED = ("model", "dataset", "first_validation_sentence", "max_tokens", "begin_of_text", "rope_scaling_factor")
+
+
+def load_saes(paths: list[str], device: str) -> dict[str, Any]:
+    """Path -> SAE. Raises InputError unless each has its JSON and all are of one model and one held-out set."""
+    import blobfile
+
+    from sae import info_path, load_sae_model
+
+    saes: dict[str, Any] = {}
+    for path in paths:
+        no_json = blobfile.exists(path) and not blobfile.exists(info_path(path))
+        sae = None if no_json else load_sae_model(path, device)
+        missing = [name for name in _NEEDED if no_json or name not in sae.info]
+        if missing:
+            raise stage.InputError(
+                f"{path} has no JSON of sae_training.py beside it that tells what was held out ({missing[0]} is "
+                "missing); name an SAE that sae_training.py wrote."
+            )
+        saes[path] = sae
+        first = saes[paths[0]].info
+        for name in _SHARED:
+            if (mine := sae.info.get(name)) != (its := first.get(name)):
+                raise stage.InputError(
+                    f"{path} and {paths[0]} are not of one model and one set of held-out sentences ({name}: "
+                    f"{reprlib.repr(mine)} and {reprlib.repr(its)}); evaluate each by itself."
+                )
+    return saes
+
+
+def seconds_a_pass(model, sentences: list[list[int]]) -> float:
+    """About how long one pass of the model over the sentences takes, from a few of them."""
+    import torch
+
+    few = sentences[:: -(-len(sentences) // 8)]
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in few], batch_first=True)[:, : _ROWS // 8]
+    tokens = tokens.to(model.device)
+    for _ in range(2):  # the first warms up
+        started = time.monotonic()
+        float(model(tokens).sum())
+    return (time.monotonic() - started) * sum(map(len, sentences)) / tokens.numel()
 
 
 def main() -> None:
     config = stage.parse_constants(globals())
+    for option in ("num_sentences", "batch_tokens"):
+        if getattr(config, option) < 1:
+            raise stage.InputError(f"--{option} must be at least 1; it is {getattr(config, option)}.")
     import torch
 
     from llama_3 import load_model, load_tokenizer
+    from llama_3.loading import read_params
+    from llama_3.model import check_site
     from openwebtext_sentences_dataset import SentenceDataset
-    from sae import beside, load_sae_model
+    from sae import beside
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    saes = {Path(path).stem: load_sae_model(path, device) for path in config.sae_model_path}
-    sae = next(iter(saes.values()))
-    info = sae.info
-    if "first_validation_sentence" not in info:
-        raise stage.InputError(f"{config.sae_model_path} has no JSON of sae_training.py that names what was held out.")
+    paths = list(dict.fromkeys(config.sae_model_path))
+    saes = load_saes(paths, device)
+    info = saes[paths[0]].info
     model_dir = config.llama_model_dir or info["model_dir"]
-    model = load_model(model_dir, device, rope_scaling_factor=info.get("rope_scaling_factor"))
+    args = read_params(model_dir)
+    for path, sae in saes.items():
+        if sae.d_model != args.dim:
+            raise stage.InputError(f"{path} has d_model {sae.d_model}, {model_dir} has {args.dim}; name its own model.")
+        try:
+            check_site(sae.info["site"], args.n_layers)
+        except ValueError as error:
+            raise stage.InputError(f"{path}: {error}") from None
     tokenizer = load_tokenizer(model_dir)
     dataset = SentenceDataset(
         config.sentences_dir or info["sentences_dir"], info["dataset"]["sentences"], info["dataset"]["seed"]
@@ -299,11 +460,39 @@ def main() -> None:
     first = info["first_validation_sentence"]
     chosen = range(first, min(len(dataset), first + config.num_sentences))
     sentences = [ids[: info["max_tokens"]] for i in chosen if len(ids := tokenizer.encode(dataset[i])) > 1]
-    bos_id = tokenizer.bos_id if info["begin_of_text"] else None
-    results = evaluate(model, saes, info["site"], sentences, config.batch_tokens, bos_id)
-    for path, result in zip(config.sae_model_path, results.values(), strict=True):
-        stage.write_json(beside(path, "evaluation.json"), {"site": info["site"], **result})
+    if not sentences:
+        raise stage.InputError(f"{dataset.folder} has no held-out sentences for {paths[0]}.")
+    model = load_model(model_dir, device, rope_scaling_factor=info.get("rope_scaling_factor"))
+    stems = [Path(path).stem for path in paths]
+    names = stems if len(set(stems)) == len(stems) else paths  # columns of the table
+    sites = list(dict.fromkeys(sae.info["site"] for sae in saes.values()))
+    n_passes = 4 * len(sites) + len(paths)
+    print(
+        f"Reading {len(sentences):,} held-out sentences, {sum(map(len, sentences)):,} tokens, of {dataset.folder}; "
+        f"writing evaluation.json and evaluation.png for {', '.join(paths)} (under 1 MB each); {n_passes} passes of "
+        f"the model, about {stage.duration(n_passes * seconds_a_pass(model, sentences))} on {device}."
+    )
+    trained_on = [shard["sha256"] for shard in dataset.manifest.get("shards", [])]
+    if trained_on != info["dataset"].get("shards", trained_on):
+        print(f"Note: {dataset.folder} is not the data of the training; that these were held out is not certain.")
+
+    results: dict[str, dict[str, Any]] = {}
+    for site in sites:
+        here = {path: sae for path, sae in saes.items() if sae.info["site"] == site}
+        bos_id = tokenizer.bos_id if info["begin_of_text"] else None
+        results |= evaluate(model, here, site, sentences, config.batch_tokens, bos_id)
+    for path, name in zip(paths, names, strict=True):
+        dead_frac = saes[path].info.get("quality", {}).get("dead_frac")
+        results[path] = {"site": saes[path].info["site"], **results[path], "dead_frac": dead_frac}
+        stage.write_json(beside(path, "evaluation.json"), results[path])
+        draw(beside(path, "evaluation.png"), name, results[path])
+    results = {name: results[path] for path, name in zip(paths, names, strict=True)}
+    if len(paths) > 1:
+        draw_comparison(beside(paths[0], "comparison.png"), results)
     print(table(results))
+    print(", ".join(str(beside(path, "evaluation.png")) for path in paths))
+    if len(paths) > 1:
+        print(beside(paths[0], "comparison.png"))
 
 
 if __name__ == "__main__":
