@@ -80,8 +80,10 @@ class Quality:
     def result(self) -> dict[str, Any]:
         error, count, d_model = float(self.error.sum()), int(self.tokens.sum()), len(self.z)
         variance = float(self.z_square - self.z.square().sum() / count)
+        if variance <= 0:
+            raise stage.InputError("All evaluated activations are the same; evaluate more sentences.")
         values = {
-            "fvu": error / variance if variance > 0 else None,
+            "fvu": error / variance,
             "mse_normalized": error / (count * d_model),
             "cosine": float(self.cosine) / count,  # of z and its reconstruction, mean
             "by_position": by_position((self.error / d_model).tolist(), self.tokens.long().tolist()),
@@ -133,7 +135,7 @@ def evaluate(
         shape and dtype; of these, what is told of latents is None.
     sentences: token ids, without begin-of-text; bos_id puts one before each, which is passed through, never counted.
     Losses and KL are nats a prediction. Without a sentence besides it, none has a mean: what is told of it is None.
-    Raises InputError where a loss is not finite.
+    Raises InputError where a loss is not finite, or all activations are the same.
     """
     import torch
 
@@ -183,8 +185,8 @@ def evaluate(
                     sums[1, i] += (probs * (clean_log_probs - found)).sum(-1).double().sum()
             for variant, loss in zip(variants, sums[0].tolist(), strict=True):
                 if not math.isfinite(loss):
-                    what = f"{variant[1]} spliced in" if isinstance(variant, tuple) else f"{variant} {site}"
-                    raise stage.InputError(f"The model's loss is {loss} with {what}; check the model and the SAE.")
+                    how = f"replaced by {variant[1]}" if isinstance(variant, tuple) else variant
+                    raise stage.InputError(f"The loss is {loss} with {site} {how}; check the model and the SAE.")
     loss, kl = (dict(zip(variants, row, strict=True)) for row in (sums / n_predictions).tolist())
 
     def recovered(baseline: str, spliced: float) -> float | None:
@@ -282,26 +284,28 @@ def draw(path: Path, name: str, result: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (costs, frequencies, places) = plt.subplots(1, 3, figsize=(15, 3.8), layout="constrained")
+    figure, (costs, frequencies, places) = plt.subplots(
+        1, 3, figsize=(15, 4), layout="constrained", width_ratios=[1.2, 1.1, 1]
+    )
     about = f"{name}, {result['site']}: FVU {result['fvu']:.3f}, L0 {result['l0']:.1f}"
     figure.suptitle(f"{about}, {result['tokens']:,} tokens of {result['sentences']:,} held-out sentences")
 
-    kinds = [("zeroed", "zero"), ("mean", "its mean"), ("spliced", "its\nreconstruction")]
-    kinds = [(kind, label) for kind, label in kinds if result[f"loss_{kind}"] is not None]
+    kinds = [kind for kind in ("zeroed", "mean", "spliced") if result[f"loss_{kind}"] is not None]
+    labels = {"zeroed": "site zero", "mean": "site its mean", "spliced": "SAE spliced in"}
     clean = result["loss_clean"]
     for offset, label, color, values in (
-        (0.2, "cross-entropy above clean", "tab:blue", [result[f"loss_{kind}"] - clean for kind, _ in kinds]),
-        (-0.2, "KL from clean", "tab:orange", [result[f"kl_{kind}"] for kind, _ in kinds]),
+        (0.2, "cross-entropy above clean", "tab:blue", [result[f"loss_{kind}"] - clean for kind in kinds]),
+        (-0.2, "KL from clean", "tab:orange", [result[f"kl_{kind}"] for kind in kinds]),
     ):
         bars = costs.barh([i + offset for i in range(len(kinds))], values, 0.36, label=label, color=color)
-        costs.bar_label(bars, fmt="{:.4f}", padding=3)
-    costs.set_yticks(range(len(kinds)), [label for _, label in kinds])
+        costs.bar_label(bars, fmt="{:+.4f}" if offset > 0 else "{:.4f}", padding=3)
+    costs.set_yticks(range(len(kinds)), [f"{labels[kind]}\n{result[f'loss_{kind}']:.4f}" for kind in kinds])
+    costs.axvline(0, color="black", linewidth=0.8)
     costs.margins(x=0.2)
-    shares = [("against zero", result["loss_recovered"]), ("against the mean", result["loss_recovered_mean"])]
-    shares = [f"{share:.1%} {against}" for against, share in shares if share is not None]
-    costs.set(title="loss recovered: " + (", ".join(shares) or "-"), xlabel=f"nats a token (clean: {clean:.3f})")
-    costs.set_ylabel("site replaced by")
-    costs.legend(frameon=False, loc="center right")
+    shares = [("", result["loss_recovered"]), (" against the mean", result["loss_recovered_mean"])]
+    shares = [f"{share:.1%}{against}" for against, share in shares if share is not None]
+    costs.set(title="loss recovered: " + (", ".join(shares) or "-"), xlabel=f"nats a token; clean: {clean:.4f}")
+    costs.legend(frameon=False, loc="upper right")
 
     edges, latents = (result["firing_frequency"][key] for key in ("log10_edges", "latents"))
     colors = ["tab:orange" if left >= math.log10(_DENSE) else "tab:blue" for left in edges[:-1]]
@@ -313,6 +317,7 @@ def draw(path: Path, name: str, result: dict[str, Any]) -> None:
     bands = result["by_position"]
     scale = result["fvu"] / result["mse_normalized"] if result["mse_normalized"] else 0.0
     labels = [str(b["first"]) if b["first"] == b["last"] else f"{b['first']}\u2013{b['last']}" for b in bands]
+    places.tick_params(axis="x", labelsize=8)
     places.plot(labels, [band["mse_normalized"] * scale for band in bands], marker="o")
     places.axhline(result["fvu"], color="grey", linewidth=1, linestyle=":", label="all tokens")
     places.set(title="error by place of the token", xlabel="place in the sentence", ylabel="squared error / variance")
@@ -359,7 +364,7 @@ def draw_comparison(path: Path, results: dict[str, dict[str, Any]]) -> None:
         axes["firing"].stairs(shares, edges, color=color, label=label, linewidth=1.5)
     frequency_axis(axes["firing"], edges[0])
     axes["firing"].set_ylabel("share of latents")
-    axes["firing"].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axes["firing"].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
     axes["firing"].legend(frameon=False, loc="upper left")
     save(figure, path)
 
@@ -367,7 +372,7 @@ def draw_comparison(path: Path, results: dict[str, dict[str, Any]]) -> None:
 def frequency_axis(axis: Any, lowest: float) -> None:
     """Ticks for log10 of a share of tokens."""
     decades = range(math.ceil(lowest), 1)
-    axis.set_xticks(decades, [f"{100 * 10.0**decade:.10g} %" for decade in decades])
+    axis.set_xticks(decades, [f"{100 * 10.0**decade:.10g}%" for decade in decades])
     axis.set(xlabel="share of tokens that a latent fires on", ylabel="latents")
     axis.axvline(math.log10(_DENSE), color="grey", linewidth=1, linestyle=":")
 
@@ -418,12 +423,12 @@ def seconds_a_pass(model, sentences: list[list[int]]) -> float:
     """About how long one pass of the model over the sentences takes, from a few of them."""
     import torch
 
-    few = sentences[:: -(-len(sentences) // 8)]
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in few], batch_first=True)[:, : _ROWS // 8]
-    tokens = tokens.to(model.device)
+    few = [torch.tensor(ids[: _ROWS // 8]) for ids in sentences[:: -(-len(sentences) // 8)]]  # not over _ROWS in all
+    tokens = torch.nn.utils.rnn.pad_sequence(few, batch_first=True).to(model.device)
     for _ in range(2):  # the first warms up
         started = time.monotonic()
-        float(model(tokens).sum())
+        with torch.inference_mode():
+            float(model(tokens).sum())
     return (time.monotonic() - started) * sum(map(len, sentences)) / tokens.numel()
 
 
