@@ -8,8 +8,8 @@ Method  next-token cross-entropy, and KL divergence from the clean model, with t
         2024, arXiv:2406.04093, section 4.1), and the same against the mean. The mean of a token's site is that over
         all other evaluated sentences, never its own. FVU = squared error / squared distance from the mean, over all
         tokens, normalised space. Begin-of-text is passed through and never counted
-Cost    3 + one a SAE passes of the model over the sentences, one more as far as the site; several SAEs at one site
-        share all but their own. Nothing is kept between runs: killed, it starts anew
+Cost    three passes of the model over the sentences and one for each SAE, a fourth as far as the site; several SAEs
+        at one site share all but their own. Only finished files are written: killed, it starts anew
 
     python sae_evaluation.py --sae_model_path data/sae.pth
     python sae_evaluation.py --sae_model_path a.pth b.pth c.pth
@@ -30,7 +30,7 @@ SENTENCES_DIR: str | None = None  # folder of sentences; the one they were train
 NUM_SENTENCES = 2000  # held-out sentences to use, at most
 BATCH_TOKENS = 8192  # tokens a forward pass, padding included
 
-_ROWS = 512  # tokens whose logits or pre-activations are in memory at once: 263 MB at a vocabulary of 128,256
+_ROWS = 512  # tokens whose logits or pre-activations are in memory at once: 263 MB each at a vocabulary of 128,256
 _DENSE = 0.1  # a latent that fires on a greater share of the tokens is dense
 _EPS = 1e-5  # of the normalisation, for reconstructions that are plain functions
 _BINS_A_DECADE = 3  # of the histogram of firing frequencies
@@ -333,17 +333,18 @@ def draw_comparison(path: Path, results: dict[str, dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [
-        ("fvu", "FVU (less is better)", "{:.4f}"),
-        ("kl_spliced", "KL(clean || spliced), nats (less is better)", "{:.4f}"),
-        ("loss_recovered", "loss recovered (more is better)", "{:.1%}"),
+    panels = [  # arrows: where better is
+        ("fvu", "\u2190 FVU", "{:.4f}"),
+        ("kl_spliced", "\u2190 KL from clean, nats", "{:.4f}"),
+        ("loss_recovered", "loss recovered \u2192", "{:.1%}"),
         ("l0", "L0", "{:.1f}"),
+        ("silent_frac", "\u2190 silent latents", "{:.1%}"),
     ]
     height = 2.4 + 0.35 * len(results)
+    layout = [[key for key, _, _ in panels], ["firing"] * len(panels)]
     figure, axes = plt.subplot_mosaic(
-        [[key for key, _, _ in panels], ["firing"] * 4], figsize=(15, height + 2.6), height_ratios=[height - 1, 2.6],
-        layout="constrained",
-    )  # fmt: skip
+        layout, figsize=(15, height + 2.6), height_ratios=[height - 1, 2.6], layout="constrained"
+    )
     names = list(results)
     palette = plt.get_cmap("tab10" if len(names) <= 10 else "tab20")
     colors = [palette(i % palette.N) for i in range(len(names))]
@@ -356,16 +357,15 @@ def draw_comparison(path: Path, results: dict[str, dict[str, Any]]) -> None:
         axis.set(title=title, ylim=(len(names) - 0.4, -0.7))
         axis.set_yticks(range(len(names)), names if key == "fvu" else [""] * len(names))
         axis.margins(x=0.25)
+        axis.locator_params(axis="x", nbins=4)
         axis.grid(alpha=0.3)
     for name, color in zip(names, colors, strict=True):
         edges, latents = (results[name]["firing_frequency"][key] for key in ("log10_edges", "latents"))
-        label = f"{name}: {results[name]['silent_frac']:.1%} silent, {results[name]['dense_frac']:.1%} dense"
         shares = [n / results[name]["n_latents"] for n in latents]
-        axes["firing"].stairs(shares, edges, color=color, label=label, linewidth=1.5)
+        axes["firing"].stairs(shares, edges, color=color, linewidth=1.5)
     frequency_axis(axes["firing"], edges[0])
-    axes["firing"].set_ylabel("share of latents")
+    axes["firing"].set(ylabel="share of latents", title="how often latents fire, colours as above")
     axes["firing"].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
-    axes["firing"].legend(frameon=False, loc="upper left")
     save(figure, path)
 
 
@@ -477,8 +477,8 @@ def main() -> None:
         f"writing evaluation.json and evaluation.png for {', '.join(paths)} (under 1 MB each); {n_passes} passes of "
         f"the model, about {stage.duration(n_passes * seconds_a_pass(model, sentences))} on {device}."
     )
-    trained_on = [shard["sha256"] for shard in dataset.manifest.get("shards", [])]
-    if trained_on != info["dataset"].get("shards", trained_on):
+    shards = [shard["sha256"] for shard in dataset.manifest.get("shards", [])]
+    if shards != info["dataset"].get("shards", shards):
         print(f"Note: {dataset.folder} is not the data of the training; that these were held out is not certain.")
 
     results: dict[str, dict[str, Any]] = {}

@@ -333,13 +333,15 @@ def size_of_png(path) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("n", "begin_of_text"), [(2000, False), (7, True)])
 def test_script_takes_the_held_out_sentences(sae_path, sae, info, model, tiny_model_dir, capsys, n, begin_of_text):
-    save_sae(sae, sae_path, info | {"begin_of_text": begin_of_text})
+    trained_on = info["dataset"] | ({"shards": ["other sentences"]} if begin_of_text else {"shards": []})
+    save_sae(sae, sae_path, info | {"begin_of_text": begin_of_text, "dataset": trained_on})
     call(sae_evaluation, sae_model_path=sae_path, num_sentences=n, batch_tokens=100)
     tokenizer = load_tokenizer(tiny_model_dir)
     held_out = [tokenizer.encode(text)[:12] for text in TEXTS[50 : min(70, 50 + n)]]
     expected = naive(model, sae, [ids for ids in held_out if len(ids) > 1], tokenizer.bos_id if begin_of_text else None)
     result = read(sae_path)
     out = capsys.readouterr().out
+    assert ("is not the data of the training" in out) == begin_of_text
     for name in ("fvu", "loss_recovered", "zeroing_cost", "kl_spliced"):
         line = next(line for line in out.splitlines() if line.startswith(f"{name} "))
         assert line.split()[1] == f"{result[name]:.4f}"
