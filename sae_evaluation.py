@@ -135,7 +135,7 @@ def evaluate(
         shape and dtype; of these, what is told of latents is None.
     sentences: token ids, without begin-of-text; bos_id puts one before each, which is passed through, never counted.
     Losses and KL are nats a prediction. Without a sentence besides it, none has a mean: what is told of it is None.
-    Raises InputError where a loss is not finite, or all activations are the same.
+    Raises InputError where a loss is not finite, nothing is predicted, or all activations are the same.
     """
     import torch
 
@@ -147,9 +147,6 @@ def evaluate(
     variants = ["clean", *baselines, *(("spliced", name) for name in saes)]
     sums = torch.zeros(2, len(variants), dtype=torch.float64, device=model.device)  # losses, KL from clean
     n_predictions = 0
-
-    def log_probs(stream):
-        return model.output(model.norm(stream)).float().log_softmax(-1)
 
     with torch.inference_mode():
         total = torch.zeros(model.args.dim, dtype=torch.float64, device=model.device)
@@ -166,7 +163,7 @@ def evaluate(
                 x_hat = x.clone()
                 x_hat[real] = torch.cat([quality[name].reconstruct(*part) for part in parts])
                 replaced["spliced", name] = x_hat
-            # Positions whose next token is the sentence's; their streams after the last layer, logits only in pieces.
+            # Of the positions whose next token is the sentence's, the stream after the last layer.
             predicts = torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], dim=1)
             targets = tokens[:, 1:][predicts[:, :-1]]
             n_predictions += len(targets)
@@ -175,18 +172,13 @@ def evaluate(
                 x_new = torch.where(real[..., None], replaced[variant], x)
                 with model.intervene(site, lambda _, x_new=x_new: x_new):
                     streams.append(model.activations(tokens, last)[predicts])
-            for begin in range(0, len(targets), _ROWS):
-                piece = slice(begin, begin + _ROWS)
-                clean_log_probs = log_probs(streams[0][piece])
-                probs = clean_log_probs.exp()
-                for i, stream in enumerate(streams):
-                    found = log_probs(stream[piece]) if i else clean_log_probs
-                    sums[0, i] -= found.gather(1, targets[piece, None]).double().sum()
-                    sums[1, i] += (probs * (clean_log_probs - found)).sum(-1).double().sum()
+            sums += losses_and_kl(model, streams, targets)
             for variant, loss in zip(variants, sums[0].tolist(), strict=True):
                 if not math.isfinite(loss):
                     how = f"replaced by {variant[1]}" if isinstance(variant, tuple) else variant
                     raise stage.InputError(f"The loss is {loss} with {site} {how}; check the model and the SAE.")
+    if n_predictions == 0:
+        raise stage.InputError("No sentence has a second token to predict; evaluate longer ones.")
     loss, kl = (dict(zip(variants, row, strict=True)) for row in (sums / n_predictions).tolist())
 
     def recovered(baseline: str, spliced: float) -> float | None:
@@ -216,6 +208,28 @@ def evaluate(
             "sentences": len(sentences),
         }
     return results
+
+
+def losses_and_kl(model, streams: list, targets):
+    """Cross-entropy of each stream, and its KL divergence from the first, summed: (2, n_streams) float64, nats.
+
+    streams: after the last layer, (n, d_model) each; targets (n). Only _ROWS rows of logits are in memory at a time.
+    """
+    import torch
+
+    def log_probs(stream):
+        return model.output(model.norm(stream)).float().log_softmax(-1)
+
+    sums = torch.zeros(2, len(streams), dtype=torch.float64, device=targets.device)
+    for begin in range(0, len(targets), _ROWS):
+        piece = slice(begin, begin + _ROWS)
+        first = log_probs(streams[0][piece])
+        probs = first.exp()
+        for i, stream in enumerate(streams):
+            found = log_probs(stream[piece]) if i else first
+            sums[0, i] -= found.gather(1, targets[piece, None]).double().sum()
+            sums[1, i] += (probs * (first - found)).sum(-1).double().sum()
+    return sums
 
 
 def batches(sentences: list[list[int]], batch_tokens: int, bos_id: int | None, device: Any, label: str):

@@ -270,6 +270,8 @@ def test_what_cannot_be_measured_is_said(model, sae, sentences):
         run(model, lambda x: x * math.nan, sentences)
     with pytest.raises(stage.InputError, match="All evaluated activations are the same"):
         run(model, lambda x: x, [[5]], bos_id=BOS_ID)
+    with pytest.raises(stage.InputError, match="second token"):
+        run(model, lambda x: x, [[5], [6]])
 
 
 @settings(max_examples=60)
