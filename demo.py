@@ -191,15 +191,18 @@ def count_hits(texts: list[str], words: list[str]) -> int:
     return sum(bool(words_of(text) & set(words)) for text in texts)
 
 
-def promotes_own_words(model, tokenizer, sae, entry: dict) -> float:
-    """How much a latent's direction, read and written by its layer's attention and unembedded, promotes its words: the
-    best word's logit in standard deviations over the vocabulary; words of several tokens do not count."""
+def promotes_own_words(model, tokenizer, sae, highest, entry: dict) -> float:
+    """How much a latent at its highest, read and written by its layer's attention and unembedded, promotes its words:
+    the best word's logit above the vocabulary's mean, up to a factor; words of several tokens do not count.
+
+    Over 24 latents this orders what steering does better than the logit in standard deviations (README).
+    """
     from promoted_tokens import promoted_logits
 
-    logits = promoted_logits(model, _SITE, sae.decoder.weight[:, entry["latent"]][None], sae.b_pre)[0]
-    scores = (logits - logits.mean()) / logits.std()
+    latent = entry["latent"]
+    logits = promoted_logits(model, _SITE, highest[latent] * sae.decoder.weight[:, latent][None], sae.b_pre)[0]
     tokens = [tokenizer.encode(f" {word}") for word in entry["words"]]
-    return max((float(scores[ids[0]]) for ids in tokens if len(ids) == 1), default=float("-inf"))
+    return max((float(logits[ids[0]] - logits.mean()) for ids in tokens if len(ids) == 1), default=float("-inf"))
 
 
 def steer(run: Path, candidates: list[dict], config) -> dict:
@@ -224,7 +227,8 @@ def steer(run: Path, candidates: list[dict], config) -> dict:
         options = {"max_new_tokens": 30, "temperature": 0.8, "top_p": 0.95, "seeds": seeds}
         return complete(model, tokenizer, prompts, **options, steering=steering)
 
-    candidates = sorted(candidates, key=lambda entry: -promotes_own_words(model, tokenizer, sae, entry))[:_N_TRIED]
+    promotes = lambda entry: promotes_own_words(model, tokenizer, sae, highest, entry)
+    candidates = sorted(candidates, key=promotes, reverse=True)[:_N_TRIED]
     n_try = 16
     clean = completions(n_try, 0, None)
     gain = lambda entry: count_hits(completions(n_try, 0, entry), entry["words"]) - count_hits(clean, entry["words"])
