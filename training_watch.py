@@ -5,17 +5,21 @@ import math
 import os
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
 import stage
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 
 def plot_curves(metrics: list[str], png_path: Path) -> None:
-    """The four published figures: total loss in training and held out, dead latents, auxiliary loss."""
+    """The four published figures: total loss in training and held out, dead latents, auxiliary loss.
+
+    metrics: lines of metrics.jsonl.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     lines = [json.loads(line) for line in metrics]
     panels = [
         ("train_total", "total loss, training", True),
@@ -49,6 +53,11 @@ def plot_frequencies(firing, n_activations: int, png_path: Path) -> None:
 
     firing: (n_latents,), how many of the last n_activations each latent fired on.
     """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     counts = np.asarray(firing)
     fired = np.log10(counts[counts > 0] / n_activations)
     floor = math.floor(-math.log10(n_activations))

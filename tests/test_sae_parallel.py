@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -88,36 +89,78 @@ def run_in(n_processes: int, *runs: dict) -> subprocess.CompletedProcess:
 # ---- several processes
 
 
+class Pairs(NamedTuple):
+    """What two processes did: `folder`/GRID, and a copy of what each mishap left behind, `folder`/left/GRID."""
+
+    folder: Path
+    stopped: subprocess.CompletedProcess
+    alone: subprocess.CompletedProcess
+    corrupt: subprocess.CompletedProcess
+
+
 @pytest.fixture(scope="module")
-def pair(data, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """Two processes train data parallel, then latent parallel, then data parallel until one of them goes wrong."""
-    folder = tmp_path_factory.mktemp("pair")
-    mishap = {"what": "corrupt", "method": "gradients", "call": 6, "rank": 1}
-    done = run_in(
+def pairs(data, tmp_path_factory) -> Pairs:
+    """Three torchruns, because starting one takes longest: two whole runs, data parallel and latent parallel, and one
+    whose torchrun gets SIGTERM; that one continued, and one of which a process is killed; that one continued, and one
+    in which a process goes wrong."""
+    folder = tmp_path_factory.mktemp("pairs")
+    stop = {"what": "terminate torchrun", "method": "gradients", "call": 33, "rank": 0}
+    kill = {"what": "kill", "method": "gradients", "call": 40, "rank": 0}  # the one that writes checkpoints
+    corrupt = {"what": "corrupt", "method": "gradients", "call": 6, "rank": 1}
+    stopped = run_in(
         2,
         one_run(data, folder / "2x1"),
         one_run(data, folder / "1x2", latent_parallel=2),
-        one_run(data, folder / "corrupt", mishap, replica_check_steps=10),
+        one_run(data, folder / "stopped", stop, latent_parallel=2),
     )
-    return folder, done
+    shutil.copytree(folder / "stopped", folder / "left" / "stopped")
+    alone = run_in(2, one_run(data, folder / "stopped", latent_parallel=2), one_run(data, folder / "alone", kill))
+    shutil.copytree(folder / "alone", folder / "left" / "alone")
+    last = run_in(
+        2, one_run(data, folder / "alone"), one_run(data, folder / "corrupt", corrupt, replica_check_steps=10)
+    )
+    return Pairs(folder, stopped, alone, last)
 
 
 @pytest.mark.parametrize("grid", ["2x1", "1x2"])
-def test_two_processes_train_like_one(trained, pair, grid):
-    folder, done = pair
-    assert (folder / grid / "sae.pth").exists(), done.stderr
-    assert "2 x cpu" in done.stdout
+def test_two_processes_train_like_one(trained, pairs, grid):
+    assert (pairs.folder / grid / "sae.pth").exists(), pairs.stopped.stderr
+    assert "2 x cpu" in pairs.stopped.stdout
     assert any(line["dead_frac"] > 0 and line["train_aux"] > 0 for line in metrics_of(trained)[:-10])
-    assert_similar_run(folder / grid / "sae.pth", trained)
+    assert_similar_run(pairs.folder / grid / "sae.pth", trained)
 
 
-def test_replicas_that_differ_stop_the_run(pair):
+def test_a_stopped_pair_leaves_its_last_step_and_continues(data, trained, pairs):
+    """SIGTERM to torchrun: one sentence, a checkpoint of two slices; continued, to the last bit what it would have
+    been; in one process nearly that."""
+    left, done = pairs.folder / "left" / "stopped", pairs.stopped
+    assert done.returncode != 0 and done.stderr.count("Stopped by SIGTERM after step ") == 1
+    assert "Traceback" not in done.stderr.partition("Stopped by")[0]
+    first, second = whole_checkpoints(left / "checkpoints")[-1]
+    step = int(first.name[5:14])
+    assert 33 <= step <= 45 and not (left / "sae.pth").exists()
+    assert (first.name, second.name) == (f"step-{step:09d}.0-of-2.pt", f"step-{step:09d}.1-of-2.pt")
+    assert_same_run(pairs.folder / "stopped" / "sae.pth", pairs.folder / "1x2" / "sae.pth")
+    assert_similar_run(train(data, left), trained)
+
+
+def test_a_process_left_alone_saves_its_last_step_and_continues(data, trained, pairs):
+    """kill -9 of the process that writes the checkpoints; the other one writes, and ends."""
+    left, done = pairs.folder / "left" / "alone", pairs.alone
+    assert done.returncode != 0 and "another process of this run has ended" in done.stderr
+    assert checkpoints_of(left / "x") == ["step-000000025.0-of-1.pt", "step-000000040.0-of-1.pt"]
+    assert "Continuing from step 40 " in pairs.corrupt.stdout
+    assert_same_run(pairs.folder / "alone" / "sae.pth", pairs.folder / "2x1" / "sae.pth")
+    assert_similar_run(train(data, left), trained)
+
+
+def test_replicas_that_differ_stop_the_run(pairs):
     """Rank 1's weights change before step 7; they are compared after step 10."""
-    folder, done = pair
-    assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and "The parameters of rank 1 differ at step 10 from those of" in said[0]
-    assert not (folder / "corrupt" / "sae.pth").exists() and not checkpoints_of(folder / "corrupt" / "sae.pth")
+    assert pairs.corrupt.returncode != 0
+    said = [line for line in pairs.corrupt.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "The parameters of rank 1 differ at step 10 from those of rank 0," in said[0]
+    path = pairs.folder / "corrupt" / "sae.pth"
+    assert not path.exists() and not checkpoints_of(path)
 
 
 def test_four_processes_train_like_one_and_send_what_is_said(data, trained, tmp_path):
@@ -153,39 +196,9 @@ def test_missing_data_under_torchrun(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_stopped_and_left_alone_pairs_continue(data, trained, pair, tmp_path):
-    """SIGTERM to torchrun of a latent-parallel pair, and kill -9 of one process of a data-parallel pair: both end at
-    once, leave the last whole step, and continue to the unbroken pair's result; on one process nearly to it."""
-    unbroken, _ = pair
-    stopped, alone = tmp_path / "1x2", tmp_path / "2x1"
-    mishap = {"what": "terminate torchrun", "method": "gradients", "call": 33, "rank": 0}
-    done = run_in(2, one_run(data, stopped, mishap, latent_parallel=2))
-    assert done.returncode != 0
-    assert (
-        done.stderr.count("Stopped by SIGTERM after step ") == 1 and "Traceback" not in done.stderr.partition("Stop")[0]
-    )
-    (first, second), (zero, one) = (whole_checkpoints(stopped / "checkpoints")[-1], checkpoints_of(stopped / "x")[-2:])
-    assert (first.name, second.name) == (zero, one) and zero.endswith(".0-of-2.pt") and one.endswith(".1-of-2.pt")
-    assert 33 <= int(zero[5:14]) <= 45
-
-    mishap = {"what": "kill", "method": "gradients", "call": 40, "rank": 0}  # the one that writes checkpoints
-    done = run_in(2, one_run(data, alone, mishap))
-    assert done.returncode != 0 and "another process of this run has ended" in done.stderr
-    assert checkpoints_of(alone / "x") == ["step-000000025.0-of-1.pt", "step-000000040.0-of-1.pt"]
-
-    for folder in (stopped, alone):
-        other = shutil.copytree(folder, tmp_path / "on one" / folder.name)
-        assert_similar_run(train(data, other), trained)
-    done = run_in(2, one_run(data, stopped, latent_parallel=2), one_run(data, alone))
-    assert done.returncode == 0, done.stderr
-    assert "Continuing from step 40 " in done.stdout
-    assert_same_run(stopped / "sae.pth", unbroken / "1x2" / "sae.pth")
-    assert_same_run(alone / "sae.pth", unbroken / "2x1" / "sae.pth")
-
-
-def test_slices_are_cut_anew(pair):
+def test_slices_are_cut_anew(pairs):
     """A checkpoint of two slices, read in one and in three."""
-    paths = whole_checkpoints(pair[0] / "1x2" / "checkpoints")[-1]
+    paths = whole_checkpoints(pairs.folder / "1x2" / "checkpoints")[-1]
     assert len(paths) == 2
     halves = [torch.load(path, weights_only=True) for path in paths]
     whole, thirds = load_checkpoint(paths, 0, 1), [load_checkpoint(paths, rank, 3) for rank in range(3)]
