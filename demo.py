@@ -1,6 +1,6 @@
 """Run every stage of the pipeline on the embedded tiny Llama, on a laptop CPU, and show what came out.
 
-Writes  demo_run/: every stage's files, report.md, sae/sae.curves.png
+Writes  demo_run/: every stage's files; report.md, the figures; sae/sae.report.html, the latents and everything else
 Cost    minutes on two cores, no network
 
     make demo
@@ -14,11 +14,12 @@ import time
 from pathlib import Path
 
 import stage
-from steering import DEFAULT_STRENGTH
+from steering import DEFAULT_MODE, DEFAULT_STRENGTH
 
 RUN_DIR = "demo_run"  # folder for everything; emptied first
 NUM_SAMPLES = 32_000  # sentences to capture
 NUM_EPOCHS = 2  # of SAE training
+REPORT_LATENTS = 150  # latents in the report
 STEERING_SAMPLES = 128  # completions counted, clean and steered each
 STRENGTH = DEFAULT_STRENGTH  # of steering, in multiples of the latent's highest activation
 
@@ -140,48 +141,27 @@ def read_scores(run: Path) -> dict[str, dict[int, float]]:
     return {name: dict(zip(table["latent"], table[name], strict=True)) for name in ("balanced_accuracy", "shuffled")}
 
 
-def interesting_latents(run: Path, n: int) -> list[dict]:
-    """Latents worth showing: named by plain words, certain, neither rare nor everywhere, about different words; best
-    score first."""
-    import pyarrow.parquet as pq
-    import yaml
+def steering_candidates(index) -> list[dict]:
+    """The interesting latents that are named by single words, as latent, words and meaning."""
+    from sae_report import interesting_latents
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    meanings = yaml.load((run / "sae" / f"{_MEANING}.yaml").read_text(encoding="utf-8"), loader)
-    statistics = pq.read_table(run / "sae" / "sae.latents.parquet").to_pydict()
-    scores = read_scores(run)["balanced_accuracy"]
-    good = []
-    for latent, meaning in meanings.items():
-        words = meaning["common_semantic"].split(", ")
-        frequency, score = statistics["frequency"][latent], scores.get(latent, 0.0)
-        plain = all(word.isalpha() and word != "number" for word in words) and len(words[0]) > 3
-        if plain and meaning["certainty"] >= 0.9 and 2e-4 <= frequency <= 5e-3:
-            good.append({"latent": latent, "words": words, **meaning, "score": score, "frequency": frequency})
-    good.sort(key=lambda entry: (-entry["score"], entry["latent"]))
-    chosen, used = [], set()
-    for entry in good:
-        if not used & {word[:4] for word in entry["words"]}:
-            used |= {word[:4] for word in entry["words"]}
-            chosen.append(entry)
-    return chosen[:n]
+    named = [(latent, index.meaning[latent].split(", ")) for latent in interesting_latents(index)]
+    return [
+        {"latent": latent, "words": words, "meaning": index.meaning[latent]}
+        for latent, words in named
+        if all(word.isalpha() for word in words)
+    ]
 
 
-def top_sentences(run: Path, latents: list[int], tokenizer) -> dict[int, list[str]]:
-    """The three strongest sentences of each latent by its highest token, that token between « and »."""
-    import pyarrow.parquet as pq
-
-    filters = [("latent", "in", latents), ("aggregation", "=", "max"), ("rank", "<", 3)]
-    marked: dict[int, list[str]] = {latent: [] for latent in latents}
-    for row in pq.read_table(run / "sae" / "sae.top.parquet", filters=filters).to_pylist():
-        acts = [float(a) for a in row["token_activations"]]
-        strongest = acts.index(max(acts))
-        ids = row["token_ids"]
-        before, token, after = (
-            tokenizer.decode(part) for part in (ids[:strongest], ids[strongest : strongest + 1], ids[strongest + 1 :])
-        )
-        space = " " if token.startswith(" ") else ""
-        marked[row["latent"]].append(" ".join(f"{before}{space}«{token.strip()}»{after}".split()))
-    return marked
+def marked(sentence) -> str:
+    """A sentence of a card on one line, its strongest token between « and »."""
+    strongest = max(range(len(sentence.tokens)), key=lambda i: sentence.activations[i])
+    before, token, after = (
+        "".join(part)
+        for part in (sentence.tokens[:strongest], sentence.tokens[strongest], sentence.tokens[strongest + 1 :])
+    )
+    space = " " if token.startswith(" ") else ""
+    return " ".join(f"{before}{space}«{token.strip()}»{after}".split())
 
 
 def count_hits(texts: list[str], words: list[str]) -> int:
@@ -241,21 +221,26 @@ def steer(run: Path, candidates: list[dict], config) -> dict:
 
 
 def make_report(run: Path, times: list[tuple[str, float]], config) -> str:
-    from llama_3 import load_tokenizer
+    """Steer, write what came of it beside the SAE for sae_report.py, and return report.md."""
+    from latent_index import LatentIndex
 
     capture = stage.read_manifest(run / "activations" / _SITE, "capture_activations.py")
     quality = stage.read_json(run / "sae" / "sae.evaluation.json", "run sae_evaluation.py.")
     info = stage.read_json(run / "sae" / "sae.json", "run sae_training.py.")
-    latents = interesting_latents(run, 300)
+    index = LatentIndex(run / "sae" / "sae.pth")
+    candidates = steering_candidates(index)
     started = time.time()
-    steering = steer(run, latents, config)
+    steering = steer(run, candidates, config)
     times = [*times, ("Steering", time.time() - started)]
+    examples = {kind: steering[kind][: len(_PROMPTS)] for kind in ("clean", "steered")}
+    facts = {name: steering[name] for name in ("latent", "meaning", "words", "n", "hits")}
+    steering_path = run / "sae" / "sae.steering.json"
+    facts |= {"mode": DEFAULT_MODE, "strength": config.strength, "prompts": _PROMPTS}
+    stage.write_json(steering_path, {**facts, **examples})
     scores, others = (list(scores.values()) for scores in read_scores(run).values())
     share = sum(score > 0.7 for score in scores) / len(scores)
-    shown = latents[:10]
-    if steering["latent"] not in [entry["latent"] for entry in shown]:
-        shown = [*shown[:9], next(entry for entry in latents if entry["latent"] == steering["latent"])]
-    sentences = top_sentences(run, [entry["latent"] for entry in shown], load_tokenizer(_MODEL_DIR))
+    (clean_hits, steered_hits), n = steering["hits"], steering["n"]
+    words = " or ".join(f"“{word}”" for word in steering["words"])
     lines = [
         "# What the demo found",
         "",
@@ -273,44 +258,30 @@ def make_report(run: Path, times: list[tuple[str, float]], config) -> str:
         f"| a name tells firing from silent sentences, balanced accuracy | {sum(scores) / len(scores):.2f} "
         f"(another latent's name: {sum(others) / len(others):.2f}) |",
         f"| ... names above 0.7 | {share:.0%} of {len(scores):,} |",
+        f"| {n} completions with {words}, clean and steered by latent {steering['latent']} | "
+        f"{clean_hits} and {steered_hits} |",
+        "",
+        f"(Steering: same prompts and seeds, strength {config.strength:g} times the latent's highest activation. The "
+        f"latent was chosen among {_N_TRIED} by other completions than those counted.)",
         "",
         "| stage | time |",
         "|---|---|",
         *(f"| {title} | {seconds:.0f} s |" for title, seconds in times),
         f"| all | {stage.duration(sum(seconds for _, seconds in times))} |",
         "",
-        "## Ten latents",
-        "",
-        "Name (its top sentences' distinctive words), and the sentences that activate it most, strongest token marked.",
+        "Ten latents, with the sentence that activates each most:",
         "",
     ]
-    for entry in shown:
-        lines.append(
-            f"**{entry['latent']}: {entry['common_semantic']}** (certainty {entry['certainty']:.2f}, "
-            f"score {entry['score']:.2f})"
-        )
-        lines += [f"- {sentence}" for sentence in sentences[entry["latent"]]]
-        lines.append("")
-    (clean_hits, steered_hits), n = steering["hits"], steering["n"]
-    words = " or ".join(f"“{word}”" for word in steering["words"])
-    lines += [
-        f"## Steering with latent {steering['latent']}: {steering['common_semantic']}",
-        "",
-        f"Of {n} completions, {clean_hits} held {words} without steering and {steered_hits} with it.",
-        f"(Same prompts and seeds; strength {config.strength:g} times its highest activation. The latent was chosen "
-        f"among {_N_TRIED} by other completions than those counted.)",
-        "",
-    ]
-    for i in range(4):
-        prompt = _PROMPTS[i % len(_PROMPTS)]
-        for kind in ("clean", "steered"):
-            lines.append(f"- {kind:7s} **{prompt}**{' '.join(steering[kind][i].split(' '))}".replace("\n", " "))
-        lines.append("")
-    return "\n".join(lines)
+    for entry in candidates[:10]:
+        card = index.card(entry["latent"], 1)
+        lines.append(f"- {card.latent} **{card.meaning}**, score {card.score:.2f}: {marked(card.sentences[0])}")
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:
     config = stage.parse_constants(globals())
+    from sae_report import write_report
+
     os.chdir(stage.PROJECT_DIR)
     run = Path(config.run_dir)
     with stage.locked(run):
@@ -333,8 +304,9 @@ def main() -> None:
             print(f"[{number}/{len(todo)}] done in {times[-1][1]:.0f} s", flush=True)
         report = make_report(run, times, config)
         (run / "report.md").write_text(report)
+        written = write_report(run / "sae" / "sae.pth", config.report_latents)
     print("\n" + report)
-    print(f"Training curves: {run / 'sae' / 'sae.curves.png'}. Everything is in {run.resolve()}")
+    print(f"Everything is in {run.resolve()}; open this in a browser: {written[0].resolve()}")
 
 
 if __name__ == "__main__":

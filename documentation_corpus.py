@@ -196,6 +196,20 @@ def read_topics() -> list[tuple[str, list[str]]]:
     return [(f"topics:{name}", prose_paragraphs(topics[name])) for name in sorted(topics)]
 
 
+def read_source(name: str) -> list[str]:
+    """The paragraphs of the file or topic of this name, of this installation; none where it is not installed."""
+    from pydoc_data.topics import topics
+
+    kind, _, topic = name.partition(":")
+    if kind == "topics":
+        return prose_paragraphs(topics.get(topic, ""))
+    for root in ("stdlib", "purelib"):
+        path = Path(sysconfig.get_paths()[root], name)
+        if path.is_file():
+            return read_file((name, path))[1]
+    return []
+
+
 def main() -> None:
     config = stage.parse_constants(globals())
     import pyarrow as pa

@@ -256,24 +256,10 @@ def strength_of_each(latents: list[int], strengths: list[float]) -> dict[int, fl
 
 
 def latent_meanings(sae_path: str) -> dict[int, str]:
-    """What is known of an SAE's latents: the most certain meaning of each in NAME.meaning_*.yaml."""
-    import yaml
+    """The best meaning of each latent that has one (`latent_index.read_meanings`)."""
+    from latent_index import read_meanings
 
-    from llama_3.loading import TINY_LLAMA_DIR
-    from sae import beside
-
-    if Path(sae_path).resolve() == Path(TINY_LLAMA_DIR, "sae.pth"):
-        paths = sorted((stage.PROJECT_DIR / "latent_index_meaning").glob("*.yaml"))
-    else:
-        name = beside(sae_path, "meaning_")
-        paths = sorted(name.parent.glob(f"{name.name}*.yaml"))
-    best: dict[int, dict] = {}
-    for path in paths:
-        entries = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
-        for latent, entry in entries.items():
-            if latent not in best or entry["certainty"] > best[latent]["certainty"]:
-                best[latent] = entry
-    return {latent: entry["common_semantic"] for latent, entry in best.items()}
+    return {latent: meaning.text for latent, meaning in read_meanings(sae_path).items()}
 
 
 def strongest_latents(setup: Setup, ids: list[int], n: int) -> list[tuple[str, list[tuple[int, float]]]]:

@@ -1,8 +1,8 @@
-"""For every latent, the tokens that its direction makes the model say next.
+"""For every latent, the tokens that its direction makes the model say next, and those it keeps it from saying.
 
 Reads   MODEL_PATH, an SAE with its JSON; NAME.latents.parquet (capture_top_activating_sentences.py); the Llama folder
 Writes  NAME.promoted.parquet beside the SAE: latent, tokens, scores (their logits in standard deviations over the
-        vocabulary), strongest first
+        vocabulary), suppressed_tokens, suppressed_scores, each strongest first
 Method  the direction, as strong as the latent gets, seen through the output layer ("logit lens"); `promoted_logits`
         says what that leaves out. Beside names, which say when a latent fires, this says what it does
 Cost    2 x d_model x vocabulary x n_latents operations: seconds for the tiny Llama, minutes for Llama 3.2-3B
@@ -14,7 +14,7 @@ import stage
 
 MODEL_PATH = "data/sae.pth"  # the SAE
 LLAMA_MODEL_DIR: str | None = None  # Llama checkpoint folder; the one the SAE was trained on when not given
-PROMOTED_TOKENS = 10  # tokens kept per latent
+PROMOTED_TOKENS = 10  # tokens kept per latent, and as many suppressed ones
 LATENTS_AT_ONCE = 256  # bounds memory at 4 bytes x vocabulary each
 
 
@@ -64,23 +64,23 @@ def main() -> None:
     plain = torch.tensor([i for i in range(tokenizer.vocab_size) if i not in special], device=device)
     print(f"Reading {config.model_path} and {model_dir}; writing {out_path}.")
 
-    tokens: list[list[str]] = []
-    scores: list[list[float]] = []
+    names = {1: ("tokens", "scores"), -1: ("suppressed_tokens", "suppressed_scores")}
+    found: dict[str, list[list]] = {name: [] for pair in names.values() for name in pair}
     with torch.inference_mode(), stage.progress(total=sae.n_latents, unit="latent", desc="promoted tokens") as bar:
         for some in torch.arange(sae.n_latents, device=device).split(config.latents_at_once):
             directions = sae.decoder.weight.t()[some] * highest[some, None]
             logits = promoted_logits(model, sae.info["site"], directions, sae.b_pre)
             logits = logits[:, plain]
             z = (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp(min=1e-12)
-            best = z.topk(config.promoted_tokens)
-            tokens += [[tokenizer.decode([token]) for token in row] for row in plain[best.indices].tolist()]
-            scores += best.values.tolist()
+            for sign, (tokens, scores) in names.items():
+                best = (sign * z).topk(config.promoted_tokens)
+                found[tokens] += [[tokenizer.decode([token]) for token in row] for row in plain[best.indices].tolist()]
+                found[scores] += (sign * best.values).tolist()
             bar.update(len(some))
-    columns = {
-        "latent": pa.array(range(sae.n_latents), pa.int32()),
-        "tokens": pa.array(tokens, pa.list_(pa.string())),
-        "scores": pa.array(scores, pa.list_(pa.float32())),
-    }
+    columns = {"latent": pa.array(range(sae.n_latents), pa.int32())}
+    for tokens, scores in names.values():
+        columns[tokens] = pa.array(found[tokens], pa.list_(pa.string()))
+        columns[scores] = pa.array(found[scores], pa.list_(pa.float32()))
     with stage.atomic_path(out_path) as temporary:
         pq.write_table(pa.table(columns), temporary, compression="zstd")
     print(f"{sae.n_latents:,} latents: {out_path}")

@@ -177,26 +177,37 @@ def test_completion_with_a_steered_latent(run):
     latents = pq.read_table(run / "sae" / "sae.latents.parquet").to_pydict()
     latent = max(range(96), key=lambda i: latents["max"][i])
     command = ("llama_3_inference.py", "--llama_model_dir", run / "model", "--sae_model_path", run / "sae" / "sae.pth")
-    options = ("--prompts", "The file", "--latent", latent, "--max_new_tokens", 6)
-    same = script(*command, *options, "--strength", 0).splitlines()
+    options = ("--prompts", "The file", "--latents", latent, "--max_new_tokens", 6)
+    same = script(*command, *options, "--strengths", 0).splitlines()
     clean, steered = (next(line.split(kind)[1] for line in same if kind in line) for kind in ("clean  ", "steered"))
     assert clean.strip() == steered.strip()
-    changed = script(*command, *options, "--strength", 40).splitlines()
+    changed = script(*command, *options, "--strengths", 40).splitlines()
     steered = next(line.split("steered")[1] for line in changed if "steered" in line)
     assert clean.strip() != steered.strip()
 
 
-def test_the_demo_shows_marked_sentences_of_named_latents(run, tiny_model_dir):
-    from llama_3 import load_tokenizer
+def test_the_demo_marks_the_strongest_token(run):
+    from latent_index import LatentIndex
 
-    tokenizer = load_tokenizer(run / "model")
-    shown = demo.top_sentences(run, [3, 5], tokenizer)
-    top = pq.read_table(run / "sae" / "sae.top.parquet").to_pylist()
-    for latent, sentences in shown.items():
-        best = [r for r in top if r["latent"] == latent and r["aggregation"] == "max" and r["rank"] < 3]
-        texts = ["".join(row["text"].split()) for row in best]
-        assert ["".join(s.replace("«", "").replace("»", "").split()) for s in sentences] == texts
-        assert all(s.count("«") == s.count("»") == 1 for s in sentences)
+    index = LatentIndex(run / "sae" / "sae.pth")
+    assert [line for line in index.missing if "score" not in line and "promoted" not in line] == []
+    living = index.search(limit=20)
+    assert living
+    for row in living:
+        for sentence in index.card(row["latent"], 3).sentences:
+            shown = demo.marked(sentence)
+            assert shown.count("«") == shown.count("»") == 1
+            token = shown.partition("«")[2].partition("»")[0]
+            assert token == " ".join(sentence.tokens[sentence.activations.index(max(sentence.activations))].split())
+            assert shown.replace("«", "").replace("»", "").split() == "".join(sentence.tokens).split()
+
+
+def test_the_report_of_what_the_stages_left(run):
+    said = script("sae_report.py", "--sae_model_path", run / "sae" / "sae.pth", "--latents", 12)
+    page = (run / "sae" / "sae.report.html").read_text(encoding="utf-8")
+    assert "sae.report.html" in said and page.count('<article class="latent-card"') == 12
+    quality = json.loads((run / "sae" / "sae.evaluation.json").read_text())
+    assert f"{quality['fvu']:.4f}" in page and "score_interpretations.py" in page and SITE in page
 
 
 def test_count_hits_counts_texts_with_a_whole_word():
@@ -204,7 +215,7 @@ def test_count_hits_counts_texts_with_a_whole_word():
     assert demo.count_hits(texts, ["file"]) == 2
 
 
-@pytest.mark.parametrize("number", range(8))
+@pytest.mark.parametrize("number", range(10))
 def test_the_demo_passes_only_options_that_exist(tmp_path, number):
     config = type("Config", (), {"num_samples": 10, "num_epochs": 1})
     _, command = demo.stages(tmp_path, config)[number]

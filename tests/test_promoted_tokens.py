@@ -63,7 +63,21 @@ def test_table(sae_path, tiny_model_dir, at_once):
     for row in rows:
         assert len(row["tokens"]) == 4 and row["scores"] == sorted(row["scores"], reverse=True)
         assert not any(token.startswith("<|") for token in row["tokens"])
+        assert len(row["suppressed_tokens"]) == 4 and row["suppressed_scores"] == sorted(row["suppressed_scores"])
     assert rows[0]["scores"][0] > 2 and rows[3]["scores"] == [0.0] * 4
+
+
+def test_what_a_direction_suppresses_its_opposite_promotes(sae_path):
+    call(promoted_tokens, model_path=sae_path)
+    before = pq.read_table(sae_path.with_name("sae.promoted.parquet")).to_pylist()
+    state = torch.load(sae_path, weights_only=True)
+    torch.save(state | {"decoder.weight": -state["decoder.weight"]}, sae_path)
+    call(promoted_tokens, model_path=sae_path)
+    after = pq.read_table(sae_path.with_name("sae.promoted.parquet")).to_pylist()
+    for row, opposite in zip(before, after, strict=True):
+        if row["latent"] != 3:  # the dead one ties everywhere
+            assert row["suppressed_tokens"] == opposite["tokens"]
+            assert row["suppressed_scores"] == pytest.approx([-score for score in opposite["scores"]], rel=1e-3)
 
 
 def test_refusals(sae_path, tmp_path, capsys):
