@@ -349,12 +349,20 @@ def beside(path: str | Path, suffix: str) -> Path:
     return Path(str(path).removesuffix(".pth") + "." + suffix)
 
 
+def save_tensors(path: Path, state: dict) -> None:
+    """torch.save, atomically; a full disk is an InputError."""
+    with stage.atomic_path(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # how it reports a full disk
+            raise OSError(str(error).partition("\n")[0]) from error
+
+
 def save_sae(sae: TopKSparseAutoencoder, path: str | Path, info: dict[str, Any], dtype=torch.float32) -> None:
     """Write NAME.pth, a plain state dict in `dtype`, and NAME.json."""
     state = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in sae.state_dict().items()}
     shape = {"d_model": sae.d_model, "n_latents": sae.n_latents, "k": sae.k, "normalize_eps": sae.normalize_eps}
-    with stage.atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    save_tensors(Path(path), state)
     stage.write_json(info_path(path), {"format_version": stage.FORMAT_VERSION, **shape, **info})
 
 

@@ -48,15 +48,6 @@ def delete_checkpoints(folder: Path, keep: int) -> None:
         path.unlink()
 
 
-def save_tensors(path: Path, state: dict) -> None:
-    """torch.save, atomically; a full disk is an InputError."""
-    with stage.atomic_path(path) as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # how it reports a full disk
-            raise OSError(str(error).partition("\n")[0]) from error
-
-
 def load_checkpoint(paths: list[Path], rank: int, size: int) -> dict:
     """Slice `rank` of `size` of a checkpoint, whatever number of slices it was written in.
 

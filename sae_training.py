@@ -50,6 +50,7 @@ BETAS = (0.85, 0.9999)  # of AdamW; rare latents need a long second moment
 ADAM_EPS = 6.25e-10  # of AdamW
 WEIGHT_DECAY = 0.0  # of AdamW; the original's 0.01 shrank silent latents
 GRAD_CLIP: float | None = None  # largest norm of the whole gradient, after projection
+ORTHOGONAL_START = False  # latents begin at right angles, d_model by d_model, instead of at random
 SEED = 0  # of the initialisation and of the order of batches
 
 LATENT_PARALLEL = 1  # processes that share one SAE, a slice of its latents each
@@ -366,7 +367,8 @@ class Training:
     def save(self, by_whoever_comes_first: bool = False) -> None:
         """Write this process's slice, without a word to the others. Processes with the same slice leave it to the first
         of them, or, where that one may be gone, to whoever comes first."""
-        from sae_checkpoints import Slice, save_tensors
+        from sae import save_tensors
+        from sae_checkpoints import Slice
 
         path = Slice(self.progress.step, self.latents.rank, self.latents.size).path(self.folder)
         if self.progress.step == 0 or path.exists():
@@ -544,7 +546,7 @@ def starting_sae(config, manifest: dict, mean):
     if whole_checkpoints(Path(config.checkpoint_dir)):
         return sae
     if not config.model_load_path:
-        sae.initialize(mean, torch.Generator().manual_seed(config.seed))
+        sae.initialize(mean, torch.Generator().manual_seed(config.seed), config.orthogonal_start)
         return sae
     loaded = load_sae_model(config.model_load_path, normalize_eps=manifest["normalize_eps"], k=config.k)
     if (loaded.d_model, loaded.n_latents) != (sae.d_model, sae.n_latents):

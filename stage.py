@@ -9,6 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import reprlib
 import shutil
 import subprocess
@@ -46,7 +47,7 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         exit_at_once(2)
     except RuntimeError as error:
-        if "RANK" not in os.environ or "Connection" not in str(error):
+        if "RANK" not in os.environ or not re.search("Connection|NCCL", str(error)):
             raise
         print(f"rank {rank}: another process of this run has ended.", file=sys.stderr, flush=True)  # it said why
         exit_at_once(1)
