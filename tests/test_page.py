@@ -1,0 +1,531 @@
+"""llama_3_inference_gradio.py in a real browser (Debian's Chromium, driven by Playwright), used as a person would.
+
+What the page shows is compared with what `complete` and the SAE give in this process, one prompt and one user at a
+time. Without Chromium these tests skip; PAGE_PICTURE=page.png also writes the picture of the README.
+
+.venv/bin/python -m pytest tests/test_page.py
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT_DIR, write_tiny_model
+from helpers_pipeline import as_flags, refusal
+
+import llama_3_inference as inference
+import llama_3_inference_gradio as page_script
+from latent_index import LatentIndex
+from llama_3 import load_model, load_tokenizer
+from llama_3.chat import Message
+from llama_3.loading import TINY_LLAMA_DIR
+from sae import load_sae_model
+from steering import DEFAULT_STRENGTH, highest_activations, make_steering
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+SAE_PATH = str(Path(TINY_LLAMA_DIR) / "sae.pth")
+SECONDS = 30_000  # a busy machine is not a failure
+
+
+# ---- what the page should show
+
+
+class Alone:
+    """The embedded model and its SAE, serving one request in this process."""
+
+    def __init__(self):
+        self.model, self.tokenizer = load_model(TINY_LLAMA_DIR, packed=True), load_tokenizer(TINY_LLAMA_DIR)
+        self.sae, self.highest = load_sae_model(SAE_PATH), highest_activations(SAE_PATH)
+        self.index = LatentIndex(SAE_PATH, self.tokenizer, self.model, self.sae)
+
+    def steering(self, strengths: dict[int, float], **how):
+        function = make_steering(self.sae, strengths, self.highest, **how)
+        return self.sae.info["site"], function, (self.tokenizer.bos_id,)
+
+    def complete(self, prompts, n, steering=None, seed=0, temperature=0.7, top_p=0.95) -> list[str]:
+        """Prompt and completion of each prompt by itself."""
+        options = {"max_new_tokens": n, "temperature": temperature, "top_p": top_p, "steering": steering}
+        seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
+        return [
+            prompt + inference.complete(self.model, self.tokenizer, [prompt], seeds=[s], **options)[0].rstrip("\ufffd")
+            for prompt, s in zip(prompts, seeds, strict=True)
+        ]
+
+    def first(self, word: str) -> int:
+        """The latent that a search for the word finds first."""
+        return self.index.search(word, sort="score", limit=1)[0]["latent"]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return Alone()
+
+
+# ---- the server and the browser
+
+
+@contextlib.contextmanager
+def serving(**options):
+    """The real command; yields the page's address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, page_script.__file__, *as_flags({"port": port, **options})]
+    process = subprocess.Popen(command, cwd=PROJECT_DIR, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        assert line.startswith(f"Ready: http://127.0.0.1:{port}"), line + process.stderr.read()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def address():
+    with serving() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium, request, tmp_path):
+    """visit(address): a new user's window. Nothing but the page's own server may be asked for anything; a picture of
+    every window of a test that fails is left in tmp_path."""
+    windows, asked, failed_before = [], [], request.session.testsfailed
+
+    def open_window(address: str):
+        context = chromium.new_context(viewport={"width": 1400, "height": 950}, color_scheme="light")
+        context.set_default_timeout(SECONDS)
+        context.on("request", lambda asked_for: asked.append((address, asked_for.url)))
+        window = context.new_page()
+        windows.append(window)
+        window.goto(address)
+        window.get_by_role("button").locator("visible=true").first.wait_for()
+        return window
+
+    yield open_window
+    for number, window in enumerate(windows):
+        if request.session.testsfailed > failed_before:
+            window.screenshot(path=tmp_path / f"window-{number}.png")
+            print(f"picture: {tmp_path / f'window-{number}.png'}")
+        assert "Traceback" not in window.content()
+        window.context.close()
+    own = [url for address, url in asked if url.startswith((address + "/", "data:", "blob:"))]
+    assert own and len(own) == len(asked), [url for _, url in asked if url not in own]
+
+
+def tab(window, name: str):
+    window.get_by_role("tab", name=name, exact=True).click()
+
+
+def press(window, name: str):
+    window.get_by_role("button", name=name, exact=True).locator("visible=true").click()
+
+
+def field(window, label: str):
+    return window.get_by_label(label, exact=True).locator("visible=true")
+
+
+def set_slider(window, label: str, value: float, place: str = "body"):
+    number = window.locator(place).get_by_label(f"number input for {label}").locator("visible=true")
+    number.fill(str(value))
+    number.press("Enter")
+    number.blur()
+
+
+def search(window, words: str):
+    field(window, "Find a latent to steer with").fill(words)
+    window.locator(f".results li:first-child:has-text('{words}')").wait_for()
+
+
+def choose(window, latent: int):
+    """Add a latent to those that steer, by its number."""
+    search(window, str(latent))
+    window.locator(f".results a[href='#steer-{latent}']").click()
+    window.locator(f".slot a[href='#card-{latent}']").wait_for()
+
+
+def remove_all(window):
+    while (buttons := window.locator(".slot button:has-text('✕')").locator("visible=true")).count():
+        n = buttons.count()
+        buttons.first.click()
+        playwright.expect(buttons).to_have_count(n - 1, timeout=SECONDS)
+
+
+def status(window, text: str):
+    window.locator(".status", has_text=re.compile(text)).locator("visible=true").first.wait_for()
+
+
+def complete(window, prompts: list[str], n: int, **numbers):
+    """Ask for completions and wait for them: {"clean": [...], "steered": [...]} with their prompts."""
+    field(window, re.compile("Prompts, one a line")).fill("\n".join(prompts))
+    set_slider(window, "Tokens", n)
+    for label, value in numbers.items():
+        if label == "Seed":
+            field(window, label).fill(str(value))
+        else:
+            set_slider(window, label, value)
+    press(window, "Complete")
+    return lambda: table_of(window, n_rows=len(prompts))
+
+
+def table_of(window, n_rows: int) -> dict[str, list[str]]:
+    status(window, "^Done in")
+    kinds = window.locator(".completions .kind").all_text_contents()
+    texts = window.locator(".completions .text").all_text_contents()
+    assert len(texts) == n_rows * len(kinds)
+    return {kind: texts[i :: len(kinds)] for i, kind in enumerate(kinds)}
+
+
+def error_of(window) -> str:
+    """The sentence of the newest error shown, which is then closed."""
+    toast = window.get_by_test_id("toast-body").first
+    toast.wait_for()
+    text = toast.get_by_test_id("toast-text").text_content().strip()
+    toast.get_by_test_id("toast-close").click()
+    toast.wait_for(state="detached")
+    return text
+
+
+# ---- each tab
+
+
+@needs_browser
+def test_first_visit(visit, address, alone):
+    """One click after opening the page a newcomer sees a steered completion."""
+    window = visit(address)
+    latent = alone.first(page_script._EXAMPLE_WORD)
+    window.locator(f".slot a[href='#card-{latent}']").wait_for()
+    press(window, "Complete")
+    table = table_of(window, 3)
+    count = lambda kind: sum(text.lower().count("matri") for text in table[kind])
+    assert count("clean") == 0 and count("steered") > 3
+    if path := os.environ.get("PAGE_PICTURE"):
+        window.set_viewport_size({"width": 1400, "height": 1000})
+        window.mouse.move(0, 0)
+        window.screenshot(path=path)
+
+
+@needs_browser
+def test_complete_and_steer(visit, address, alone):
+    """Two latents at strengths of their own, sampled; text that looks like HTML or a template stays text."""
+    window = visit(address)
+    prompts = ["The file is", "<b>${1+1}</b> {{value}} &amp;", "再见 é"]
+    latents = [alone.first("matrix"), alone.first("number")]
+    remove_all(window)
+    status(window, "^Nothing steers yet")
+    for latent in latents:
+        choose(window, latent)
+    set_slider(window, "Strength × its highest", 3, "#slot-0")
+    set_slider(window, "Strength × its highest", -1.5, "#slot-1")
+    table = complete(window, prompts, 24, Temperature=0.9, Seed=7)()
+    steering = alone.steering(dict(zip(latents, (3.0, -1.5), strict=True)))
+    sampling = {"n": 24, "seed": 7, "temperature": 0.9}
+    assert table["clean"] == alone.complete(prompts, **sampling)
+    assert table["steered"] == alone.complete(prompts, **sampling, steering=steering)
+    assert table["clean"] != table["steered"]
+    cells = window.locator(".completions .text")
+    for row in range(3):  # what is not marked is the same on both sides
+        sides = (cells.nth(2 * row + side) for side in (0, 1))
+        clean, steered = (side.evaluate(_UNMARKED).split() for side in sides)
+        assert clean == steered
+    assert cells.locator("ins").count() and cells.locator("del").count()
+
+
+_UNMARKED = """cell => {
+    const copy = cell.cloneNode(true);
+    copy.querySelectorAll('ins, del').forEach(marked => marked.replaceWith(' '));
+    return copy.textContent;
+}"""
+
+
+@needs_browser
+def test_modes(visit, address, alone):
+    """Another mode, without the SAE's error; then a removed latent leaves a clean page."""
+    window = visit(address)
+    latent = alone.first(page_script._EXAMPLE_WORD)
+    field(window, "Mode").click()
+    window.get_by_role("option", name="clamp", exact=True).click()
+    window.get_by_text(page_script.MODES["clamp"]).wait_for()
+    field(window, "Keep what the SAE does not reconstruct").uncheck()
+    table = complete(window, ["The file"], 16, Temperature=0)()
+    steering = alone.steering({latent: DEFAULT_STRENGTH}, mode="clamp", keep_error=False)
+    assert table["steered"] == alone.complete(["The file"], 16, steering, temperature=0)
+    remove_all(window)
+    press(window, "Complete")
+    playwright.expect(window.locator(".completions .kind")).to_have_text(["clean"], timeout=SECONDS)
+    status(window, "^Done in")
+    assert table_of(window, 1) == {"clean": table["clean"]}
+
+
+@needs_browser
+def test_look_inside(visit, address, alone):
+    """Tokens, the latents of one, the text coloured by a latent, its card, and steering with it."""
+    window = visit(address)
+    text = "Read the file, é, and\nopen the file."
+    ids = alone.tokenizer.encode(text, bos=True)
+    with torch.inference_mode():
+        values, indices = alone.sae.encode(alone.model.activations(torch.tensor([ids]), alone.sae.info["site"])[0, 1:])
+    tab(window, "Look inside")
+    field(window, "Text").fill(text)
+    press(window, "Look")
+    tokens = window.locator(".look a")
+    playwright.expect(tokens).to_have_count(len(ids) - 1, timeout=SECONDS)
+    assert "".join(tokens.all_text_contents()).replace("⏎", "").replace("·", "") == text
+    place = tokens.all_text_contents().index(" file")
+    tokens.nth(place).click()
+    window.locator(".strongest li").first.wait_for()
+    shown = window.locator(".strongest li > a .latent-number").all_text_contents()
+    best = values[place].sort(descending=True)
+    assert [int(number) for number in shown] == indices[place][best.indices[: len(shown)]].tolist()
+    assert window.locator(".strongest .value").all_text_contents() == [f"{v:.2f}" for v in best.values[: len(shown)]]
+    latent = int(shown[0])
+    assert (alone.index.meaning_of(latent) or "no meaning") in window.locator(".strongest li").first.text_content()
+
+    window.locator(".strongest li > a").first.click()
+    status(window, f"^Coloured by latent {latent} ")
+    coloured = tokens.evaluate_all("links => links.map(link => Number(link.style.getPropertyValue('--a')))")
+    activations = (values * (indices == latent)).sum(1) / alone.highest[latent]
+    assert coloured == pytest.approx(activations.clamp(max=1).tolist(), abs=0.0051)
+
+    window.locator(".strongest .actions a").nth(0).click()  # its card, in another tab
+    window.locator(f".latent-card[data-latent='{latent}']").wait_for()
+    tab(window, "Look inside")
+    window.locator(".strongest .actions a").nth(3).click()  # the second latent steers
+    window.locator(f".slot a[href='#card-{shown[1]}']").wait_for()
+    field(window, re.compile("Prompts, one a line")).wait_for()
+
+
+@needs_browser
+def test_latents(visit, address, alone):
+    """The list, searched, sorted and turned; a card; from card to card; to steering."""
+    window = visit(address)
+    tab(window, "Latents")
+    rows = window.locator(".latents tr:has(td)")
+    number_of = lambda row: int(row.locator(".latent-number").text_content())
+    playwright.expect(rows).to_have_count(50, timeout=SECONDS)
+    first_page = rows.all_text_contents()
+    press(window, "After")
+    status(window, "^51 to 100 of 4,0")
+    assert not set(first_page) & set(rows.all_text_contents())
+    press(window, "Before")
+    status(window, "^1 to 50 of 4,0")
+    assert rows.all_text_contents() == first_page
+
+    field(window, "Sort by").click()
+    window.get_by_role("option", name="frequency", exact=True).click()
+    most = int(alone.index.frequency.argmax())
+    playwright.expect(rows.first.locator(".latent-number")).to_have_text(str(most), timeout=SECONDS)
+    shares = [float(text.rstrip("%")) for text in rows.locator("td:last-child").all_text_contents()]
+    assert shares == sorted(shares, reverse=True)
+
+    field(window, "Search the meanings").fill("FILE path")
+    named = [
+        i for i, text in enumerate(alone.index.meaning) if text and "file" in text.lower() and "path" in text.lower()
+    ]
+    playwright.expect(rows).to_have_count(len(named), timeout=SECONDS)
+    assert named and {number_of(row) for row in rows.all()} == set(named)
+
+    rows.first.locator("a").click()
+    card = window.locator(f".latent-card[data-latent='{number_of(rows.first)}']")
+    card.wait_for()
+    companion = card.locator("a[href^='#card-']").first
+    other = int(companion.get_attribute("href").removeprefix("#card-"))
+    companion.click()
+    card = window.locator(f".latent-card[data-latent='{other}']")
+    card.wait_for()
+    known = alone.index.card(other)
+    shown = card.text_content()
+    assert known.sentences and all("".join(s.tokens).strip() in shown for s in known.sentences)
+    assert f"{alone.highest[other]:.2f}" in shown and known.meaning in shown
+    window.get_by_text("Steer with this latent").click()
+    window.locator(f".slot a[href='#card-{other}']").wait_for()
+    field(window, re.compile("Prompts, one a line")).wait_for()
+
+
+@needs_browser
+def test_chat(visit, address, alone):
+    """Two turns with a latent steering, as the model alone would answer; then a new dialogue."""
+    window = visit(address)
+    steering = alone.steering({alone.first(page_script._EXAMPLE_WORD): DEFAULT_STRENGTH})
+    tab(window, "Chat")
+    set_slider(window, "Tokens", 12)
+    dialogue = [Message("system", "Be brief.")]
+    field(window, "System message").fill(dialogue[0].content)
+    for turn, question in enumerate(("What is a file?", "And <b>why</b>?")):
+        dialogue.append(Message("user", question))
+        pieces = inference.stream_chat(
+            alone.model, alone.tokenizer, [dialogue], None, max_new_tokens=12, temperature=0.7, top_p=0.95,
+            seeds=[turn], steering=steering,
+        )  # fmt: skip
+        dialogue.append(Message("assistant", "".join(piece for (piece,) in pieces)))
+        field(window, "Message").fill(question)
+        field(window, "Message").press("Enter")
+        answers = window.locator(".bot .message-content, .message.bot")
+        playwright.expect(answers.last).to_have_text(dialogue[-1].content, timeout=SECONDS)
+        playwright.expect(field(window, "Message")).to_have_value("", timeout=SECONDS)
+    press(window, "New dialogue")
+    playwright.expect(window.get_by_text("What is a file?")).to_have_count(0, timeout=SECONDS)
+
+
+# ---- several users, wrong input, stopping
+
+
+@needs_browser
+def test_two_users_at_once(visit, address, alone):
+    """Each gets what the same request gives alone, though both are served by turns."""
+    requests = [
+        {"latent": alone.first("matrix"), "prompts": ["The file", "A list"], "seed": 3},
+        {"latent": alone.first("function"), "prompts": ["If the argument is", "The", "Note that"], "seed": 4},
+    ]
+    windows = [visit(address) for _ in requests]
+    for window, request in zip(windows, requests, strict=True):
+        remove_all(window)
+        choose(window, request["latent"])
+    tables = [
+        complete(window, request["prompts"], 40, Seed=request["seed"])
+        for window, request in zip(windows, requests, strict=True)
+    ]
+    for table, request in zip(tables, requests, strict=True):
+        steering = alone.steering({request["latent"]: DEFAULT_STRENGTH})
+        texts = table()
+        assert texts["clean"] == alone.complete(request["prompts"], 40, seed=request["seed"])
+        assert texts["steered"] == alone.complete(request["prompts"], 40, steering, request["seed"])
+    for window, request in zip(windows, requests, strict=True):
+        assert window.locator(".slot a").locator("visible=true").count() == 1
+        assert window.locator(f".slot a[href='#card-{request['latent']}']").count() == 1
+
+
+@needs_browser
+def test_wrong_input(visit, address, alone):
+    """A sentence each, in the page; afterwards everything still works."""
+    window = visit(address)
+    complete(window, [f"Prompt {i}" for i in range(9)], 8)
+    assert error_of(window) == "These are 9 prompts; 8 is the limit here."
+    complete(window, ["one", "x" * 4001], 8)
+    assert error_of(window) == "Prompt 2 has 4,001 characters; 4,000 is the limit here. Shorten it."
+    complete(window, [" "], 8)
+    assert error_of(window) == "There is no prompt; write at least one line."
+    field(window, "Seed").fill("")
+    complete(window, ["The file"], 8)
+    assert error_of(window) == "The seed is a whole number from 0 to 4294967295; correct it."
+    field(window, "Seed").fill("0")
+    complete(window, ["word " * 60], 255)
+    assert "exceed the model's context of 256" in error_of(window)
+
+    search_box = field(window, "Find a latent to steer with")
+    search_box.fill("4096")
+    status(window, "^There is no latent 4096; this SAE has latents 0 to 4095.$")
+    search_box.fill("<i>zzz")
+    status(window, "^No latent's meaning has '<i>zzz'; try another word")
+    remove_all(window)
+    for latent in range(4):
+        choose(window, latent)
+    for latent, sentence in (
+        (55, "4 latents at once are the limit here; remove one first."),
+        (3, "Latent 3 is chosen already."),
+    ):
+        search(window, str(latent))
+        window.locator(f".results a[href='#steer-{latent}']").click()
+        assert error_of(window) == sentence
+
+    tab(window, "Look inside")
+    field(window, "Text").fill("word " * 300)
+    press(window, "Look")
+    assert "exceed the model's context of 256" in error_of(window)
+    tab(window, "Chat")
+    press(window, "Send")
+    assert error_of(window) == "There is no message; write one."
+    tab(window, "Complete and steer")
+    remove_all(window)
+    assert complete(window, ["The file"], 8)() == {"clean": alone.complete(["The file"], 8)}
+
+
+@needs_browser
+def test_stop(visit, address):
+    """What is there stays, nothing more comes, and the next request is served."""
+    window = visit(address)
+    complete(window, ["The file is"] * 8, 250)
+    window.locator(".completions .text").first.wait_for()
+    press(window, "Stop")
+    status(window, "^Stopped")
+    window.wait_for_timeout(300)
+    texts = window.locator(".completions .text").all_text_contents()
+    window.wait_for_timeout(1000)
+    assert window.locator(".completions .text").all_text_contents() == texts
+    complete(window, ["The file is"], 8)()
+
+
+# ---- without an SAE, with a password
+
+
+@needs_browser
+def test_plain_page_with_a_password(visit, tmp_path):
+    """A model alone: complete and chat, nothing to steer with. Nobody gets in without the password."""
+    folder = write_tiny_model(tmp_path / "model")
+    with serving(llama_model_dir=folder, auth="ann:se:cret") as address:
+        window = visit(address)
+        for password, is_right in (("wrong", False), ("se:cret", True)):
+            window.get_by_label("username").fill("ann")
+            window.get_by_label("password").fill(password)
+            window.get_by_role("button", name="Login").click()
+            if not is_right:
+                window.get_by_text("Incorrect Credentials").wait_for()
+        window.get_by_role("tab", name="Complete", exact=True).wait_for()
+        assert window.get_by_role("tab").all_text_contents() == ["Complete", "Chat"]
+        assert window.get_by_label("Find a latent to steer with").count() == 0
+        model, tokenizer = load_model(folder, packed=True), load_tokenizer(folder)
+        options = {"max_new_tokens": 8, "temperature": 0.7, "top_p": 0.95, "seeds": [0]}
+        expected = "hello" + inference.complete(model, tokenizer, ["hello"], **options)[0].rstrip("\ufffd")
+        assert complete(window, ["hello"], 8)() == {"clean": [page_script.visible(expected)]}
+
+
+def test_refusals(capsys, tmp_path):
+    """Said before anything is loaded."""
+    refused = lambda **options: refusal(capsys, page_script, **options)
+    assert refused(share=True) == "--share lets anyone in; name a password with --auth user:password."
+    assert refused(auth="ann") == "--auth has no user and password; write it as user:password."
+    assert refused(max_prompts=0) == "--max_prompts 0 is too small; it is at least 1."
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port} cannot be listened on" in refused(port=port)
+
+
+def test_sae_without_a_json(capsys, tmp_path):
+    """A published file: the options tell what it is; what contradicts a JSON or the model is refused."""
+    path = shutil.copy(SAE_PATH, tmp_path / "published.pth")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    refused = lambda **options: refusal(capsys, page_script, port=port, **options)
+    told = {"sae_layer_idx": 6, "k": 32, "normalize_eps": 1e-5}
+    assert "name its layer with --sae_layer_idx" in refused(sae_model_path=path)
+    assert "give k" in refused(sae_model_path=path, sae_layer_idx=6)
+    assert "is beyond the model's 8 layers" in refused(sae_model_path=path, **told | {"sae_layer_idx": 8})
+    assert "layers.6.attention_norm, not layers.5" in refused(sae_layer_idx=5)
+    assert "says k 32, not 64" in refused(k=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["page", *as_flags({"sae_model_path": path, **told})])
+        config = page_script.stage.parse_constants(vars(page_script))
+    page = page_script.open_page(config)
+    assert page.setup.sae.info["site"] == "layers.6.attention_norm"
+    assert page.setup.sae.k == 32 and page.index.n_latents == 4096
+    assert page.highest.tolist() == [1.0] * 4096  # nothing beside it says how high they get
