@@ -1,8 +1,9 @@
-"""A local server that speaks as much of the Hugging Face hub's HTTP protocol as downloading a model needs.
+"""A local server that speaks as much of the Hugging Face hub's HTTP protocol as downloading a model or dataset needs.
 
 The hub itself answers what a repository holds (with sizes and checksums) and sends a download on: small files to a
-path of its own, large ones to a second server, the CDN, at an address that needs no token and accepts none. Tests set
-`tokens` and `faults`, and read in `requests` what was asked for and how much was sent.
+path of its own, large ones to a second server, the CDN, at an address that needs no token and accepts none. A dataset
+is a repository whose name here starts with datasets/, as in the hub's addresses. Tests set `tokens` and `faults`, and
+read in `requests` what was asked for and how much was sent.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LARGE_SUFFIXES = (".pth", ".model", ".safetensors", ".bin")  # kept in Git LFS, as on the hub
+LARGE_SUFFIXES = (".pth", ".model", ".safetensors", ".bin", ".parquet")  # kept in Git LFS, as on the hub
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Fault:
 class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # commit -> path -> content
     main: str = ""
+    refs: dict[str, str] = field(default_factory=dict)  # other names of commits
     readers: set[str] | None = None  # tokens that may read; None: everybody, without a token too
 
     def commit(self, files: dict[str, bytes]) -> str:
@@ -131,15 +133,19 @@ def _hub(hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
     token = (handler.headers.get("Authorization") or "").removeprefix("Bearer ")
     if token and token not in hub.tokens:
         return _refuse(handler, 401, None, "Invalid credentials in Authorization header")
-    is_info = parts[:2] == ["api", "models"]
-    is_cached = parts[:3] == ["api", "resolve-cache", "models"]
+    kind = "datasets" if "datasets" in parts[:3] else "models"
+    is_info = parts[:2] == ["api", kind]
+    is_cached = parts[:3] == ["api", "resolve-cache", kind]
+    parts = parts if is_info or is_cached or kind == "models" else parts[1:]
     name = "/".join(parts[3:5] if is_cached else parts[2:4] if is_info else parts[:2])
+    name = name if kind == "models" else f"datasets/{name}"
     repo = hub.repos.get(name)
     if repo is None:  # without a token the hub does not tell a private repository from none
         return _refuse(handler, 404 if token else 401, "RepoNotFound" if token else None, "Repository not found")
     rest = parts[5:] if is_cached else parts[4:] if is_info else parts[3:]  # resolve-cache, revision, resolve
     revision = repo.main if is_info and not rest else rest[1] if is_info else rest[0]
-    files = repo.commits.get(repo.main if revision == "main" else revision)
+    revision = ({"main": repo.main} | repo.refs).get(revision, revision)
+    files = repo.commits.get(revision)
     if files is None:
         return _refuse(handler, 404, "RevisionNotFound", f"Invalid rev id: {revision}")
     if is_info:  # public for a gated repository too
@@ -156,9 +162,9 @@ def _hub(hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
     headers = {"X-Repo-Commit": revision, "X-Linked-Size": len(content)}
     if is_large(path):  # the hash offers the xet protocol, which a client need not take
         sha = hashlib.sha256(content).hexdigest()
-        location = f"{hub.cdn_url}/{name}/{revision}/{path}?signature=1"
+        location = f"{hub.cdn_url}/{'' if kind == 'datasets' else 'models/'}{name}/{revision}/{path}?signature=1"
         return _reply(handler, 302, headers | {"Location": location, "X-Linked-Etag": f'"{sha}"', "X-Xet-Hash": sha})
-    location = f"/api/resolve-cache/models/{name}/{revision}/{path}"
+    location = f"/api/resolve-cache/{kind}/{name.removeprefix('datasets/')}/{revision}/{path}"
     _reply(handler, 307, headers | {"Location": location, "X-Linked-Etag": f'"{git_blob_id(content)}"'})
 
 
@@ -172,18 +178,20 @@ def _model_info(hub: FakeHub, name: str, commit: str, files: dict[str, bytes], b
             pointer = f"version 1\noid sha256:{hashlib.sha256(content).hexdigest()}\nsize {size}\n".encode()
             sibling["blobId"] = git_blob_id(pointer)
             sibling["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": len(pointer)}
+    name = name.removeprefix("datasets/")
     return json.dumps({"id": name, "modelId": name, "sha": commit, "siblings": siblings}).encode()
 
 
 def _cdn(hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
     """A file at a signed address; a token that comes along is refused."""
     url = urlsplit(handler.path)
-    owner, name, revision, path = unquote(url.path).strip("/").split("/", 3)
+    kind, owner, name, revision, path = unquote(url.path).strip("/").split("/", 4)
+    name = f"{owner}/{name}" if kind == "models" else f"{kind}/{owner}/{name}"
     request = Request(handler.command, url.path, handler.headers.get("Range"))
     hub.requests.append(request)
     if handler.headers.get("Authorization") or url.query != "signature=1":
         return _reply(handler, 400, {}, b"Only one auth mechanism allowed")
-    _send(hub, handler, request, path, hub.repos[f"{owner}/{name}"].commits[revision][path])
+    _send(hub, handler, request, path, hub.repos[name].commits[revision][path])
 
 
 def _send(hub: FakeHub, handler: BaseHTTPRequestHandler, request: Request, path: str, content: bytes) -> None:

@@ -2,16 +2,22 @@
 
 Documents must come back exactly from texts and gaps, whatever is in them; the shards must not depend on the number of
 processes or on an interruption; a folder of the published kind, with a column `text` and no manifest, must be read.
-The script runs as its users run it, in a process of its own; Punkt is trained on the documents, without network.
+Punkt is trained on the documents, without network; datasets come from a local server that speaks the hub's protocol.
 
     .venv/bin/python -m pytest tests/test_sentences.py
+    SENTENCES_KILLS=12 .venv/bin/python -m pytest tests/test_sentences.py -k killed    # more kill -9, 2 minutes
 """
 
+import gzip
 import json
+import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import PROJECT_DIR
+from fake_hub import FakeHub, Fault, Repo
+from helpers_pipeline import call, refusal
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -48,12 +56,29 @@ EXPECTED = [(d or b"").decode(errors="replace") if isinstance(d or b"", bytes) e
 
 
 @pytest.fixture(scope="module")
-def splitter(tmp_path_factory):
-    """Punkt trained on a little text, after its parameters went through JSON."""
+def punkt_fields(tmp_path_factory) -> dict:
+    """Punkt's parameters after a little text, through JSON."""
     path = tmp_path_factory.mktemp("punkt") / "documents.parquet"
     pq.write_table(pa.table({"text": [PROSE] * 20}), path)
     fields, _ = sentences.load_punkt("corpus", [path], train_mb=1.0)
-    return sentences.make_splitter(json.loads(json.dumps(fields)))
+    return json.loads(json.dumps(fields))
+
+
+@pytest.fixture(scope="module")
+def splitter(punkt_fields):
+    return sentences.make_splitter(punkt_fields)
+
+
+@pytest.fixture(scope="module")
+def plain_punkt():
+    """NLTK's own class, trained by itself on the same text."""
+    from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTrainer
+
+    trainer = PunktTrainer()
+    trainer.INCLUDE_ALL_COLLOCS = True
+    for _ in range(20):
+        trainer.train(PROSE, finalize=False)
+    return PunktSentenceTokenizer(trainer.get_params())
 
 
 # ---- splitting one document
@@ -90,7 +115,7 @@ documents = st.lists(st.one_of(words, st.text(characters, max_size=6)), max_size
 @example(" \n ")
 @example("  One.  Two.  ")
 @example('He said "no." (Yes.) Then. ')
-def test_texts_and_gaps_joined_are_the_document(splitter, document):
+def test_texts_and_gaps_joined_are_the_document(splitter, plain_punkt, document):
     rows = sentences.split_document(splitter, document)
     position = 0
     for text, start, gap in rows:
@@ -101,7 +126,7 @@ def test_texts_and_gaps_joined_are_the_document(splitter, document):
     assert position == len(document)
     assert "".join(text + gap for text, _, gap in rows) == document
     assert [(text, start) for text, start, _ in rows if text] == [
-        (document[a:b], a) for a, b in splitter.span_tokenize(document) if b > a
+        (document[a:b], a) for a, b in plain_punkt.span_tokenize(document) if b > a
     ]
 
 
@@ -110,13 +135,39 @@ def test_sentences_end_where_a_reader_ends_them(splitter):
     assert rows == [("Dr. Smith slept.", 0, " "), ("Did he?", 17, " "), ("Yes!", 25, "\n\n"), ("He did.", 31, "")]
 
 
+def test_a_long_document_is_split_whatever_limit_nltk_sets(punkt_fields, monkeypatch):
+    """NLTK gives a search 5 seconds, and counts all that is done between its matches: 12 MB of text on this machine."""
+    from nltk import redos
+
+    monkeypatch.setattr(redos, "DEFAULT_TIMEOUT", 0.2)
+    line = PROSE.replace("\n", " ") * 20_000  # 5 MB
+    rows = sentences.split_document(sentences.make_splitter(punkt_fields), line)
+    assert len(rows) > 50_000 and "".join(text + gap for text, _, gap in rows) == line
+
+
 # ---- the script
 
 
-def run(input_path: Path, output_dir: Path, *options: str) -> subprocess.CompletedProcess:
+def script_command(input_path: Path | str, output_dir: Path, *options: str) -> list[str]:
     command = [sys.executable, "openwebtext_sentences_dataset.py", "--input_path", str(input_path), "--output_dir"]
-    command += [str(output_dir), "--punkt", "corpus", "--punkt_train_mb", "0.01", "--shard_mb", "0.0001", *options]
-    return subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, timeout=120)
+    return [
+        *command,
+        str(output_dir),
+        "--punkt",
+        "corpus",
+        "--punkt_train_mb",
+        "0.01",
+        "--shard_mb",
+        "0.0001",
+        *options,
+    ]
+
+
+def run(input_path: Path | str, output_dir: Path, *options: str, **extra: str) -> subprocess.CompletedProcess:
+    """Run the script in a process of its own; extra: its environment."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    command = script_command(input_path, output_dir, *options)
+    return subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, timeout=120, env=kept | extra)
 
 
 def write_documents(folder: Path, documents: list, name: str = "a.parquet") -> Path:
@@ -170,10 +221,14 @@ def test_the_manifest_tells_what_is_there(made):
     assert sum(s["n_sentences"] for s in shards) == found["counts"]["sentences"]
 
 
-def test_shards_do_not_depend_on_processes_or_interruptions(made, tmp_path):
+MANY_SHARDS = {"punkt": "corpus", "punkt_train_mb": 0.01, "shard_mb": 0.0001, "num_processes": 1}  # a document a shard
+
+
+def test_shards_do_not_depend_on_processes_or_interruptions(made, tmp_path, capsys):
     """One process, and again after the last steps of a run are undone: the same bytes. A third time does nothing."""
     inputs, expected = made
-    assert run(inputs, tmp_path / "out", "--num_processes", "1").returncode == 0
+    options = MANY_SHARDS | {"input_path": inputs, "output_dir": tmp_path / "out"}
+    call(sentences, **options)
     assert manifest(tmp_path / "out")["shards"] == manifest(expected)["shards"]  # sha256 among them
 
     broken = manifest(tmp_path / "out")
@@ -185,33 +240,99 @@ def test_shards_do_not_depend_on_processes_or_interruptions(made, tmp_path):
     with pytest.raises(InputError, match="is not complete; run openwebtext_sentences_dataset.py again"):
         sentences.SentenceDataset(tmp_path / "out")
     before = (tmp_path / "out" / kept).stat().st_mtime_ns
-    assert run(inputs, tmp_path / "out", "--num_processes", "3").returncode == 0
+    assert run(inputs, tmp_path / "out", "--num_processes", "2").returncode == 0
     assert manifest(tmp_path / "out")["shards"] == manifest(expected)["shards"]
     assert (tmp_path / "out" / kept).stat().st_mtime_ns == before
     assert not list((tmp_path / "out").glob("*.tmp")) and not list((tmp_path / "out").glob(".*.tmp"))
 
-    again = run(inputs, tmp_path / "out")
-    assert again.returncode == 0 and "is complete already" in again.stdout
-    other = run(inputs, tmp_path / "out", "--shard_mb", "0.002")
-    assert other.returncode == 2 and "begun with shard_mb = 0.0001, now it is 0.002" in other.stderr
+    capsys.readouterr()
+    call(sentences, **options)
+    assert "is complete already" in capsys.readouterr().out
+    said = refusal(capsys, sentences, **(options | {"shard_mb": 0.002}))
+    assert "begun with shard_mb = 0.0001, now it is 0.002" in said
 
 
 def test_many_small_documents_keep_their_order_over_row_groups(tmp_path):
-    texts = [f"Document {i}. It is short." for i in range(2500)]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=700)
-    shards = list(sentences.shards_of_documents([tmp_path / "a.parquet"], 10_000))
-    assert [d for _, documents in shards for d in documents] == texts
-    firsts = np.cumsum([0, *(len(documents) for _, documents in shards)])
-    assert [first for first, _ in shards] == firsts[:-1].tolist()
-    assert all(sum(map(len, documents)) >= 10_000 for _, documents in shards[:-1])
+    texts = [f"Document {i}. It is short.".encode() for i in range(2500)]
+    pq.write_table(pa.table({"text": pa.array(texts, pa.large_binary())}), tmp_path / "a.parquet", row_group_size=700)
+    shards = list(sentences.shard_jobs([tmp_path / "a.parquet"], tmp_path, 10_000))
+    assert [d for _, _, documents in shards for d in documents] == texts
+    firsts = np.cumsum([0, *(len(documents) for _, _, documents in shards)])
+    assert [first for _, first, _ in shards] == firsts[:-1].tolist()
+    assert all(10_000 <= sum(map(len, documents)) < 10_100 for _, _, documents in shards[:-1])
+
+
+# ---- kinds of documents
+
+FEW_SHARDS = MANY_SHARDS | {"shard_mb": 0.001}
+
+
+def as_json_line(document) -> bytes:
+    """An object with the document; broken bytes stay broken in the line."""
+    if isinstance(document, bytes):
+        return b'{"text": "' + document + b'"}'
+    return json.dumps({"id": 1, "text": document}, ensure_ascii=False).encode()
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+def in_frames(compress, content: bytes) -> bytes:
+    """Compressed in two parts put together, as parallel compressors write them; cut inside a line."""
+    return compress(content[:1000]) + compress(content[1000:])
+
+
+def test_every_kind_of_file_gives_the_same_sentences(tmp_path):
+    lines = b"\xef\xbb\xbf" + b"\n".join(map(as_json_line, DOCUMENTS)) + b"\n\n"
+    write_documents(tmp_path / "parquet", DOCUMENTS)
+    for name, content in {
+        "a.jsonl": lines,
+        "a.jsonl.gz": in_frames(gzip.compress, lines),
+        "a.jsonl.zst": in_frames(zstd, lines),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "txt" / "sub").mkdir(parents=True)
+    for i, document in enumerate(DOCUMENTS):
+        content = document.encode() if isinstance(document, str) else document or b""
+        (tmp_path / "txt" / ("sub" if i > 3 else "") / f"{i:02}.txt").write_bytes(content)
+    names = [f"{i:02}.txt" for i in range(4)] + [f"sub/{i:02}.txt" for i in range(4, len(DOCUMENTS))]
+    assert [f.relative_to(tmp_path / "txt").as_posix() for f in sentences.document_files(tmp_path / "txt")] == names
+    shards = {}
+    for kind in ("parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "txt"):
+        call(sentences, input_path=tmp_path / kind, output_dir=tmp_path / f"{kind}.out", **FEW_SHARDS)
+        shards[kind] = manifest(tmp_path / f"{kind}.out")["shards"]  # sha256 among them
+    assert len(shards["parquet"]) > 1 and all(found == shards["parquet"] for found in shards.values())
+
+
+def test_half_a_surrogate_pair_in_json_becomes_replacement_characters(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "One \\ud83d two."}\n{"text": "\\ud83d\\ude80"}')
+    call(sentences, input_path=tmp_path / "a.jsonl", output_dir=tmp_path / "out", **FEW_SHARDS)
+    assert sorted(sentences.SentenceDataset(tmp_path / "out")) == ["One \ufffd\ufffd\ufffd two.", "\U0001f680"]
+    assert manifest(tmp_path / "out")["counts"] == {"sentences": 2, "docs": 2, "invalid_utf8": 1}
 
 
 def nothing(folder: Path) -> Path:
     return folder / "nowhere"
 
 
-def no_parquet(folder: Path) -> Path:
+def unknown_ending(folder: Path) -> Path:
+    (folder / "a.csv").write_text("Text.")
+    return folder / "a.csv"
+
+
+def no_documents(folder: Path) -> Path:
+    (folder / "a.csv").write_text("Text.")
+    (folder / ".a.txt").write_text("Text.")
+    return folder
+
+
+def two_kinds(folder: Path) -> Path:
     (folder / "a.txt").write_text("Text.")
+    (folder / "a.jsonl").write_text('{"text": "Text."}')
     return folder
 
 
@@ -230,36 +351,263 @@ def numbers(folder: Path) -> Path:
     return folder
 
 
+def damaged_parquet(folder: Path) -> Path:
+    path = folder / "a.parquet"
+    pq.write_table(pa.table({"text": [str(i) * 30 for i in range(9999)]}), path, compression="zstd")
+    content = path.read_bytes()
+    path.write_bytes(content[:5000] + bytes(500) + content[5500:])
+    return path
+
+
+def good_lines(n: int) -> str:
+    return '{"text": "Text."}\n' * n
+
+
+def not_json(folder: Path) -> Path:
+    (folder / "a.jsonl").write_text(good_lines(400) + "{oops\n")
+    return folder
+
+
+def no_text_in_a_line(folder: Path) -> Path:
+    (folder / "a.jsonl").write_text(good_lines(2) + '\n{"content": "Text."}\n')
+    return folder
+
+
+def number_for_text(folder: Path) -> Path:
+    (folder / "a.jsonl").write_text(good_lines(1) + '{"text": 5}\n')
+    return folder
+
+
+def list_for_object(folder: Path) -> Path:
+    (folder / "a.jsonl").write_text('["Text."]\n')
+    return folder
+
+
+def cut_zstd(folder: Path) -> Path:
+    (folder / "a.jsonl.zst").write_bytes(zstd(good_lines(9000).encode())[:-5])
+    return folder
+
+
+def cut_gzip(folder: Path) -> Path:
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(good_lines(9000).encode())[:-20])
+    return folder
+
+
 BAD_INPUT = [
-    (nothing, "nothing at {folder}/nowhere; name a parquet file"),
-    (no_parquet, "{folder} holds no parquet file; name a folder"),
+    (nothing, "nothing at {folder}/nowhere; name a file or folder"),
+    (unknown_ending, "{folder}/a.csv has an unknown ending; documents come as .parquet, .jsonl"),
+    (no_documents, "{folder} holds no documents (.parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt); name another"),
+    (two_kinds, "{folder} holds jsonl and txt files; name a folder of one kind"),
     (no_text_column, "{folder}/a.parquet has no column `text`; name files"),
     (text_in_disguise, "{folder}/a.parquet is not a parquet file ("),
     (numbers, "The column `text` of {folder}/a.parquet holds"),
+    (damaged_parquet, "{folder}/a.parquet is damaged ("),
+    (not_json, "Line 401 of {folder}/a.jsonl is not JSON ("),
+    (no_text_in_a_line, 'Line 4 of {folder}/a.jsonl is not an object with a string "text"'),
+    (number_for_text, 'Line 2 of {folder}/a.jsonl is not an object with a string "text"'),
+    (list_for_object, 'Line 1 of {folder}/a.jsonl is not an object with a string "text"'),
+    (cut_zstd, "{folder}/a.jsonl.zst is damaged (Truncated"),
+    (cut_gzip, "{folder}/a.jsonl.gz is damaged (Truncated"),
 ]
 
 
 @pytest.mark.parametrize(("make", "complaint"), BAD_INPUT)
-def test_bad_input_is_refused_in_a_sentence(tmp_path, make, complaint):
+def test_bad_input_is_refused_in_a_sentence_and_nothing_is_written(tmp_path, capsys, make, complaint):
     (tmp_path / "in").mkdir()
-    found = run(make(tmp_path / "in"), tmp_path / "out")
-    errors = re.findall("error: (.*)", found.stderr)
+    said = refusal(capsys, sentences, input_path=make(tmp_path / "in"), output_dir=tmp_path / "out", **FEW_SHARDS)
+    assert complaint.format(folder=tmp_path / "in") in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_s_refusal_is_one_sentence_too(tmp_path):
+    (tmp_path / "in").mkdir()
+    found = run(not_json(tmp_path / "in"), tmp_path / "out", "--num_processes", "2")
+    errors = re.findall("^error: (.*)", found.stderr, re.MULTILINE)
     assert found.returncode == 2 and len(errors) == 1 and "Traceback" not in found.stderr
-    assert complaint.format(folder=tmp_path / "in") in errors[0]
-    assert not list((tmp_path / "out").glob("*.parquet"))
+    assert f"Line 401 of {tmp_path}/in/a.jsonl is not JSON" in errors[0] and not (tmp_path / "out").exists()
 
 
-def test_mended_documents_can_be_written_to_the_same_folder(tmp_path):
+def test_mended_documents_can_be_written_to_the_same_folder(tmp_path, capsys):
+    options = FEW_SHARDS | {"input_path": tmp_path / "a.parquet", "output_dir": tmp_path / "out"}
     pq.write_table(pa.table({"content": ["Text."]}), tmp_path / "a.parquet")
-    refused = run(tmp_path / "a.parquet", tmp_path / "out")
-    assert refused.returncode == 2 and refused.stderr.startswith("error: ")  # on a line of its own
+    refusal(capsys, sentences, **options)
     pq.write_table(pa.table({"text": ["Text. " * 9]}), tmp_path / "a.parquet")
-    assert run(tmp_path / "a.parquet", tmp_path / "out").returncode == 0
+    call(sentences, **options)
 
 
-def test_an_unknown_punkt_is_refused():
-    with pytest.raises(InputError, match="--punkt german is unknown; write english or corpus"):
-        sentences.load_punkt("german", [], 1.0)
+def test_an_unknown_punkt_is_refused(tmp_path, capsys):
+    said = refusal(capsys, sentences, input_path=tmp_path, output_dir=tmp_path / "out", punkt="german")
+    assert said == "--punkt german is unknown; write english or corpus."
+
+
+# ---- Punkt
+
+
+def test_the_english_model_is_used_where_nltk_has_it(tmp_path, monkeypatch):
+    """Its files by hand, with an abbreviation that no training would find."""
+    import nltk.data
+
+    folder = tmp_path / "nltk_data" / "tokenizers" / "punkt_tab" / "english"
+    folder.mkdir(parents=True)
+    (folder / "abbrev_types.txt").write_text("zzq")
+    for name in ("collocations.tab", "sent_starters.txt", "ortho_context.tab"):
+        (folder / name).write_text("")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk_data")])
+    (tmp_path / "a.txt").write_text("See zzq. Five of them. And kkq. Five more.")
+    call(sentences, input_path=tmp_path / "a.txt", output_dir=tmp_path / "out", num_processes=1)
+    assert manifest(tmp_path / "out")["punkt_origin"] == "NLTK's pre-trained English model (punkt_tab)"
+    texts = [row["text"] for row in read_rows(tmp_path / "out")]
+    assert texts == ["See zzq. Five of them.", "And kkq.", "Five more."]
+
+
+def test_without_network_punkt_is_trained_quietly(tmp_path):
+    (tmp_path / "a.txt").write_text(PROSE)
+    nowhere = {"HOME": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    found = run(tmp_path / "a.txt", tmp_path / "out", "--punkt", "english", "--num_processes", "1", **nowhere)
+    assert found.returncode == 0, found.stderr
+    assert "NLTK's English Punkt is not here and cannot be fetched" in found.stdout
+    assert "trained on up to 0.01 MB" in manifest(tmp_path / "out")["punkt_origin"]
+    assert "nltk_data" not in found.stdout + found.stderr and "Warning" not in found.stderr
+
+
+def test_the_bar_of_the_training_ends_at_its_end(tmp_path, capsys, monkeypatch):
+    (tmp_path / "a.txt").write_text(PROSE)
+    call(sentences, input_path=tmp_path / "a.txt", output_dir=tmp_path / "out", **(FEW_SHARDS | {"punkt_train_mb": 50}))
+    trained = re.findall(r"training Punkt: .*?(\d+)/(\d+)", capsys.readouterr().err)
+    assert trained[-1] == (str(len(PROSE)),) * 2
+
+
+# ---- datasets of the hub
+
+DATASET = "Someone/web-text"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with FakeHub() as hub:
+        hub.repos[f"datasets/{DATASET}"] = Repo()
+        write_documents(tmp_path / "local", DOCUMENTS[:5], "train-0.parquet")
+        write_documents(tmp_path / "local", DOCUMENTS[5:], "train-1.parquet")
+        yield hub
+
+
+def dataset_files(tmp_path: Path, folder: str = "data/") -> dict[str, bytes]:
+    files = {f"{folder}{path.name}": path.read_bytes() for path in (tmp_path / "local").iterdir()}
+    return files | {"README.md": b"# x", ".gitattributes": b"x", "requirements.txt": b"numpy\n"}
+
+
+def from_hub(hub: FakeHub, tmp_path: Path, out: str, dataset: str = DATASET, **extra: str):
+    """Run the script on a dataset, in a process of its own: the hub's client reads its settings when imported."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
+    return run(dataset, tmp_path / out, "--num_processes", "1", **(settings | extra))
+
+
+def test_a_dataset_of_the_hub_gives_what_its_files_give(hub, made, tmp_path):
+    commit = hub.repos[f"datasets/{DATASET}"].commit(dataset_files(tmp_path))
+    found = from_hub(hub, tmp_path, "out")
+    assert found.returncode == 0, found.stderr
+    size = sum(path.stat().st_size for path in (tmp_path / "local").iterdir())
+    assert f"Fetching {DATASET} at {commit}: 2 files, {size / 1e6:.2f} MB" in found.stdout
+    assert manifest(tmp_path / "out")["shards"] == manifest(made[1])["shards"]
+    documents = manifest(tmp_path / "out")["decides"]["documents"]
+    assert documents["dataset"] == DATASET and documents["revision"] == commit and documents["bytes"] == size
+    assert {r.path for r in hub.requests if r.sent} == {"data/train-0.parquet", "data/train-1.parquet"}
+
+    # The hub has a newer commit; the folder goes on with its own, from the cache.
+    hub.repos[f"datasets/{DATASET}"].commit({"data/other.parquet": b"x"})
+    (tmp_path / "out" / manifest(made[1])["shards"][1]["file"]).unlink()
+    broken = manifest(tmp_path / "out") | {"complete": False}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(broken))
+    hub.requests.clear()
+    found = from_hub(hub, tmp_path, "out")
+    assert found.returncode == 0 and "0.00 MB of it not yet in the cache" in found.stdout, found.stderr
+    assert manifest(tmp_path / "out")["shards"] == manifest(made[1])["shards"]
+    assert not [r for r in hub.requests if r.sent]
+
+
+def test_a_folder_of_a_dataset_and_the_hubs_conversion(hub, made, tmp_path):
+    repo = hub.repos[f"datasets/{DATASET}"]
+    repo.refs["refs/convert/parquet"] = repo.commit(dataset_files(tmp_path, "default/train/"))
+    repo.commit({"subsets/urlsf.tar": b"tar", "openwebtext.py": b"print()", "README.md": b"# x"})
+    found = from_hub(hub, tmp_path, "out", f"{DATASET}/default")
+    assert found.returncode == 0, found.stderr
+    assert manifest(tmp_path / "out")["shards"] == manifest(made[1])["shards"]
+
+
+def test_what_the_hub_does_not_give_is_refused_in_a_sentence(hub, tmp_path):
+    def said(*args, **extra) -> str:
+        found = from_hub(hub, tmp_path, "out", *args, **extra)
+        assert found.returncode == 2 and "Traceback" not in found.stderr and not (tmp_path / "out").exists()
+        (sentence,) = re.findall("^error: (.*)", found.stderr, re.MULTILINE)
+        return sentence
+
+    repo = hub.repos[f"datasets/{DATASET}"]
+    repo.commit(dataset_files(tmp_path))
+    nothing_there = "There is nothing at no/such here, and as a dataset of the hub: "
+    assert said("no/such").startswith(f"{nothing_there}{hub.url} does not have datasets/no/such")
+    assert "No connection to http://127.0.0.1:9" in said(HF_ENDPOINT="http://127.0.0.1:9")
+    hub.faults["data/train-1.parquet"] = Fault(damaged=True)
+    assert "data/train-1.parquet of Someone/web-text arrived damaged and was removed; run again" in said()
+    (kept,) = (tmp_path / "hf").rglob("snapshots/*/*/*.parquet")
+    assert kept.name == "train-0.parquet" and len(list((tmp_path / "hf").rglob("blobs/*"))) == 1
+
+
+# ---- kill -9
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def count_shards(folder: Path) -> int:
+    return len(list(folder.glob("sentences-*.parquet")))
+
+
+def is_alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tmp_path):
+    """The main process is killed; its workers must end by themselves, and no half file may be taken for a whole one."""
+    rng = random.Random()
+    texts = [PROSE * rng.randint(1, 60) for _ in range(120)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = {"input_path": tmp_path / "a.jsonl", "output_dir": tmp_path / "whole", "shard_mb": 0.05}
+    call(sentences, **(MANY_SHARDS | options))
+    n_shards = len(manifest(tmp_path / "whole")["shards"])
+
+    flags = ("--shard_mb", "0.05", "--num_processes", "2")
+    killed, kills = 0, int(os.environ.get("SENTENCES_KILLS", 2))
+    for _ in range(kills):
+        command = script_command(tmp_path / "a.jsonl", tmp_path / "out", *flags)
+        process = subprocess.Popen(command, cwd=PROJECT_DIR, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + (rng.uniform(0, 3) if rng.random() < 0.3 else 60)  # at any time, or after some shards
+        more = rng.randint(1, 2 * n_shards // kills)
+        there = count_shards(tmp_path / "out")
+        while process.poll() is None and time.monotonic() < end and count_shards(tmp_path / "out") < there + more:
+            time.sleep(rng.uniform(0, 0.04))
+        workers = children(process.pid)
+        killed += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        deadline = time.monotonic() + 20
+        while any(map(is_alive, workers)):
+            assert time.monotonic() < deadline, "workers outlive the main process"
+            time.sleep(0.05)
+        if (tmp_path / "out" / "manifest.json").exists() and manifest(tmp_path / "out")["complete"]:
+            shutil.rmtree(tmp_path / "out")  # begin anew
+    assert killed
+    assert run(tmp_path / "a.jsonl", tmp_path / "out", *flags).returncode == 0
+    assert manifest(tmp_path / "out")["shards"] == manifest(tmp_path / "whole")["shards"]
+    assert file_bytes(tmp_path / "out") == file_bytes(tmp_path / "whole")
+
+
+def file_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
 
 
 # ---- the reader
@@ -299,6 +647,53 @@ def test_num_samples_takes_the_first_of_the_order(published):
     for i in (13, 99, -1):
         with pytest.raises(IndexError, match=f"sentence {i} of 13"):
             part[i]
+
+
+def test_text_and_order_are_memory_mapped_files_made_once(published):
+    sentences.SentenceDataset(published)
+    made = {path: path.stat().st_mtime_ns for path in published.iterdir()}
+    allocated = pa.total_allocated_bytes()
+    dataset = sentences.SentenceDataset(published)
+    assert {path: path.stat().st_mtime_ns for path in published.iterdir()} == made
+    assert isinstance(dataset.order.base, np.memmap) and pa.total_allocated_bytes() == allocated
+    for path in (published / "sentences.arrow", published / "sentences.order-42.npy"):  # cut short: made anew
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content[:-50])
+        assert list(sentences.SentenceDataset(published)) == list(dataset)
+        assert path.read_bytes() == content
+
+
+def test_readers_that_start_together_make_the_files_once(published):
+    command = "import sys, openwebtext_sentences_dataset as s; print(s.SentenceDataset(sys.argv[1])[7])"
+    readers = [
+        subprocess.Popen([sys.executable, "-c", command, published], cwd=PROJECT_DIR, stdout=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    found = {reader.communicate(timeout=60)[0] for reader in readers}
+    assert found == {f"Sentence {np.random.default_rng(42).permutation(100)[7]}.\n".encode()}
+
+
+def test_published_files_in_a_subfolder_and_with_broken_text(tmp_path):
+    write_documents(tmp_path / "data", ["One.", b"Two \xff.", None])
+    assert sorted(sentences.SentenceDataset(tmp_path)) == ["", "One.", "Two \ufffd."]
+
+
+def test_the_reader_refuses_documents_that_are_no_sentences(tmp_path):
+    (tmp_path / "a.txt").write_text("Text. More.")
+    with pytest.raises(InputError, match=f"{tmp_path} holds txt files, not parquet files of sentences"):
+        sentences.SentenceDataset(tmp_path)
+
+
+def test_an_altered_shard_is_refused_by_name(made, tmp_path):
+    shutil.copytree(made[1], tmp_path / "out", ignore=shutil.ignore_patterns("*.arrow"))
+    shard = tmp_path / "out" / manifest(made[1])["shards"][1]["file"]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(InputError, match=f"{shard} is not what its manifest says"):
+        sentences.SentenceDataset(tmp_path / "out")
+    assert not (tmp_path / "out" / "sentences.arrow").exists()
 
 
 def test_a_changed_file_is_read_anew(published):

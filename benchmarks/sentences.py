@@ -1,0 +1,146 @@
+"""Sentence splitting: sentences/s of openwebtext_sentences_dataset.py on one and two processes against a plain loop.
+
+Reads   INPUT_PATH, or the documentation on this machine; Punkt is trained on it once, before the clock starts
+Writes  DATA_DIR; prints a row of a markdown table
+Method  every way is a process of its own, timed from its start to its end, so that imports and the start of workers
+        count. The plain loop is what one writes with NLTK: a PunktSentenceTokenizer with the same parameters, over the
+        documents one after the other, its sentences kept in a list; it writes nothing. Ours is the whole script:
+        documents checked, spans and gaps, parquet, checksums. All three must find the same number of sentences. One
+        of each in turn, REPEATS times; medians. A short corpus is read COPIES times, in files of their own, so that
+        the rate is that of a long run; what the splitter remembers of a copy is nearly all gone at the next (24 % of
+        its look-ups are found in the first copy of the documentation, 27 % in the second). Run it alone on the machine
+Cost    10 minutes on two cores
+
+    python benchmarks/sentences.py
+    python benchmarks/sentences.py --input_path documents.parquet
+"""
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import stage
+
+INPUT_PATH: str | None = None  # a parquet file of documents; made from the documentation when not given
+DATA_DIR = "data/benchmark_sentences"  # folder for documents and sentences
+COPIES = 8  # times the documents are read
+PUNKT_TRAIN_MB = 1.0  # MB of documents to train Punkt on
+SHARD_MB = 2.0  # MB a shard: many for each process
+REPEATS = 5  # runs of each way
+
+_PLAIN_LOOP = """
+import json, sys
+import pyarrow.parquet as pq
+from nltk import redos
+from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+fields = json.load(open(sys.argv[1]))
+params = PunktParameters()
+params.abbrev_types = set(fields["abbrev_types"])
+params.collocations = {tuple(pair) for pair in fields["collocations"]}
+params.sent_starters = set(fields["sent_starters"])
+params.ortho_context.update(fields["ortho_context"])
+tokenizer = PunktSentenceTokenizer()
+tokenizer._params = params
+sentences = []
+for path in sys.argv[2:]:
+    for text in pq.read_table(path, columns=["text"])["text"].to_pylist():
+        sentences += tokenizer.tokenize(text)
+print(len(sentences))
+"""
+
+
+def run(script: str, **options: object) -> None:
+    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    subprocess.run([sys.executable, stage.PROJECT_DIR / script, *flags], check=True, stdout=subprocess.DEVNULL)
+
+
+def make_documents(folder: Path, input_path: str | None, copies: int) -> Path:
+    """A folder with the parquet file `copies` times."""
+    if input_path is None:
+        run("documentation_corpus.py", output_dir=folder / "documentation")
+        input_path = str(folder / "documentation" / "documents.parquet")
+    documents = folder / "documents"
+    shutil.rmtree(documents, ignore_errors=True)
+    documents.mkdir()
+    for i in range(copies):
+        shutil.copy(input_path, documents / f"documents-{i:02d}.parquet")
+    return documents
+
+
+def plain_loop(documents: Path, punkt_path: Path) -> int:
+    files = sorted(documents.iterdir())
+    done = subprocess.run([sys.executable, "-c", _PLAIN_LOOP, punkt_path, *files], check=True, capture_output=True)
+    return int(done.stdout)
+
+
+def begin(documents: Path, begun: Path, options: dict) -> None:
+    """A folder that the script has begun: Punkt is trained, no sentence is split."""
+    shutil.rmtree(begun, ignore_errors=True)
+    run("openwebtext_sentences_dataset.py", input_path=documents, output_dir=begun, **options)
+    for shard in begun.glob("*.parquet"):
+        shard.unlink()
+    manifest = stage.read_json(begun / stage.MANIFEST, "")
+    stage.write_json(begun / stage.MANIFEST, manifest | {"complete": False})
+
+
+def ours(documents: Path, begun: Path, folder: Path, n_processes: int, options: dict) -> int:
+    """The whole script, from where `begun` is."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(begun, folder)
+    options = options | {"input_path": documents, "output_dir": folder, "num_processes": n_processes}
+    run("openwebtext_sentences_dataset.py", **options)
+    return stage.read_json(folder / stage.MANIFEST, "")["counts"]["sentences"]
+
+
+def timed(function, *args) -> tuple[float, int]:
+    started = time.perf_counter()
+    found = function(*args)
+    return time.perf_counter() - started, found
+
+
+def main() -> None:
+    config = stage.parse_constants(globals())
+    folder = Path(config.data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    documents = make_documents(folder, config.input_path, config.copies)
+    options = {"punkt": "corpus", "punkt_train_mb": config.punkt_train_mb, "shard_mb": config.shard_mb}
+    begun = folder / "begun"
+    begin(documents, begun, options)
+    ways = {
+        "plain": (plain_loop, documents, begun / "punkt.json"),
+        "one": (ours, documents, begun, folder / "sentences", 1, options),
+        "two": (ours, documents, begun, folder / "sentences", 2, options),
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    found: dict[str, int] = {}
+    for _ in stage.progress(range(config.repeats), unit="round", desc="benchmark"):
+        for way, call in ways.items():
+            took, found[way] = timed(*call)
+            seconds[way].append(took)
+    if len(set(found.values())) > 1:
+        raise stage.InputError(f"The ways found different numbers of sentences ({found}); mend the splitting.")
+    n = found["plain"]
+    n_bytes = sum(shard["text_bytes"] for shard in stage.read_json(folder / "sentences" / stage.MANIFEST, "")["shards"])
+    rate = {way: n / statistics.median(times) for way, times in seconds.items()}
+    print("| sentences/s | plain NLTK loop | ours, one process | ours, two | two / one | two / loop | machine |")
+    print("|---|---|---|---|---|---|---|")
+    print(
+        f"| {n:,} sentences, {n_bytes / 1e6:.0f} MB | {rate['plain']:,.0f} | {rate['one']:,.0f} | {rate['two']:,.0f} "
+        f"| {rate['two'] / rate['one']:.2f} | {rate['two'] / rate['plain']:.2f} "
+        f"| {os.cpu_count()} cores, {processor()} |"
+    )
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    stage.run(main)
