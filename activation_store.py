@@ -67,7 +67,12 @@ class ActivationStore:
     def _files(self) -> list[Any]:
         return [open_shard(self.folder / record["file"], CAPTURE_STAGE) for record in self.records]
 
+    def verify(self, i: int) -> None:
+        """Raise InputError when shard i is not the one that was captured: call before its activations are used."""
+        stage.check_sum(self.folder, self.records[i], CAPTURE_STAGE)
+
     def shard(self, i: int) -> Shard:
+        """Shard i; its shape is compared with the manifest, its checksum is not: see `verify`."""
         path = self.folder / self.records[i]["file"]
         try:
             shard = Shard(*(self._files[i].get_tensor(name) for name in Shard._fields))
@@ -80,8 +85,8 @@ class ActivationStore:
             )
         offsets = shard.offsets
         whole = len(offsets) == len(shard.sentence_idx) + 1 and offsets[0] == 0 and offsets[-1] == len(shard.acts)
-        if not whole or (offsets.diff() < 0).any():
-            raise stage.InputError(f"{path} is damaged: its offsets do not fit its activations; capture it again.")
+        if not whole or (offsets.diff() < 0).any() or (shard.sentence_idx.diff() <= 0).any():
+            raise stage.InputError(f"{path} is damaged: its sentences do not fit its activations; capture it again.")
         return shard
 
     def shards(self) -> Iterator[Shard]:
