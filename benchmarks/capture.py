@@ -108,18 +108,15 @@ def as_transformers(model_dir: Path, dtype, device):
         rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
         tie_word_embeddings=False,
     )
-    meta_names = {theirs: ours for theirs, ours in HF_NAMES.items()}
-    state = {}
-    ours = model.state_dict()
-    with_prefix = lambda name: name.removeprefix("model.").removesuffix(".weight")
+    state, ours = {}, model.state_dict()
     peer = LlamaForCausalLM(config).to(dtype)
     for name in peer.state_dict():
-        short = with_prefix(name)
+        short = name.removeprefix("model.").removesuffix(".weight")
         if short.startswith("layers."):
             _, layer, rest = short.split(".", 2)
-            tensor = ours[f"layers.{layer}.{meta_names[rest]}.weight"]
+            tensor = ours[f"layers.{layer}.{HF_NAMES[rest]}.weight"]
         else:
-            tensor = ours[f"{meta_names[short]}.weight"]
+            tensor = ours[f"{HF_NAMES[short]}.weight"]
         if name.endswith(("q_proj.weight", "k_proj.weight")):  # Meta rotates neighbours, Hugging Face halves
             tensor = tensor.unflatten(0, (-1, args.head_dim // 2, 2)).transpose(1, 2).reshape(tensor.shape)
         state[name] = tensor
@@ -162,6 +159,21 @@ def original(model, tokenizer, sentences, site: str, folder: Path) -> None:
         for row, ids in enumerate(batch):
             torch.save(x[row, : len(ids)].clone(), folder / f"{n:06d}.pt")
             n += 1
+
+
+def check_same(model, peer, tokenizer, sentences, layer: int) -> None:
+    """Both models compute the same, or the comparison is worth nothing."""
+    import torch
+
+    captured: list = []
+    hook = peer.model.layers[layer].input_layernorm.register_forward_hook(lambda m, args, out: captured.append(out))
+    tokens = torch.tensor([next(ids for ids in map(tokenizer.encode, sentences) if len(ids) > 8)], device=model.device)
+    peer(tokens)
+    hook.remove()
+    mine = model.activations(tokens, f"layers.{layer}.attention_norm")
+    error = (mine - captured[0]).float().norm() / mine.float().norm()
+    if not error < (1e-4 if model.dtype == torch.float32 else 0.05):
+        raise stage.InputError(f"transformers' activations differ by {error:.2g} of their norm; mend the benchmark.")
 
 
 def hooked_transformers(peer, tokenizer, sentences, layer: int) -> int:
@@ -238,6 +250,7 @@ def compare(title: str, model_dir: Path, sentences, layer: int, dtype: str, conf
     plain = load_model(str(model_dir), "cpu", getattr(torch, dtype)).to(device)
     packed = load_model(str(model_dir), "cpu", getattr(torch, dtype), packed=not on_gpu).to(device)
     peer = as_transformers(model_dir, getattr(torch, dtype), device)
+    check_same(packed, peer, tokenizer, sentences, layer)
     seconds: dict[str, list[float]] = {"ours": [], "original": [], "transformers": []}
     for round_ in stage.progress(range(-1, config.repeats), unit="round", desc=f"{title}, {dtype}"):
         for way in seconds:
@@ -302,8 +315,8 @@ def main() -> None:
     for batch_tokens in (1024, 4096, 16384):
         own, random = padding(sentences, tokenizer, 16_384, batch_tokens)
         print(
-            f"Padding over real tokens in a window of 16,384 sentences, batches of {batch_tokens}: {own:.1%}; in random "
-            f"batches of {_ORIGINAL_BATCH}: {random:.0%}."
+            f"Padding over real tokens in a window of 16,384 sentences, batches of {batch_tokens}: {own:.1%}; in "
+            f"random batches of {_ORIGINAL_BATCH}: {random:.0%}."
         )
 
 
