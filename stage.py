@@ -215,8 +215,9 @@ def sha256(path: Path | str) -> str:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files that killed processes left in `folder`. Call with the folder's lock held."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    for pattern in (".*.tmp", ".tmp*"):  # ours; safetensors', which writes to a name of its own first
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Captured activations against `model.activations` of each sentence alone, and the rest of the stage's promises.
 
-Float32 rounds differently in batches of other shapes, so a stored bfloat16 may be its neighbour (one ulp). Shards of
-one and of two processes, and of a killed run that was continued, must be byte-identical: the batches are the same ones.
+Float32 rounds differently in batches of other shapes, so a stored bfloat16 may be its neighbour (one ulp). Shards of a
+killed run that was continued must be byte-identical: the batches are the same ones. So must those of two processes be:
+see test_faults.py.
 
     .venv/bin/python -m pytest tests/test_capture.py
 """
@@ -197,13 +198,6 @@ def records_of(folder, site=SITE):
     return ActivationStore(folder / site).records  # with sha256
 
 
-def test_two_processes_write_the_same_bytes(options, captured, tmp_path):
-    done = torchrun(2, "capture_activations.py", **options, sites=SITES, output_dir=tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    for site in SITES:
-        assert records_of(tmp_path / "out", site) == records_of(captured, site)
-
-
 def test_interrupted_run_continues(options, captured, tmp_path, monkeypatch):
     calls = []
     window = capture.Capturer.window
@@ -348,8 +342,9 @@ def test_killed_while_writing_a_shard(options, captured, tmp_path):
     assert records_of(tmp_path / "out") == records_of(captured)
 
 
-def test_half_files_of_a_killed_run_go(options, tmp_path):
-    half = tmp_path / "out" / SITE / ".acts-00001-01.safetensors.12345.tmp"
+@pytest.mark.parametrize("name", [".acts-00001-01.safetensors.12345.tmp", ".tmpxQNfXG"])  # ours, safetensors' own
+def test_half_files_of_a_killed_run_go(options, tmp_path, name):
+    half = tmp_path / "out" / SITE / name
     half.parent.mkdir(parents=True)
     half.write_bytes(b"half")
     call(capture, **options, sites=[SITE], output_dir=tmp_path / "out")
