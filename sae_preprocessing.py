@@ -198,18 +198,22 @@ def scatter_shard(plan: Plan, i: int) -> None:
     tensors = {}
     totals = {name: Statistics.of(np.zeros((0, store.d_model))) for name in ("raw", "normalized")}
     step = max(1, 2**17 // store.d_model)  # a chunk stays in the processor's cache from one operation to the next
-    for start in range(0, len(shard.acts), step):
-        chunk = shard.acts[start : start + step]
-        if not torch.isfinite(chunk).all():
-            row = start + int((~torch.isfinite(chunk)).any(1).nonzero()[0, 0])
-            sentence = int(shard.sentence_idx[int(torch.searchsorted(shard.offsets, row, right=True)) - 1])
-            raise stage.InputError(
-                f"{store.folder / store.records[i]['file']} holds NaN or infinity in sentence {sentence}; capture it "
-                "again."
-            )
-        x = chunk[: max(0, n_train - start)].double().numpy()
-        totals["raw"] = totals["raw"].merge(Statistics.of(x))
-        totals["normalized"] = totals["normalized"].merge(Statistics.of(normalize(x, plan.eps)))
+    for first, last, counts in ((0, n_train, True), (n_train, len(shard.acts), False)):
+        for start in range(first, last, step):
+            chunk = shard.acts[start : min(start + step, last)]
+            x = chunk.double().numpy()
+            with np.errstate(invalid="ignore"):
+                raw = Statistics.of(x)
+            if not np.isfinite(raw.mean).all():
+                row = start + int((~torch.isfinite(chunk)).any(1).nonzero()[0, 0])
+                sentence = int(shard.sentence_idx[int(torch.searchsorted(shard.offsets, row, right=True)) - 1])
+                raise stage.InputError(
+                    f"{store.folder / store.records[i]['file']} holds NaN or infinity in sentence {sentence}; capture "
+                    "it again."
+                )
+            if counts:
+                totals["raw"] = totals["raw"].merge(raw)
+                totals["normalized"] = totals["normalized"].merge(Statistics.of(normalize(x, plan.eps)))
     for name, total in totals.items():
         tensors |= {f"{name}_mean": torch.from_numpy(total.mean), f"{name}_m2": torch.from_numpy(total.m2)}
     for split, acts in (("train", shard.acts[:n_train]), ("validation", shard.acts[n_train:])):
