@@ -3,9 +3,10 @@
 Reads   MODEL_DIR (a Llama checkpoint folder), SENTENCES_DIR (openwebtext_sentences_dataset.py, or the published one)
 Writes  OUTPUT_DIR/<site>/acts-*.safetensors, manifest.json: one folder per site, format in activation_store.py
 Method  each sentence alone, without begin-of-text; the model stops at the deepest site: no cache, no output layer;
-        sentences of similar length share a batch, so that little is padding
-Cost    disk: 2 bytes x d_model a token and site. Memory of a process beside the model: two windows' activations (for
-        the 3B 2.8 GB each), and 8 bytes for each sentence of the set. Rates in the README's table
+        sentences of similar length share a batch, so that little is padding; a sentence's batch does not depend on
+        the number of processes
+Cost    disk: 2 bytes x d_model a token and site. Memory of a process beside the model: two windows' activations, for
+        the 3B 2.8 GB each and site. Rates in the README's table
 
     python capture_activations.py --model_dir llama_3.2-3B --output_dir data/activations
     torchrun --standalone --nproc_per_node=4 capture_activations.py --model_dir llama_3.2-3B
