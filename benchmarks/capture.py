@@ -9,11 +9,12 @@ Method  three ways over the same sentences and weights, to the same site:
         longest, the whole forward with key/value cache and output layer, one file a sentence, not synced;
         transformers: LlamaForCausalLM hooked at the same place, the same random batches, no cache, nothing written.
         Tokenising counts in each. One of each in turn, REPEATS times; medians. The second model has random weights of
-        Llama 3.2 1B's shape with every width divided by SHRINK. Run it alone on the machine
+        Llama 3.2's SHAPE with every width divided by SHRINK. Run it alone on the machine
 Cost    8 minutes on two cores, and half a minute more the first time
 
     python benchmarks/capture.py
-    python benchmarks/capture.py --input_path real_text.parquet --repeats 1
+    python benchmarks/capture.py --input_path real_text.parquet
+    python benchmarks/capture.py --shape 3B --shrink 1 --dtypes bfloat16 --num_samples_larger 20000   # on a GPU
 """
 
 import json
@@ -33,7 +34,8 @@ DATA_DIR = "data/benchmark_capture"  # folder for documents, sentences, models a
 INPUT_PATH: str | None = None  # documents to use instead, as openwebtext_sentences_dataset.py reads them
 NUM_SAMPLES = 1000  # sentences for the tiny Llama
 NUM_SAMPLES_LARGER = 200  # sentences for the larger model
-SHRINK = 4  # what Llama 3.2 1B's widths are divided by; 1 on a GPU is the real shape
+SHAPE = "1B"  # of the larger model: Llama 3.2 1B's or 3B's
+SHRINK = 4  # what its widths are divided by; 1 is the real shape, for a GPU
 BATCH_TOKENS = 0  # of ours; 0: 1024 on a CPU, the script's default on a GPU
 DTYPES = ("float32", "bfloat16")  # of the computation
 REPEATS = 5  # runs of each way
@@ -41,11 +43,14 @@ REPEATS = 5  # runs of each way
 _TINY_DIR = stage.PROJECT_DIR / "llama_3" / "tiny_llama"
 _ORIGINAL_BATCH = 32  # sentences
 _MAX_TOKENS = 192
-# Llama 3.2 1B: https://github.com/meta-llama/llama-models. The vocabulary is the embedded tokenizer's, divided by
-# nothing: the output layer's share of the work is a third of the real one's, to the advantage of the other ways.
-_WIDTHS = {"dim": 2048, "n_heads": 32, "n_kv_heads": 8}
-_SHAPE = {"n_layers": 16, "ffn_dim_multiplier": 1.5, "multiple_of": 64, "norm_eps": 1e-5, "rope_theta": 500000.0}
-_SITE_LAYER = 12  # of 16: the published layer 22 of 28
+# Llama 3.2's shapes (https://github.com/meta-llama/llama-models) and a site at the published share of the depth. The
+# vocabulary is the embedded tokenizer's: the output layer's share of the work is smaller than in the real model, to the
+# advantage of the other ways.
+_COMMON = {"multiple_of": 64, "norm_eps": 1e-5, "rope_theta": 500000.0}
+_SHAPES = {
+    "1B": ({"dim": 2048, "n_heads": 32, "n_kv_heads": 8}, {"n_layers": 16, "ffn_dim_multiplier": 1.5}, 12),
+    "3B": ({"dim": 3072, "n_heads": 24, "n_kv_heads": 8}, {"n_layers": 28, "ffn_dim_multiplier": 1.0}, 22),
+}
 
 
 def make_sentences(folder: Path, input_path: str | None) -> Path:
@@ -62,7 +67,7 @@ def make_sentences(folder: Path, input_path: str | None) -> Path:
     return folder / name
 
 
-def make_larger_model(folder: Path, shrink: int) -> Path:
+def make_larger_model(folder: Path, shape: str, shrink: int) -> Path:
     """A checkpoint in Meta's format with random weights and the embedded tokenizer; nothing when it is there."""
     import torch
 
@@ -73,7 +78,8 @@ def make_larger_model(folder: Path, shrink: int) -> Path:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = json.loads((_TINY_DIR / "params.json").read_text())["vocab_size"]
-    params = {**_SHAPE, **{name: width // shrink for name, width in _WIDTHS.items()}, "vocab_size": vocab_size}
+    widths, depth, _ = _SHAPES[shape]
+    params = _COMMON | depth | {name: width // shrink for name, width in widths.items()} | {"vocab_size": vocab_size}
     stage.write_json(folder / "params.json", params)
     shutil.copy(_TINY_DIR / "tokenizer.model", folder)
     with torch.device("meta"):
@@ -212,7 +218,7 @@ def ours(capturer, tokenizer, sentences, folder: Path, window_sentences: int, sh
 
 
 def disk_of(folder: Path) -> tuple[int, int]:
-    """Bytes and files; what the stage counts as notes of an unfinished run becomes its manifest."""
+    """Bytes and files. Of ours also a note per window, whose place in the end a line in the manifest takes."""
     files = [f for f in folder.rglob("*") if f.is_file()]
     return sum(f.stat().st_size for f in files), len(files)
 
@@ -288,6 +294,8 @@ def compare(title: str, model_dir: Path, sentences, layer: int, dtype: str, conf
 
 def main() -> None:
     config = stage.parse_constants(globals())
+    if config.shape not in _SHAPES:
+        raise stage.InputError(f"--shape {config.shape} is unknown; write {' or '.join(_SHAPES)}.")
     folder = Path(config.data_dir)
     sentences_dir = make_sentences(folder, config.input_path)
     import torch
@@ -295,10 +303,13 @@ def main() -> None:
     from llama_3 import load_tokenizer
     from openwebtext_sentences_dataset import SentenceDataset
 
-    larger = make_larger_model(folder / f"llama_3.2-1B_widths_over_{config.shrink}", config.shrink)
+    larger = make_larger_model(
+        folder / f"llama_3.2-{config.shape}_widths_over_{config.shrink}", config.shape, config.shrink
+    )
+    title = f"Llama 3.2 {config.shape}'s shape, widths / {config.shrink}, random"
     cases = [
         ("tiny Llama", _TINY_DIR, 6, config.num_samples),
-        (f"Llama 3.2 1B's shape, widths / {config.shrink}, random", larger, _SITE_LAYER, config.num_samples_larger),
+        (title, larger, _SHAPES[config.shape][2], config.num_samples_larger),
     ]
     print(f"{os.cpu_count()} cores, {processor()}, {torch.get_num_threads()} threads", flush=True)
     print(

@@ -1,7 +1,8 @@
 """The data stages under kill -9 and on a full disk: what comes out equals an uninterrupted run's, byte for byte.
 
-A stage is killed with all its processes when its output folder holds a random number of files, and started again; the
-manifest's time of writing is all that may differ. A few kills by default; FAULT_KILLS=10 for ten of each stage.
+A stage is killed with all its processes when its output folder holds a random number of files, and started again. The
+manifest's time of writing, and the commit should one be made meanwhile, are all that may differ. A few kills of each
+stage by default; FAULT_KILLS=10 for ten.
 
     FAULT_KILLS=10 .venv/bin/python -m pytest tests/test_faults.py
 """
@@ -41,13 +42,14 @@ WIDTH = 240  # of the activations that are preprocessed
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but locks, by name; manifests without the time they were written at."""
+    """Every file but locks, by name; manifests without when, and at which commit, they were written."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".lock")):
         data = path.read_bytes()
         if path.name == stage.MANIFEST:
             manifest = json.loads(data)
-            assert manifest.pop("written_at")
+            assert manifest.pop("written_at") and "git_commit" in manifest
+            del manifest["git_commit"]
             data = json.dumps(manifest).encode()
         found[str(path.relative_to(folder))] = data
     return found
