@@ -10,7 +10,6 @@ One folder per site holds safetensors shards and a manifest.json. A shard holds 
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,15 +61,22 @@ class ActivationStore:
         stage.check_files(folder, self.records, CAPTURE_STAGE)
         self.d_model: int = self.manifest["d_model"]
         self.n_tokens: int = self.manifest["counts"]["tokens"]
+        self._files: dict[int, Any] = {}  # shard -> its file, opened at first use
 
-    @cached_property
-    def _files(self) -> list[Any]:
-        return [open_shard(self.folder / record["file"], CAPTURE_STAGE) for record in self.records]
+    def _file(self, i: int) -> Any:
+        if i not in self._files:
+            self._files[i] = open_shard(self.folder / self.records[i]["file"], CAPTURE_STAGE)
+        return self._files[i]
+
+    def verify(self, i: int) -> None:
+        """Raise InputError when shard i is not the one that was captured: call before its activations are used."""
+        stage.check_sum(self.folder, self.records[i], CAPTURE_STAGE)
 
     def shard(self, i: int) -> Shard:
+        """Shard i; its shape is compared with the manifest, its checksum is not: see `verify`."""
         path = self.folder / self.records[i]["file"]
         try:
-            shard = Shard(*(self._files[i].get_tensor(name) for name in Shard._fields))
+            shard = Shard(*(self._file(i).get_tensor(name) for name in Shard._fields))
         except SafetensorError as error:
             raise stage.InputError(f"{path} is damaged ({error}); capture it again.") from None
         if shard.acts.shape != (self.records[i]["n_tokens"], self.d_model):
@@ -80,8 +86,8 @@ class ActivationStore:
             )
         offsets = shard.offsets
         whole = len(offsets) == len(shard.sentence_idx) + 1 and offsets[0] == 0 and offsets[-1] == len(shard.acts)
-        if not whole or (offsets.diff() < 0).any():
-            raise stage.InputError(f"{path} is damaged: its offsets do not fit its activations; capture it again.")
+        if not whole or (offsets.diff() < 0).any() or (shard.sentence_idx.diff() <= 0).any():
+            raise stage.InputError(f"{path} is damaged: its sentences do not fit its activations; capture it again.")
         return shard
 
     def shards(self) -> Iterator[Shard]:
@@ -93,7 +99,7 @@ class ActivationStore:
         i = bisect_right([record["first_sentence_idx"] for record in self.records], sentence_idx) - 1
         if i < 0:
             return None
-        file = self._files[i]
+        file = self._file(i)
         sentences = file.get_tensor("sentence_idx")
         row = int(torch.searchsorted(sentences, sentence_idx))
         if row == len(sentences) or int(sentences[row]) != sentence_idx:

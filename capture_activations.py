@@ -3,17 +3,21 @@
 Reads   MODEL_DIR (a Llama checkpoint folder), SENTENCES_DIR (openwebtext_sentences_dataset.py, or the published one)
 Writes  OUTPUT_DIR/<site>/acts-*.safetensors, manifest.json: one folder per site, format in activation_store.py
 Method  each sentence alone, without begin-of-text; the model stops at the deepest site: no cache, no output layer;
-        sentences of similar length share a batch, so that little is padding
-Cost    2 bytes x d_model a token and site on disk; rates in the README's table
+        sentences of similar length share a batch, so that little is padding; a sentence's batch does not depend on
+        the number of processes
+Cost    disk: 2 bytes x d_model a token and site. Memory of a process beside the model: two windows' activations, for
+        the 3B 2.8 GB each and site. Rates in the README's table
 
     python capture_activations.py --model_dir llama_3.2-3B --output_dir data/activations
     torchrun --standalone --nproc_per_node=4 capture_activations.py --model_dir llama_3.2-3B
 """
 
+import os
 import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import stage
 
@@ -25,27 +29,33 @@ SITES = ("layers.22.attention_norm",)  # where to capture; several share one pas
 MAX_TOKENS = 192  # longer sentences are cut here
 BEGIN_OF_TEXT = False  # put begin-of-text before each sentence (its own activation is never stored)
 DTYPE = "bfloat16"  # of the computation: bfloat16 or float32; what is stored is bfloat16
-BATCH_TOKENS = 16_384  # tokens a forward pass, padding included
+BATCH_TOKENS = 4096  # tokens a forward pass, padding included: about 2 % of them; a CPU is fastest at 1024
 WINDOW_SENTENCES = 16_384  # sentences sorted by length together: more means less padding, and more memory
 SHARD_GB = 1.0  # size of a shard
 ROPE_SCALING_FACTOR: float | None = None  # overrides the checkpoint's; 8 repeats the published activations
 SEED = 42  # of the sentence order; 42 is the published one
 
 _STAGE = "capture_activations.py"
+_READERS = 4  # threads that tokenise, each a window, ahead of the model
 
 
 class Window(NamedTuple):
     """A run of consecutive sentences, tokenised: the unit of work and of continuing."""
 
+    number: int  # -1: a sample from everywhere
     sentence_idx: list[int]  # of the sentences that have tokens
     token_ids: list[list[int]]  # without begin-of-text
     n_empty: int
     n_cut: int
 
+    @property
+    def name(self) -> str:
+        return f"acts-{self.number:05d}" if self.number >= 0 else "a sample"
 
-def read_window(sentences, tokenizer, start: int, end: int, max_tokens: int) -> Window:
+
+def read_window(sentences, tokenizer, number: int, indices: Sequence[int], max_tokens: int) -> Window:
     sentence_idx, token_ids, n_empty, n_cut = [], [], 0, 0
-    for i in range(start, end):
+    for i in indices:
         ids = tokenizer.encode(sentences[i])
         if not ids:
             n_empty += 1
@@ -53,7 +63,7 @@ def read_window(sentences, tokenizer, start: int, end: int, max_tokens: int) -> 
         n_cut += len(ids) > max_tokens
         sentence_idx.append(i)
         token_ids.append(ids[:max_tokens])
-    return Window(sentence_idx, token_ids, n_empty, n_cut)
+    return Window(number, sentence_idx, token_ids, n_empty, n_cut)
 
 
 def make_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
@@ -68,39 +78,110 @@ def make_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def capture_window(model, window: Window, sites: list[str], batch_tokens: int, bos_id: int | None):
-    """{site: (n_tokens, d_model) bfloat16}, sentences in the window's order. Raises InputError for NaN or infinity."""
-    import torch
+class Batch(NamedTuple):
+    """Sentences on their way through the model."""
 
-    skip = 0 if bos_id is None else 1
-    lengths = [len(ids) for ids in window.token_ids]
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    acts = {site: torch.empty(int(offsets[-1]), model.args.dim, dtype=torch.bfloat16) for site in sites}
-    for batch in make_batches([n + skip for n in lengths], batch_tokens):
-        longest = lengths[batch[0]] + skip
-        tokens = torch.zeros(len(batch), longest, dtype=torch.long)
-        for row, i in enumerate(batch):
-            tokens[row, skip : skip + lengths[i]] = torch.tensor(window.token_ids[i])
-            if skip:
-                tokens[row, 0] = bos_id
-        real = torch.arange(longest)[None] < torch.tensor([lengths[i] + skip for i in batch])[:, None]
-        real[:, :skip] = False
-        rows = torch.cat([torch.arange(int(offsets[i]), int(offsets[i + 1])) for i in batch])
-        for site, x in model.activations(tokens.to(model.device), sites).items():
-            x = x.to(torch.bfloat16).cpu()[real]  # (n_tokens of the batch, d_model), row by row
-            if not torch.isfinite(x).all():
-                bad = int(rows[(~torch.isfinite(x)).any(1).nonzero()[0, 0]])
-                i = int(torch.searchsorted(offsets, bad, right=True)) - 1
-                raise stage.InputError(
-                    f"The model gives NaN or infinity at {site} for sentence {window.sentence_idx[i]}, token "
-                    f"{bad - int(offsets[i])}; check the checkpoint, or use --dtype float32."
-                )
-            acts[site][rows] = x
-    return acts
+    members: list[int]  # positions in the window
+    rows: Any  # of the window's activations that it fills, (n_tokens,) int64
+    acts: dict[str, Any]  # site -> (n_tokens, d_model) bfloat16, on the CPU
+    finite: dict[str, Any]  # site -> (n_tokens,) bool
+    arrived: Any  # a CUDA event: the copies are there; None on a CPU
 
 
-def write_window(folder: Path, number: int, window: Window, acts, shard_bytes: int) -> None:
-    """Write one site's shards of a window, then a note of them; the note makes the window count as done."""
+class Capturer:
+    """Runs a model over windows, on a GPU one batch ahead of what is copied back.
+
+    A batch that does not fit the GPU's memory is halved, and so are the batches after it.
+    """
+
+    def __init__(self, model, sites: list[str], batch_tokens: int, bos_id: int | None):
+        self.model, self.sites, self.batch_tokens, self.bos_id = model, sites, batch_tokens, bos_id
+        self.skip = 0 if bos_id is None else 1  # positions before a sentence
+
+    def window(self, window: Window, on_batch: Callable[[int, int], None] = lambda n_sentences, n_tokens: None):
+        """{site: (n_tokens, d_model) bfloat16}, sentences in the window's order. Raises InputError for NaN."""
+        import torch
+
+        lengths = [len(ids) + self.skip for ids in window.token_ids]
+        offsets = torch.tensor([0, *map(len, window.token_ids)]).cumsum(0)
+        acts = {site: torch.empty(int(offsets[-1]), self.model.args.dim, dtype=torch.bfloat16) for site in self.sites}
+        left = make_batches(lengths, self.batch_tokens)
+        running = None
+        while left or running:
+            launched = self.launch(window, left[0], offsets) if left else None
+            if left and launched is None:
+                self.shrink(len(left[0]), lengths[left[0][0]])
+                remaining = [i for batch in left for i in batch]
+                again = make_batches([lengths[i] for i in remaining], self.batch_tokens)
+                left = [[remaining[j] for j in batch] for batch in again]
+                continue
+            left = left[1:]
+            if running:
+                if running.arrived:
+                    running.arrived.synchronize()
+                for site in self.sites:
+                    if not running.finite[site].all():
+                        bad = int(running.rows[(~running.finite[site]).nonzero()[0, 0]])
+                        i = int(torch.searchsorted(offsets, bad, right=True)) - 1
+                        raise stage.InputError(
+                            f"The model gives NaN or infinity at {site} for sentence {window.sentence_idx[i]}, token "
+                            f"{bad - int(offsets[i])} (of {window.name}); check the checkpoint, or use --dtype "
+                            "float32."
+                        )
+                    acts[site][running.rows] = running.acts[site]
+                on_batch(len(running.members), len(running.rows))
+            running = launched
+        return acts
+
+    def launch(self, window: Window, members: list[int], offsets) -> Batch | None:
+        """Start a batch; None when it does not fit the GPU's memory."""
+        import torch
+
+        device = self.model.device
+        longest = len(window.token_ids[members[0]]) + self.skip
+        tokens = torch.zeros(len(members), longest, dtype=torch.long)
+        for row, i in enumerate(members):
+            ids = window.token_ids[i]
+            tokens[row, self.skip : self.skip + len(ids)] = torch.tensor(ids)
+        if self.skip:
+            tokens[:, 0] = self.bos_id
+        spans = [(int(offsets[i]), int(offsets[i + 1])) for i in members]
+        rows = torch.cat([torch.arange(start, end) for start, end in spans])
+        real = torch.cat(
+            [torch.arange(end - start) + row * longest + self.skip for row, (start, end) in enumerate(spans)]
+        )
+        try:
+            real = real.to(device)
+            acts, finite = {}, {}
+            for site, x in self.model.activations(tokens.to(device), self.sites).items():
+                x = x.flatten(0, 1)[real].to(torch.bfloat16)
+                # From a GPU: into pinned memory, while this thread goes on.
+                finite[site] = torch.isfinite(x).all(1).to("cpu", non_blocking=True)
+                acts[site] = x.to("cpu", non_blocking=True)
+            arrived = None
+            if device.type == "cuda":
+                arrived = torch.cuda.Event()
+                arrived.record()
+            return Batch(members, rows, acts, finite, arrived)
+        except torch.OutOfMemoryError:
+            return None
+
+    def shrink(self, n_sentences: int, longest: int) -> None:
+        import torch
+
+        if n_sentences == 1:
+            raise stage.InputError(
+                f"A sentence of {longest} tokens does not fit the memory of {self.model.device}; lower --max_tokens "
+                "or use a GPU with more."
+            )
+        self.batch_tokens = n_sentences * longest // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(f"A batch did not fit the GPU's memory: at most {self.batch_tokens} tokens from here on.", flush=True)
+
+
+def write_window(folder: Path, window: Window, acts, shard_bytes: int) -> int:
+    """Write one site's shards of a window, then a note of them, which makes the window count as done. Returns bytes."""
     import torch
 
     from activation_store import write_shard
@@ -116,7 +197,7 @@ def write_window(folder: Path, number: int, window: Window, acts, shard_bytes: i
             n_tokens += len(window.token_ids[last])
             last += 1
         ids = window.token_ids[first:last]
-        path = folder / f"acts-{number:05d}-{len(records):02d}.safetensors"
+        path = folder / f"{window.name}-{len(records):02d}.safetensors"
         rows = sum(record["n_tokens"] for record in records)
         write_shard(
             path,
@@ -139,11 +220,52 @@ def write_window(folder: Path, number: int, window: Window, acts, shard_bytes: i
         )
         first = last
     note = {"shards": records, "n_empty": window.n_empty, "n_cut": window.n_cut}
-    stage.write_json(window_note(folder, number), note)
+    stage.write_json(window_note(folder, window.number), note)
+    return sum(record["bytes"] for record in records)
 
 
 def window_note(folder: Path, number: int) -> Path:
     return folder / f"window-{number:05d}.json"
+
+
+def remove_notes(folder: Path) -> None:
+    for note in folder.glob("window-*.json"):
+        note.unlink()
+
+
+def window_is_written(folder: Path, number: int) -> bool:
+    note = window_note(folder, number)
+    if not note.exists():
+        return False
+    shards = stage.read_json(note, "delete it and run this stage again.")["shards"]
+    sizes = [(folder / s["file"]).stat().st_size if (folder / s["file"]).exists() else -1 for s in shards]
+    return sizes == [s["bytes"] for s in shards]
+
+
+def capture_windows(capturer: Capturer, windows: Iterable[Window], output_dir: Path, shard_bytes: int, bar) -> None:
+    """Capture windows and write them. One window's shards are written in a thread while the next one is computed."""
+    writing: list = []
+    started, n_tokens, n_written = time.time(), 0, 0
+
+    def on_batch(n_sentences: int, n_new: int) -> None:
+        nonlocal n_tokens
+        n_tokens += n_new
+        bar.update(n_sentences)
+        bar.set_postfix_str(
+            f"{n_tokens / (time.time() - started):,.0f} tokens/s, {stage.gb(n_written)} written", refresh=False
+        )
+
+    with ThreadPoolExecutor(1) as writer:
+        for window in windows:
+            acts = capturer.window(window, on_batch)
+            bar.update(window.n_empty)
+            n_written += sum(job.result() for job in writing)  # at most two windows are in memory
+            writing = [
+                writer.submit(write_window, output_dir / site, window, acts[site], shard_bytes)
+                for site in capturer.sites
+            ]
+        for job in writing:
+            job.result()
 
 
 def main() -> None:
@@ -169,13 +291,22 @@ def main() -> None:
     n_windows = -(-len(sentences) // config.window_sentences)
     output_dir = Path(config.output_dir)
 
-    model = load_model(config.model_dir, "cpu", getattr(torch, config.dtype), config.rope_scaling_factor)
+    n_sentences = len(sentences.order)
+    if config.num_samples > n_sentences and int(os.environ.get("RANK", 0)) == 0:
+        print(
+            f"--num_samples asks for {config.num_samples:,} sentences, {config.sentences_dir} has {n_sentences:,}: "
+            "capturing all of them."
+        )
+
+    # Packed weights are a CPU's.
+    packed = not torch.cuda.is_available()
+    model = load_model(config.model_dir, "cpu", getattr(torch, config.dtype), config.rope_scaling_factor, packed)
 
     with world() as w, stage.locked(output_dir, w.rank, w.barrier), torch.inference_mode():
         model.to(w.device)
         about_dataset = {
             "sentences": len(sentences),
-            "sentences_in_all": len(sentences.order),
+            "sentences_in_all": n_sentences,
             "seed": config.seed,
             "shards": [s["sha256"] for s in sentences.manifest.get("shards", [])],
         }
@@ -188,7 +319,9 @@ def main() -> None:
         open_sites: list[str] = []
         if w.is_main:
             for site in sites:
-                if not stage.begin_or_continue(output_dir / site, _STAGE, {**decides, "site": site}):
+                if stage.begin_or_continue(output_dir / site, _STAGE, {**decides, "site": site}):
+                    remove_notes(output_dir / site)
+                else:
                     open_sites.append(site)
                 stage.remove_leftovers(output_dir / site)
         sites = w.gather(open_sites)[0]
@@ -198,23 +331,21 @@ def main() -> None:
 
         # A sample tells how much there is to do.
         step = max(1, len(sentences) // 1000)
-        sample = read_window(
-            [sentences[i] for i in range(0, len(sentences), step)],
-            tokenizer,
-            0,
-            len(range(0, len(sentences), step)),
-            config.max_tokens,
-        )
-        sample = sample._replace(sentence_idx=[i * step for i in sample.sentence_idx])
+        sample = read_window(sentences, tokenizer, -1, range(0, len(sentences), step), config.max_tokens)
         n_tokens_about = sum(map(len, sample.token_ids)) * step
         n_bytes = n_tokens_about * 2 * args.dim * len(sites)
+        mine = range(w.rank, n_windows, w.size)
+        todo = [i for i in mine if not all(window_is_written(output_dir / site, i) for site in sites)]
         if w.is_main:
-            stage.require_disk(output_dir, n_bytes)
+            there = sum(f.stat().st_size for site in sites for f in (output_dir / site).glob("*.safetensors"))
+            stage.require_disk(output_dir, n_bytes - there)
         bos_id = tokenizer.bos_id if config.begin_of_text else None
-        few = Window(sample.sentence_idx[:64], sample.token_ids[:64], 0, 0)
+        capturer = Capturer(model, sites, config.batch_tokens, bos_id)
+        n_few = 64 if w.device.type == "cpu" else 512
+        few = sample._replace(sentence_idx=sample.sentence_idx[:n_few], token_ids=sample.token_ids[:n_few])
         for _ in range(2):  # the first warms up
             started = time.time()
-            capture_window(model, few, sites, config.batch_tokens, bos_id)
+            capturer.window(few)
         rate = sum(map(len, few.token_ids)) / (time.time() - started) * w.size
         w.print(
             f"Reading {len(sentences):,} sentences, about {n_tokens_about:,} tokens, from {config.sentences_dir}; "
@@ -222,40 +353,14 @@ def main() -> None:
             f"{stage.duration(n_tokens_about / max(rate, 1))} on {w.size} x {w.device.type}."
         )
 
-        mine = range(w.rank, n_windows, w.size)
-        bounds = lambda i: (i * config.window_sentences, min((i + 1) * config.window_sentences, len(sentences)))
-        todo = [i for i in mine if not all(window_note(output_dir / s, i).exists() for s in sites)]
-        n_mine = sum(bounds(i)[1] - bounds(i)[0] for i in mine)
-        n_done = n_mine - sum(bounds(i)[1] - bounds(i)[0] for i in todo)
-        read = lambda i: read_window(sentences, tokenizer, *bounds(i), config.max_tokens)
-        started, n_tokens, n_written = time.time(), 0, 0
+        of_window = lambda i: range(i * config.window_sentences, min((i + 1) * config.window_sentences, len(sentences)))
+        n_mine, n_todo = (sum(len(of_window(i)) for i in some) for some in (mine, todo))
+        read = lambda i: read_window(sentences, tokenizer, i, of_window(i), config.max_tokens)
         label = "capture" if w.size == 1 else f"capture, process 1 of {w.size}"
-        with (
-            ThreadPoolExecutor(1) as reader,
-            ThreadPoolExecutor(1) as writer,
-            stage.progress(total=n_mine, initial=n_done, unit="sentence", desc=label, disable=not w.is_main) as bar,
-        ):
-            ahead = reader.submit(read, todo[0]) if todo else None
-            writing: list = []
-            for position, i in enumerate(todo):
-                window = ahead.result()
-                if position + 1 < len(todo):
-                    ahead = reader.submit(read, todo[position + 1])
-                acts = capture_window(model, window, sites, config.batch_tokens, bos_id)
-                for job in writing:  # at most one window waits to be written while the next is computed
-                    job.result()
-                writing = [
-                    writer.submit(write_window, output_dir / s, i, window, acts[s], int(config.shard_gb * 1e9))
-                    for s in sites
-                ]
-                n_tokens += sum(map(len, window.token_ids))
-                n_written = n_tokens * 2 * args.dim * len(sites)
-                bar.update(bounds(i)[1] - bounds(i)[0])
-                bar.set_postfix_str(
-                    f"{n_tokens / (time.time() - started):,.0f} tokens/s, {stage.gb(n_written)}", refresh=False
-                )
-            for job in writing:
-                job.result()
+        with stage.progress(
+            total=n_mine, initial=n_mine - n_todo, unit="sentence", desc=label, disable=not w.is_main
+        ) as bar:
+            capture_windows(capturer, stage.ahead(read, todo, _READERS), output_dir, int(config.shard_gb * 1e9), bar)
 
         w.barrier()
         if w.is_main:
@@ -290,8 +395,7 @@ def main() -> None:
                     counts=counts,
                     shards=shards,
                 )
-                for i in range(n_windows):
-                    window_note(folder, i).unlink()
+                remove_notes(folder)
                 print(f"{counts['tokens']:,} activations of {counts['sentences']:,} sentences: {folder}")
 
 

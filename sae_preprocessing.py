@@ -2,18 +2,20 @@
 
 Reads   INPUT_DIR: one site's folder of capture_activations.py
 Writes  OUTPUT_DIR/train-*.safetensors, validation-*.safetensors (acts: rows of activations, whole batches),
-        statistics.safetensors (mean and variance, raw and normalised, float64), manifest.json
+        statistics.safetensors (mean and variance, raw and normalised, start of b_pre; float64), manifest.json
 Method  split by sentence, then one uniformly random order over all tokens of a split, in two passes with sequential
         writes: how many rows go from each input shard to each output shard is drawn first (multivariate
         hypergeometric), then each shard's rows are permuted on their way out and again on their way in. Mean and
-        variance by Welford's algorithm, merged as in Chan, Golub and LeVeque 1983
-Cost    as much disk as the activations, and once more while it runs; memory a few shards per process
+        variance by Welford's algorithm, merged as in Chan, Golub and LeVeque 1983. Checksums are compared before a
+        shard is used
+Cost    as much disk as the activations, and once more while it runs; memory: two shards per process
 
     python sae_preprocessing.py --input_dir data/activations/layers.22.attention_norm --output_dir data/batches
 """
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,11 +30,14 @@ NUM_PROCESSES = 0  # processes; 0 for one a core
 BATCH_SIZE = 1024  # activations a batch
 VALIDATION_FRACTION = 0.05  # share of the sentences, the last of the seeded order, held out
 NORMALIZE_EPS = 1e-5  # added to each activation's standard deviation when it is normalised
+B_PRE_START = "mean"  # where the SAE's b_pre starts: mean, or median: the geometric median of a sample
 SHARD_GB = 1.0  # size of an output shard
+MEMORY_GB = 16.0  # for all processes together: where it does not suffice for one a core, fewer run at once
 SEED = 0  # of the order of activations
 
 _STAGE = "sae_preprocessing.py"
 _SPLITS = ("train", "validation")
+_MEDIAN_ROWS = 2**15  # of the geometric median's sample; its error is then about 1/180 of a standard deviation
 
 
 class Statistics(NamedTuple):
@@ -45,7 +50,8 @@ class Statistics(NamedTuple):
     @classmethod
     def of(cls, x: np.ndarray) -> "Statistics":
         mean = x.mean(0) if len(x) else np.zeros(x.shape[1])
-        return cls(len(x), mean, ((x - mean) ** 2).sum(0))
+        distance = x - mean
+        return cls(len(x), mean, np.einsum("ij,ij->j", distance, distance))
 
     def merge(self, other: "Statistics") -> "Statistics":
         count = self.count + other.count
@@ -58,19 +64,97 @@ class Statistics(NamedTuple):
 
 def normalize(x: np.ndarray, eps: float) -> np.ndarray:
     """What the SAE sees: each row minus its mean, over its standard deviation (n - 1) plus eps."""
-    return (x - x.mean(1, keepdims=True)) / (x.std(1, ddof=1, keepdims=True) + eps)
+    z = x - x.mean(1, keepdims=True)
+    std = np.sqrt(np.einsum("ij,ij->i", z, z) / (x.shape[1] - 1))
+    z /= std[:, None] + eps
+    return z
 
 
-def plan_moves(n_rows: list[int], capacities: list[int], seed: tuple[int, ...]) -> np.ndarray:
-    """Rows that input shard i gives to output shard o, (n_inputs, n_outputs), as a uniformly random order implies."""
-    if sum(n_rows) >= 10**9:
-        raise stage.InputError(f"{sum(n_rows):,} activations are more than the 10^9 shuffled at once; capture fewer.")
-    rng = np.random.default_rng(seed)
-    left = np.array(capacities, dtype=np.int64)
+def geometric_median(x: np.ndarray, n_steps: int = 200) -> np.ndarray:
+    """The point with the least sum of distances to the rows of x, by Weiszfeld's iteration (Weiszfeld 1937).
+
+    Distances are rounded off at 10^-9 of their scale, so that the iteration can leave a row it meets.
+    """
+    median = x.mean(0)
+    scale = max(1e-100, float(np.sqrt(((x - median) ** 2).sum(1).mean())))
+    for _ in range(n_steps):
+        distance = x - median
+        weight = 1 / np.sqrt(np.einsum("ij,ij->i", distance, distance) + (1e-9 * scale) ** 2)
+        before, median = median, weight @ x / weight.sum()
+        if np.linalg.norm(median - before) <= 1e-9 * scale:
+            break
+    return median
+
+
+# ---- how many rows go where
+
+
+def hypergeometric(rng: np.random.Generator, good: int, bad: int, n: int) -> int:
+    """How many of n drawn without replacement are good. numpy's own sampler ends at 10^9.
+
+    By inversion over the mean +- 12 standard deviations, outside of which lies less than 10^-30: the logarithms of
+    neighbouring probabilities' ratios, summed.
+    """
+    lowest, highest = max(0, n - bad), min(good, n)
+    if lowest == highest:
+        return lowest
+    total = good + bad
+    mean = n * good / total
+    reach = 12 * (mean * (bad / total) * ((total - n) / (total - 1))) ** 0.5 + 1
+    low, high = max(lowest, int(mean - reach)), min(highest, int(mean + reach) + 1)
+    k = np.arange(low, high, dtype=np.float64)
+    ratios = (good - k) / (k + 1) * ((n - k) / (bad - n + k + 1))  # p(k + 1) / p(k)
+    logs = np.concatenate([[0.0], np.log(ratios).cumsum()])
+    cumulated = np.exp(logs - logs.max()).cumsum()
+    return low + int(np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right"))
+
+
+def consecutive_groups(sizes: np.ndarray, most: int) -> list[slice]:
+    """Neighbouring shards together, each group with at most `most` rows (or one shard)."""
+    starts, total = [0], 0
+    for i, size in enumerate(sizes):
+        total += int(size)
+        if total > most and i > starts[-1]:
+            starts.append(i)
+            total = int(size)
+    return [slice(start, end) for start, end in zip(starts, [*starts[1:], len(sizes)], strict=True)]
+
+
+def draw_moves(rng: np.random.Generator, n_rows: np.ndarray, capacities: np.ndarray) -> np.ndarray:
+    left = capacities.copy()
     moves = np.zeros((len(n_rows), len(capacities)), dtype=np.int64)
     for i, n in enumerate(n_rows):
-        moves[i] = rng.multivariate_hypergeometric(left, n, method="marginals")
+        moves[i] = rng.multivariate_hypergeometric(left, int(n), method="marginals")
         left -= moves[i]
+    return moves
+
+
+def plan_moves(n_rows: list[int], capacities: list[int], seed: tuple[int, ...], most: int = 4 * 10**8) -> np.ndarray:
+    """Rows that input shard i gives to output shard o, (n_inputs, n_outputs), as a uniformly random order implies.
+
+    With more than `most` rows (numpy draws from fewer than 10^9), first from groups of input shards to groups of output
+    shards; then which of a group's shards those rows leave, and which they reach; then who goes where. Each step is
+    uniform given the one before, so that the whole is.
+    """
+    rng = np.random.default_rng(seed)
+    rows, room = np.array(n_rows, dtype=np.int64), np.array(capacities, dtype=np.int64)
+    if rows.sum() <= most:
+        return draw_moves(rng, rows, room)
+    inputs, outputs = consecutive_groups(rows, most), consecutive_groups(room, most)
+    between = np.zeros((len(inputs), len(outputs)), dtype=np.int64)
+    left = [int(room[to].sum()) for to in outputs]
+    for a, come_from in enumerate(inputs):
+        n = int(rows[come_from].sum())
+        for b in range(len(outputs)):
+            between[a, b] = hypergeometric(rng, left[b], sum(left[b + 1 :]), n)
+            left[b] -= int(between[a, b])
+            n -= int(between[a, b])
+    leaving = [draw_moves(rng, between[a], rows[come_from]) for a, come_from in enumerate(inputs)]  # (n_groups, shards)
+    arriving = [draw_moves(rng, between[:, b], room[to]) for b, to in enumerate(outputs)]
+    moves = np.zeros((len(rows), len(room)), dtype=np.int64)
+    for a, come_from in enumerate(inputs):
+        for b, to in enumerate(outputs):
+            moves[come_from, to] = draw_moves(rng, leaving[a][b], arriving[b][a])
     return moves
 
 
@@ -91,8 +175,6 @@ class Plan(NamedTuple):
     first_validation_sentence: int
     eps: float
     seed: int
-    moves: dict[str, np.ndarray]  # split -> rows from input shard i to output shard o; the last output is dropped
-    n_outputs: dict[str, int]
 
 
 def rng_for(plan: Plan, split: str, side: int, shard: int) -> np.random.Generator:
@@ -110,54 +192,81 @@ def scatter_shard(plan: Plan, i: int) -> None:
     if path.exists():
         return
     store = ActivationStore(plan.input_dir)
-    source = store.folder / store.records[i]["file"]
-    if stage.sha256(source) != store.records[i]["sha256"]:
-        raise stage.InputError(f"{source} is altered: its checksum is not the manifest's; capture it again.")
+    store.verify(i)
     shard = store.shard(i)
-    finite = torch.isfinite(shard.acts).all(1)
-    if not finite.all():
-        row = int((~finite).nonzero()[0, 0])
-        sentence = int(shard.sentence_idx[int(torch.searchsorted(shard.offsets, row, right=True)) - 1])
-        raise stage.InputError(f"{source} holds NaN or infinity in sentence {sentence}; capture it again.")
     n_train = int(shard.offsets[(shard.sentence_idx < plan.first_validation_sentence).sum()])
     tensors = {}
+    totals = {name: Statistics.of(np.zeros((0, store.d_model))) for name in ("raw", "normalized")}
+    step = max(1, 2**17 // store.d_model)  # a chunk stays in the processor's cache from one operation to the next
+    for first, last, counts in ((0, n_train, True), (n_train, len(shard.acts), False)):
+        for start in range(first, last, step):
+            chunk = shard.acts[start : min(start + step, last)]
+            x = chunk.double().numpy()
+            with np.errstate(invalid="ignore"):
+                raw = Statistics.of(x)
+            if not np.isfinite(raw.mean).all():
+                row = start + int((~torch.isfinite(chunk)).any(1).nonzero()[0, 0])
+                sentence = int(shard.sentence_idx[int(torch.searchsorted(shard.offsets, row, right=True)) - 1])
+                raise stage.InputError(
+                    f"{store.folder / store.records[i]['file']} holds NaN or infinity in sentence {sentence}; capture "
+                    "it again."
+                )
+            if counts:
+                totals["raw"] = totals["raw"].merge(raw)
+                totals["normalized"] = totals["normalized"].merge(Statistics.of(normalize(x, plan.eps)))
+    for name, total in totals.items():
+        tensors |= {f"{name}_mean": torch.from_numpy(total.mean), f"{name}_m2": torch.from_numpy(total.m2)}
     for split, acts in (("train", shard.acts[:n_train]), ("validation", shard.acts[n_train:])):
         order = torch.from_numpy(rng_for(plan, split, 0, i).permutation(len(acts)))
         tensors[split] = acts[order]
-    for name, transform in (("raw", lambda x: x), ("normalized", lambda x: normalize(x, plan.eps))):
-        total = Statistics.of(np.zeros((0, store.d_model)))
-        for start in range(0, n_train, 8192):
-            chunk = shard.acts[start : min(start + 8192, n_train)].double().numpy()
-            total = total.merge(Statistics.of(transform(chunk)))
-        tensors[f"{name}_mean"] = torch.from_numpy(total.mean)
-        tensors[f"{name}_m2"] = torch.from_numpy(total.m2)
     write_shard(path, tensors)
 
 
-def gather_shard(plan: Plan, split: str, o: int) -> dict:
-    """Pass 2: collect an output shard's rows from all scattered shards and permute them. Returns its record."""
+def gather_shard(plan: Plan, split: str, o: int, starts: np.ndarray, counts: np.ndarray) -> dict:
+    """Pass 2: collect an output shard's rows, counts[i] from row starts[i] of scattered shard i, and permute them.
+
+    Returns the shard's record.
+    """
     import torch
 
     from activation_store import open_shard, write_shard
 
     torch.set_num_threads(1)
-    moves = plan.moves[split]
     path = Path(plan.output_dir) / f"{split}-{o:05d}.safetensors"
+    n_rows = int(counts.sum())
     if not path.exists():
-        starts = moves[:, :o].sum(1)
-        parts = []
-        for i in np.flatnonzero(moves[:, o]):
+        order = rng_for(plan, split, 1, o).permutation(n_rows)
+        goes_to = torch.from_numpy(np.argsort(order))
+        rows, first = None, 0
+        for i in np.flatnonzero(counts):
             scattered = open_shard(Path(plan.scratch_dir) / f"scattered-{i:05d}.safetensors", _STAGE)
-            parts.append(scattered.get_slice(split)[int(starts[i]) : int(starts[i] + moves[i, o])])
-        rows = torch.cat(parts)
-        order = torch.from_numpy(rng_for(plan, split, 1, o).permutation(len(rows)))
-        write_shard(path, {"acts": rows[order]})
-    return {
-        "file": path.name,
-        "bytes": path.stat().st_size,
-        "sha256": stage.sha256(path),
-        "n_rows": int(moves[:, o].sum()),
-    }
+            part = scattered.get_slice(split)[int(starts[i]) : int(starts[i] + counts[i])]
+            if rows is None:
+                rows = torch.empty(n_rows, part.shape[1], dtype=part.dtype)
+            rows[goes_to[first : first + len(part)]] = part
+            first += len(part)
+        write_shard(path, {"acts": rows})
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": stage.sha256(path), "n_rows": n_rows}
+
+
+def gather_jobs(plan: Plan, moves: dict[str, np.ndarray], n_outputs: dict[str, int]) -> Iterator[tuple]:
+    for split in _SPLITS:
+        starts = np.zeros(len(moves[split]), dtype=np.int64)
+        for o in range(n_outputs[split]):
+            counts = moves[split][:, o].copy()
+            yield plan, split, o, starts.copy(), counts
+            starts += counts
+
+
+def processes_that_fit(wanted: int, memory_gb: float, largest_shard_bytes: int) -> int:
+    """At most `wanted`. Raises InputError when not even one fits."""
+    needed = 2.2 * largest_shard_bytes  # a shard that is read and one that is written, and orders of rows
+    if needed > memory_gb * 1e9:
+        raise stage.InputError(
+            f"--memory_gb {memory_gb:g} is less than the {stage.gb(needed)} that one process needs for shards of "
+            f"{stage.gb(largest_shard_bytes)}; raise it, lower --shard_gb or capture smaller shards."
+        )
+    return min(wanted, int(memory_gb * 1e9 / needed))
 
 
 def merge_statistics(plan: Plan, n_train: list[int]) -> dict[str, Statistics]:
@@ -174,16 +283,18 @@ def merge_statistics(plan: Plan, n_train: list[int]) -> dict[str, Statistics]:
 
 def main() -> None:
     config = stage.parse_constants(globals())
-    from activation_store import ActivationStore
+    if config.b_pre_start not in ("mean", "median"):
+        raise stage.InputError(f"--b_pre_start {config.b_pre_start} is unknown; write mean or median.")
+    from activation_store import ActivationStore, open_shard
 
     store = ActivationStore(config.input_dir)
     output_dir = Path(config.output_dir)
     scratch_dir = output_dir / ".scattered"
     mean_path = Path(config.mean_filepath) if config.mean_filepath else output_dir / "statistics.safetensors"
-    decides = {name: getattr(config, name) for name in ("batch_size", "validation_fraction", "normalize_eps", "seed")}
+    constants = ("batch_size", "validation_fraction", "normalize_eps", "seed", "b_pre_start", "shard_gb")
+    decides = {name: getattr(config, name) for name in constants}
     decides |= {
         "mean_filepath": config.mean_filepath,
-        "shard_gb": config.shard_gb,
         "activations": [s["sha256"] for s in store.records],
     }
 
@@ -213,9 +324,11 @@ def main() -> None:
         first_validation_sentence,
         config.normalize_eps,
         config.seed,
-        moves,
-        n_outputs,
     )
+    largest = max(*(r["bytes"] for r in store.records), 2 * store.d_model * rows_per_shard)
+    n_jobs = max(len(store.records), sum(n_outputs.values()))
+    n_workers = min(config.num_processes or os.cpu_count() or 1, n_jobs)
+    n_workers = processes_that_fit(n_workers, config.memory_gb, largest)
     n_bytes = 2 * store.d_model * store.n_tokens
     print(
         f"Reading {store.n_tokens:,} activations, {stage.gb(n_bytes)}, from {config.input_dir}; writing as much to "
@@ -231,8 +344,6 @@ def main() -> None:
         stage.require_disk(output_dir, 2 * n_bytes - present)
         scratch_dir.mkdir(exist_ok=True)
         stage.remove_leftovers(scratch_dir)
-        jobs = [(split, o) for split in _SPLITS for o in range(n_outputs[split])]
-        n_workers = min(config.num_processes or os.cpu_count() or 1, max(len(store.records), len(jobs)))
         with (
             stage.Workers(n_workers) as workers,
             stage.progress(total=2 * n_bytes, unit="B", unit_scale=True, desc="shuffle") as bar,
@@ -240,10 +351,16 @@ def main() -> None:
             for i, _ in enumerate(workers.map(scatter_shard, [(plan, i) for i in range(len(store.records))])):
                 bar.update(2 * store.d_model * store.records[i]["n_tokens"])
             records: dict[str, list[dict]] = {"train": [], "validation": []}
-            for job, record in zip(jobs, workers.map(gather_shard, [(plan, *job) for job in jobs]), strict=True):
-                records[job[0]].append(record)
+            for record in workers.map(gather_shard, gather_jobs(plan, moves, n_outputs)):
+                records[record["file"].split("-")[0]].append(record)
                 bar.update(2 * store.d_model * record["n_rows"])
-        write_statistics(mean_path, merge_statistics(plan, n_rows["train"]))
+        totals = merge_statistics(plan, n_rows["train"])
+        b_pre = totals["normalized"].mean
+        if config.b_pre_start == "median":
+            # Shards are in random order: the first rows are a sample.
+            acts = open_shard(output_dir / records["train"][0]["file"], _STAGE).get_slice("acts")[:_MEDIAN_ROWS]
+            b_pre = geometric_median(normalize(acts.double().numpy(), config.normalize_eps))
+        write_statistics(mean_path, totals, b_pre)
         inherited = ("model", "model_dir", "sentences_dir", "site", "layer", "d_model", "dtype", "begin_of_text")
         counts = {split: sum(r["n_rows"] for r in records[split]) for split in _SPLITS}
         stage.write_manifest(
@@ -272,13 +389,14 @@ def main() -> None:
     )
 
 
-def write_statistics(path: Path, statistics: dict[str, Statistics]) -> None:
-    """mean_raw, var_raw, mean_normalized, var_normalized (population variance), each (d_model,) float64; count."""
+def write_statistics(path: Path, statistics: dict[str, Statistics], b_pre: np.ndarray) -> None:
+    """mean_raw, var_raw, mean_normalized, var_normalized (population variance) and b_pre (where the SAE's starts, in
+    normalised space), each (d_model,) float64; count."""
     import torch
 
     from activation_store import write_shard
 
-    tensors = {"count": torch.tensor(statistics["raw"].count)}
+    tensors = {"count": torch.tensor(statistics["raw"].count), "b_pre": torch.from_numpy(b_pre.copy())}
     for name, s in statistics.items():
         tensors[f"mean_{name}"] = torch.from_numpy(s.mean)
         tensors[f"var_{name}"] = torch.from_numpy(s.m2 / s.count)

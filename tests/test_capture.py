@@ -1,7 +1,8 @@
 """Captured activations against `model.activations` of each sentence alone, and the rest of the stage's promises.
 
-Float32 rounds differently in batches of other shapes, so a stored bfloat16 may be its neighbour (one ulp). Shards of
-one and of two processes, and of a killed run that was continued, must be byte-identical: the batches are the same ones.
+Float32 rounds differently in batches of other shapes, so a stored bfloat16 may be its neighbour (one ulp). Shards of a
+killed run that was continued must be byte-identical: the batches are the same ones. So must those of two processes be:
+see test_faults.py.
 
     .venv/bin/python -m pytest tests/test_capture.py
 """
@@ -24,6 +25,7 @@ import capture_activations as capture
 import stage
 from activation_store import ActivationStore
 from llama_3 import load_model, load_tokenizer
+from llama_3.model import Transformer
 
 SITES = ("layers.2.mlp_out", "layers.0.resid_pre", SITE)
 MAX_TOKENS = 30
@@ -159,6 +161,14 @@ def test_num_samples_takes_the_first(options, captured, tmp_path):
     assert few.sentence(9)[1].equal(all_.sentence(9)[1])
 
 
+def test_says_that_fewer_sentences_exist_than_asked_for(options, tmp_path, capsys):
+    call(capture, **options, sites=[SITE], num_samples=46, output_dir=tmp_path / "a")
+    said = capsys.readouterr().out
+    assert "asks for 46 sentences" in said and f"{options['sentences_dir']} has 45" in said
+    call(capture, **options, sites=[SITE], num_samples=45, output_dir=tmp_path / "b")
+    assert "asks for" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("texts", [[""], ["", "a"], ["a", ""], ["a"] + [""] * 40])
 def test_empty_sentences_at_the_edges(tiny_model_dir, tmp_path, texts):
     sentences_dir = write_sentences_to(tmp_path / "sentences", texts)
@@ -188,24 +198,17 @@ def records_of(folder, site=SITE):
     return ActivationStore(folder / site).records  # with sha256
 
 
-def test_two_processes_write_the_same_bytes(options, captured, tmp_path):
-    done = torchrun(2, "capture_activations.py", **options, sites=SITES, output_dir=tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    for site in SITES:
-        assert records_of(tmp_path / "out", site) == records_of(captured, site)
-
-
 def test_interrupted_run_continues(options, captured, tmp_path, monkeypatch):
     calls = []
-    capture_window = capture.capture_window
+    window = capture.Capturer.window
 
     def interrupted(*args):
         calls.append(args)
         if len(calls) == 5:  # two to measure the rate, then two windows
             raise KeyboardInterrupt
-        return capture_window(*args)
+        return window(*args)
 
-    monkeypatch.setattr(capture, "capture_window", interrupted)
+    monkeypatch.setattr(capture.Capturer, "window", interrupted)
     with pytest.raises(SystemExit) as exit_:
         call(capture, **options, sites=SITES, output_dir=tmp_path / "out")
     assert exit_.value.code == 130
@@ -214,7 +217,7 @@ def test_interrupted_run_continues(options, captured, tmp_path, monkeypatch):
     first = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / SITE).glob("acts-00000-*")}
     assert first
 
-    monkeypatch.setattr(capture, "capture_window", lambda *args: calls.append(args) or capture_window(*args))
+    monkeypatch.setattr(capture.Capturer, "window", lambda *args: calls.append(args) or window(*args))
     calls.clear()
     call(capture, **options, sites=SITES, output_dir=tmp_path / "out")
     assert len(calls) == 3  # two to measure the rate, then the last window
@@ -245,6 +248,75 @@ def test_a_lost_window_is_captured_again(options, captured, tmp_path):
     assert records_of(out) == records_of(captured)
 
 
+@pytest.mark.parametrize("damage", ["gone", "truncated"])
+def test_a_noted_window_whose_shard_is_lost_is_captured_again(options, captured, tmp_path, monkeypatch, damage):
+    """What a careless `rm`, or a crash of the machine, leaves of an unfinished run."""
+    out = tmp_path / "out"
+    write_manifest = stage.write_manifest
+
+    def interrupted(folder, name, complete, **fields):
+        if complete:
+            raise KeyboardInterrupt
+        return write_manifest(folder, name, complete, **fields)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(stage, "write_manifest", interrupted)
+        call(capture, **options, sites=[SITE], output_dir=out)
+    shard = out / SITE / "acts-00001-01.safetensors"
+    shard.unlink() if damage == "gone" else shard.write_bytes(shard.read_bytes()[:-1])
+    call(capture, **options, sites=[SITE], output_dir=out)
+    assert records_of(out) == records_of(captured)
+    assert all(stage.sha256(out / SITE / r["file"]) == r["sha256"] for r in records_of(out))
+
+
+def test_killed_between_the_manifest_and_the_tidying_up(options, captured, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(capture, "remove_notes", lambda folder: None)  # killed right before
+        call(capture, **options, sites=[SITE], output_dir=out)
+    assert list((out / SITE).glob("window-*"))
+    call(capture, **options, sites=[SITE], output_dir=out)
+    assert not list((out / SITE).glob("window-*")) and records_of(out) == records_of(captured)
+
+
+# ---- memory of a GPU
+
+
+def small_memory(monkeypatch, n_tokens):
+    """A device whose memory holds batches of n_tokens; returns the sizes of the batches that were tried."""
+    tried = []
+    activations = Transformer.activations
+
+    def limited(model, tokens, sites):
+        tried.append(tokens.numel())
+        if tokens.numel() > n_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return activations(model, tokens, sites)
+
+    monkeypatch.setattr(Transformer, "activations", limited)
+    return tried
+
+
+def test_a_batch_that_does_not_fit_the_gpu_is_halved(options, tiny_model_dir, token_ids, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        tried = small_memory(patch, 60)
+        call(capture, **options, sites=SITES, output_dir=tmp_path / "out")
+    assert max(tried) > 120 and sum(n > 60 for n in tried) <= 3  # it halves what follows too, and does not try again
+    assert "A batch did not fit the GPU's memory" in capsys.readouterr().out
+    model = load_model(tiny_model_dir)
+    for site in SITES:
+        store = ActivationStore(tmp_path / "out" / site)
+        for i, ids in enumerate(token_ids):
+            if ids:
+                assert_within_an_ulp(store.sentence(i)[0], model.activations(torch.tensor([ids]), site)[0])
+
+
+def test_a_sentence_that_does_not_fit_the_gpu_is_an_error(options, tmp_path, monkeypatch, capsys):
+    small_memory(monkeypatch, MAX_TOKENS - 1)
+    said = refusal(capsys, capture, **options, sites=[SITE], output_dir=tmp_path / "out")
+    assert f"{MAX_TOKENS} tokens does not fit" in said and "--max_tokens" in said
+
+
 def test_killed_while_writing_a_shard(options, captured, tmp_path):
     source = """
         import os, signal, stage
@@ -270,8 +342,9 @@ def test_killed_while_writing_a_shard(options, captured, tmp_path):
     assert records_of(tmp_path / "out") == records_of(captured)
 
 
-def test_half_files_of_a_killed_run_go(options, tmp_path):
-    half = tmp_path / "out" / SITE / ".acts-00001-01.safetensors.12345.tmp"
+@pytest.mark.parametrize("name", [".acts-00001-01.safetensors.12345.tmp", ".tmpxQNfXG"])  # ours, safetensors' own
+def test_half_files_of_a_killed_run_go(options, tmp_path, name):
+    half = tmp_path / "out" / SITE / name
     half.parent.mkdir(parents=True)
     half.write_bytes(b"half")
     call(capture, **options, sites=[SITE], output_dir=tmp_path / "out")
@@ -300,8 +373,8 @@ def test_killed_between_the_manifests_of_two_sites(options, captured, tmp_path, 
     ActivationStore(tmp_path / "out" / SITES[0])  # whole
 
     calls = []
-    capture_window = capture.capture_window
-    monkeypatch.setattr(capture, "capture_window", lambda *args: calls.append(args) or capture_window(*args))
+    window = capture.Capturer.window
+    monkeypatch.setattr(capture.Capturer, "window", lambda *args: calls.append(args) or window(*args))
     call(capture, **options, sites=SITES, output_dir=tmp_path / "out")
     for site in SITES:
         assert records_of(tmp_path / "out", site) == records_of(captured, site)
@@ -393,6 +466,7 @@ def test_nan_names_the_sentence(options, tiny_model_dir, tmp_path, capsys, where
     said = refusal(capsys, capture, **options | changed, output_dir=tmp_path / "out")
     token = len(load_tokenizer(model_dir).encode("the #")) - 1
     assert f"sentence {where}, token {token}" in said and site in said
+    assert ("of a sample" if where < 64 else "of acts-00004") in said
     with pytest.raises(stage.InputError):
         ActivationStore(tmp_path / "out" / site)
 

@@ -6,6 +6,7 @@ Also: the split by sentence, any number of processes, the same bytes after an in
 """
 
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -22,7 +23,16 @@ from safetensors.torch import load_file
 
 import sae_preprocessing
 import stage
-from sae_preprocessing import Statistics, plan_moves, shard_sizes
+from llama_3 import load_model
+from sae_preprocessing import (
+    Statistics,
+    consecutive_groups,
+    geometric_median,
+    hypergeometric,
+    plan_moves,
+    processes_that_fit,
+    shard_sizes,
+)
 
 D = 6
 BATCH = 16
@@ -187,31 +197,73 @@ def counts_and_capacities(draw):
     return n_rows, [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-@given(counts_and_capacities(), st.integers(0, 1000))
-@example(([0, 0], [0]), 0)
-def test_plan_moves_fills_every_shard_from_every_shard(case, seed):
+@given(counts_and_capacities(), st.integers(0, 1000), st.sampled_from([10**6, 30]))
+@example(([0, 0], [0]), 0, 30)
+def test_plan_moves_fills_every_shard_from_every_shard(case, seed, most):
     n_rows, capacities = case
-    moves = plan_moves(n_rows, capacities, (seed, 0))
+    moves = plan_moves(n_rows, capacities, (seed, 0), most)
     assert moves.shape == (len(n_rows), len(capacities)) and (moves >= 0).all()
     assert moves.sum(1).tolist() == n_rows
     assert moves.sum(0).tolist() == capacities
-    assert (moves == plan_moves(n_rows, capacities, (seed, 0))).all()
+    assert (moves == plan_moves(n_rows, capacities, (seed, 0), most)).all()
 
 
-def test_plan_moves_has_the_mean_and_spread_of_a_uniform_order():
-    n_rows, capacities = [30, 50, 20], [60, 40]
-    draws = np.stack([plan_moves(n_rows, capacities, (seed, 0)) for seed in range(400)])
+@pytest.mark.parametrize("most", [100, 60, 1])  # at once; groups of one or two shards; each shard a group
+def test_plan_moves_has_the_mean_and_spread_of_a_uniform_order(most):
+    n_rows, capacities = [30, 10, 40, 20], [45, 15, 40]
+    draws = np.stack([plan_moves(n_rows, capacities, (seed, 0), most) for seed in range(400)])
     total = sum(n_rows)
     for i, n in enumerate(n_rows):
         for o, c in enumerate(capacities):
             variance = n * (c / total) * (1 - c / total) * (total - n) / (total - 1)  # hypergeometric
             assert abs(draws[:, i, o].mean() - n * c / total) < 5 * (variance / 400) ** 0.5
             assert 0.7 < draws[:, i, o].var() / variance < 1.4
+    # Two cells of a row: the covariance is negative, and known.
+    covariance = -30 * (45 / total) * (15 / total) * (total - 30) / (total - 1)
+    assert abs(np.cov(draws[:, 0, 0], draws[:, 0, 1])[0, 1] / covariance - 1) < 0.5
 
 
-def test_plan_moves_refuses_more_rows_than_numpy_can_draw():
-    with pytest.raises(stage.InputError, match="more than the 10"):
-        plan_moves([6 * 10**8] * 2, [4 * 10**8] * 3, (0, 0))
+@pytest.mark.parametrize(("n_shards", "rows"), [(40, 17_500_000), (100, 10**8)])  # 7 x 10^8 and 10^10 rows
+def test_plan_moves_of_many_rows(n_shards, rows):
+    """Beyond numpy's 10^9; Pearson's statistic of the table is chi-squared with (n - 1)^2 degrees of freedom."""
+    moves = plan_moves([rows] * n_shards, [rows] * n_shards, (3, 0))
+    assert (moves.sum(0) == rows).all() and (moves.sum(1) == rows).all()
+    expected = rows / n_shards
+    freedom = (n_shards - 1) ** 2
+    assert abs(((moves - expected) ** 2 / expected).sum() - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize(("good", "bad", "n"), [(7, 9, 6), (3, 40, 30), (5, 2, 6)])
+def test_hypergeometric_has_the_probabilities_of_the_textbook(good, bad, n):
+    rng = np.random.default_rng(0)
+    found = np.bincount([hypergeometric(rng, good, bad, n) for _ in range(4000)], minlength=n + 1)
+    expected = np.array([math.comb(good, k) * math.comb(bad, n - k) / math.comb(good + bad, n) for k in range(n + 1)])
+    assert found[expected == 0].sum() == 0
+    deviation = (found - 4000 * expected) / np.sqrt(4000 * expected * (1 - expected) + 1e-9)
+    assert np.abs(deviation).max() < 4.5
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "n", "k"), [(0, 5, 3, 0), (5, 0, 3, 3), (5, 5, 0, 0), (5, 5, 10, 5), (10**10, 0, 10**9, 10**9)]
+)
+def test_hypergeometric_without_a_choice(good, bad, n, k):
+    assert hypergeometric(np.random.default_rng(0), good, bad, n) == k
+
+
+def test_hypergeometric_of_large_numbers():
+    good, bad, n = 3 * 10**9, 7 * 10**9, 5 * 10**8
+    rng = np.random.default_rng(1)
+    z = np.array([hypergeometric(rng, good, bad, n) for _ in range(100)], dtype=float) - n * 0.3
+    z /= (n * 0.3 * 0.7 * (good + bad - n) / (good + bad - 1)) ** 0.5
+    assert abs(z.mean()) < 5 / 100**0.5 and 0.5 < z.var() < 1.8 and np.abs(z).max() < 5
+
+
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=12), st.integers(1, 40))
+def test_groups_are_consecutive_and_small(sizes, most):
+    groups = consecutive_groups(np.array(sizes), most)
+    assert [i for group in groups for i in range(len(sizes))[group]] == list(range(len(sizes)))
+    for group in groups:
+        assert len(sizes[group]) == 1 or sum(sizes[group]) <= most
 
 
 @given(st.integers(0, 500), st.integers(1, 20), st.integers(1, 5), st.booleans())
@@ -235,10 +287,72 @@ def test_statistics_equal_numpy(batches):
     got = load_file(batches / manifest["statistics"])
     assert got["count"].item() == len(x)
     expected = {"mean_raw": x.mean(0), "var_raw": x.var(0), "mean_normalized": z.mean(0), "var_normalized": z.var(0)}
-    assert got.keys() == {"count", *expected}
+    assert got.keys() == {"count", "b_pre", *expected}
+    assert got["b_pre"].equal(got["mean_normalized"])
     for name, value in expected.items():
         assert got[name].dtype == torch.float64
         np.testing.assert_allclose(got[name].numpy(), value, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_statistics_of_real_activations_equal_numpy(tmp_path):
+    """The embedded Llama's activations: means far from 0 beside small spreads, unlike random numbers."""
+    model = load_model()
+    tokens = torch.arange(3000).view(30, 100)
+    acts = dict(enumerate(model.activations(tokens, "layers.6.resid_pre").to(torch.bfloat16)))
+    write_store(tmp_path / "in", acts, [0, 10, 20], 30)
+    options = {"batch_size": 100, "validation_fraction": 0.0, "num_processes": 1}
+    run_script(sae_preprocessing, input_dir=tmp_path / "in", output_dir=tmp_path / "out", **options)
+    got = load_file(tmp_path / "out" / "statistics.safetensors")
+    x = torch.cat(list(acts.values())).double().numpy()
+    assert (np.abs(x.mean(0)) / x.std(0)).max() > 1  # the data has what this is about
+    np.testing.assert_allclose(got["mean_raw"], x.mean(0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(got["var_raw"], x.var(0), rtol=1e-9)
+    z = (x - x.mean(1, keepdims=True)) / (x.std(1, ddof=1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(got["mean_normalized"], z.mean(0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(got["var_normalized"], z.var(0), rtol=1e-9)
+
+
+def sum_of_distances(x, point) -> float:
+    return float(np.sqrt(((x - point) ** 2).sum(1)).sum())
+
+
+def test_geometric_median_has_the_least_sum_of_distances():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((400, 3))
+    x[:80] += 30  # outliers, which draw the mean
+    found = geometric_median(x)
+    # Convex: where the gradient, the sum of unit vectors towards the rows, is zero lies the least sum.
+    towards = (x - found) / np.linalg.norm(x - found, axis=1, keepdims=True)
+    assert np.linalg.norm(towards.sum(0)) < 1e-5
+    assert np.linalg.norm(found - x.mean(0)) > 3
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        ([[2.0, 3.0]], [2.0, 3.0]),
+        ([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]], [0.0, 0.0]),  # more than half in one place
+        ([[-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0], [0.0, 0.0]], [0.0, 0.0]),  # it starts on a row
+    ],
+)
+def test_geometric_median_of_a_few_points(x, expected):
+    np.testing.assert_allclose(geometric_median(np.array(x)), expected, atol=1e-6)
+
+
+def test_b_pre_may_start_at_the_geometric_median(store, tmp_path):
+    run_script(sae_preprocessing, input_dir=store, output_dir=tmp_path / "out", **OPTIONS, b_pre_start="median")
+    got = load_file(tmp_path / "out" / "statistics.safetensors")
+    x = load_file(tmp_path / "out" / "train-00000.safetensors")["acts"].double().numpy()
+    z = (x - x.mean(1, keepdims=True)) / (x.std(1, ddof=1, keepdims=True) + 1e-5)
+    for moved in np.eye(D) * 1e-3:
+        for sign in (-1, 1):
+            assert sum_of_distances(z, got["b_pre"].numpy()) < sum_of_distances(z, got["b_pre"].numpy() + sign * moved)
+    assert not got["b_pre"].equal(got["mean_normalized"])
+
+
+def test_an_unknown_start_of_b_pre_is_refused(store, tmp_path, capsys):
+    said = refusal(sae_preprocessing, capsys, input_dir=store, output_dir=tmp_path / "out", b_pre_start="mode")
+    assert "--b_pre_start mode is unknown" in said and not (tmp_path / "out").exists()
 
 
 def test_statistics_go_where_mean_filepath_says(store, batches, tmp_path):
@@ -261,6 +375,21 @@ def test_statistics_of_parts_merge_to_those_of_the_whole(parts, offset, seed):
     if len(x):
         np.testing.assert_allclose(merged.mean, x.mean(0), rtol=1e-12)
         np.testing.assert_allclose(merged.m2, ((x - x.mean(0)) ** 2).sum(0), rtol=1e-9, atol=1e-12)
+
+
+# ---- memory
+
+
+def test_processes_that_fit():
+    assert processes_that_fit(8, 22.0, 10**9) == 8 and processes_that_fit(8, 5.0, 10**9) == 2
+    with pytest.raises(stage.InputError, match="--memory_gb 2 is less than the 2.20 GB"):
+        processes_that_fit(1, 2.0, 10**9)
+
+
+def test_too_little_memory_is_refused(store, tmp_path, capsys):
+    options = OPTIONS | {"memory_gb": 1e-6}
+    said = refusal(sae_preprocessing, capsys, input_dir=store, output_dir=tmp_path / "out", **options)
+    assert "--memory_gb 1e-06 is less than" in said and not (tmp_path / "out").exists()
 
 
 # ---- interruption
@@ -436,6 +565,22 @@ def test_truncated_shard(own_store, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-10])
     said = said_and_wrote_nothing(capsys, own_store, tmp_path / "out")
     assert f"{path} has {path.stat().st_size} bytes instead of" in said
+
+
+def test_a_shard_of_another_run(own_store, tmp_path, capsys):
+    """The same names and sizes, other activations."""
+    write_store(tmp_path / "other", {i: x * 2 for i, x in sentences().items()}, SHARD_STARTS, N_SENTENCES)
+    path = own_store / "acts-00001-00.safetensors"
+    path.write_bytes((tmp_path / "other" / path.name).read_bytes())
+    said = said_and_wrote_nothing(capsys, own_store, tmp_path / "out")
+    assert f"{path} is altered, or of another run" in said
+
+
+def test_a_manifest_of_another_width(own_store, tmp_path, capsys):
+    manifest = json.loads((own_store / "manifest.json").read_text())
+    (own_store / "manifest.json").write_text(json.dumps(manifest | {"d_model": D + 1}))
+    said = said_and_wrote_nothing(capsys, own_store, tmp_path / "out")
+    assert f"the manifest says ({manifest['shards'][0]['n_tokens']}, {D + 1})" in said
 
 
 def test_missing_shard(own_store, tmp_path, capsys):

@@ -448,3 +448,80 @@ def test_missing_and_truncated_shards_are_refused_by_name(tmp_path):
     (tmp_path / "s-1.bin").unlink()
     with pytest.raises(InputError, match=f"{tmp_path}/s-1.bin is missing; run a.py again"):
         stage.check_files(tmp_path, shards, "a.py")
+
+
+@pytest.fixture
+def shards(tmp_path) -> list[dict]:
+    records = []
+    for i in range(3):
+        path = tmp_path / f"s-{i}.bin"
+        path.write_bytes(bytes([i]) * 1000)
+        records.append({"file": path.name, "bytes": 1000, "sha256": stage.sha256(path)})
+    return records
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "another shard", "gone"])
+def test_an_altered_shard_is_refused_by_name(tmp_path, shards, damage):
+    path = tmp_path / "s-1.bin"
+    content = {"a flipped bit": bytes([1]) * 999 + b"\0", "another shard": (tmp_path / "s-2.bin").read_bytes()}
+    path.unlink() if damage == "gone" else path.write_bytes(content[damage])
+    stage.check_sum(tmp_path, shards[0], "a.py")
+    expected = "cannot be read" if damage == "gone" else "is altered, or of another run"
+    with pytest.raises(InputError, match=f"{path} {expected}.*run a.py again"):
+        stage.check_sum(tmp_path, shards[1], "a.py")
+
+
+def test_verifying_lets_the_caller_work_and_tells_when_asked(tmp_path, shards):
+    with stage.verifying(tmp_path, shards, "a.py") as verified:
+        verified()
+    (tmp_path / "s-2.bin").write_bytes(bytes(1000))
+    worked = []
+    with (
+        pytest.raises(InputError, match=r"s-2\.bin is altered"),
+        stage.verifying(tmp_path, shards, "a.py") as verified,
+    ):
+        worked.append(1)
+        verified()
+    assert worked
+
+
+def test_verifying_does_not_hold_up_an_error(tmp_path, shards, monkeypatch):
+    """What is left to be read is left: a terabyte may wait."""
+    seen = []
+    monkeypatch.setattr(stage, "check_sum", lambda *args: seen.append(args) or time.sleep(0.1))
+    with pytest.raises(KeyError), stage.verifying(tmp_path, shards * 100, "a.py"):
+        raise KeyError
+    assert len(seen) <= 2
+
+
+def test_ahead_keeps_order_and_is_bounded():
+    begun = []
+
+    def work(item):
+        begun.append(item)
+        time.sleep(0.001 * (item % 3))
+        return item * 2
+
+    found = []
+    for value in stage.ahead(work, range(50), 4):
+        found.append(value)
+        assert len(begun) <= len(found) + 5  # 4 ahead, and the one that is handed out
+    assert found == [2 * i for i in range(50)]
+
+
+def test_ahead_raises_where_the_result_is_read():
+    def work(item):
+        if item == 3:
+            raise InputError("Bad item 3.")
+        return item
+
+    results = stage.ahead(work, range(10), 2)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(InputError, match="Bad item 3"):
+        next(results)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file/out cannot be written to"), stage.locked(tmp_path / "file" / "out"):
+        pass

@@ -1,0 +1,340 @@
+"""Capture: tokens/s, bytes and files of capture_activations.py against two other ways, in one run.
+
+Reads   the embedded tiny Llama, and the documentation on this machine (made into sentences once), or INPUT_PATH
+Writes  DATA_DIR; prints two rows of a markdown table for each model
+Method  three ways over the same sentences and weights, to the same site:
+        ours: what the script does with a window: tokenise in threads, batches of similar length, stop at the site,
+        write shards with checksums, synced to the disk;
+        the original's way, from its description, with this project's Llama: random batches of 32 padded to the
+        longest, the whole forward with key/value cache and output layer, one file a sentence, not synced;
+        transformers: LlamaForCausalLM hooked at the same place, the same random batches, no cache, nothing written.
+        Tokenising counts in each. One of each in turn, REPEATS times; medians. The second model has random weights of
+        Llama 3.2's SHAPE with every width divided by SHRINK. Run it alone on the machine
+Cost    8 minutes on two cores, and half a minute more the first time
+
+    python benchmarks/capture.py
+    python benchmarks/capture.py --input_path real_text.parquet
+    python benchmarks/capture.py --shape 3B --shrink 1 --dtypes bfloat16 --num_samples_larger 20000   # on a GPU
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import stage
+
+DATA_DIR = "data/benchmark_capture"  # folder for documents, sentences, models and activations
+INPUT_PATH: str | None = None  # documents to use instead, as openwebtext_sentences_dataset.py reads them
+NUM_SAMPLES = 1000  # sentences for the tiny Llama
+NUM_SAMPLES_LARGER = 200  # sentences for the larger model
+SHAPE = "1B"  # of the larger model: Llama 3.2 1B's or 3B's
+SHRINK = 4  # what its widths are divided by; 1 is the real shape, for a GPU
+BATCH_TOKENS = 0  # of ours; 0: 1024 on a CPU, the script's default on a GPU
+DTYPES = ("float32", "bfloat16")  # of the computation
+REPEATS = 5  # runs of each way
+
+_TINY_DIR = stage.PROJECT_DIR / "llama_3" / "tiny_llama"
+_ORIGINAL_BATCH = 32  # sentences
+_MAX_TOKENS = 192
+# Llama 3.2's shapes (https://github.com/meta-llama/llama-models) and a site at the published share of the depth. The
+# vocabulary is the embedded tokenizer's: the output layer's share of the work is smaller than in the real model, to the
+# advantage of the other ways.
+_COMMON = {"multiple_of": 64, "norm_eps": 1e-5, "rope_theta": 500000.0}
+_SHAPES = {
+    "1B": ({"dim": 2048, "n_heads": 32, "n_kv_heads": 8}, {"n_layers": 16, "ffn_dim_multiplier": 1.5}, 12),
+    "3B": ({"dim": 3072, "n_heads": 24, "n_kv_heads": 8}, {"n_layers": 28, "ffn_dim_multiplier": 1.0}, 22),
+}
+
+
+def make_sentences(folder: Path, input_path: str | None) -> Path:
+    """Documents and sentences by the scripts themselves; nothing when they are there."""
+    run = lambda script, *flags: subprocess.run(
+        [sys.executable, stage.PROJECT_DIR / script, *map(str, flags)], check=True, stdout=subprocess.DEVNULL
+    )
+    name = Path(input_path).stem if input_path else "documentation"
+    if not input_path:
+        run("documentation_corpus.py", "--output_dir", folder / "documents", "--max_mb", 6)
+        input_path = folder / "documents"
+    flags = ("--input_path", input_path, "--output_dir", folder / name, "--punkt", "corpus", "--punkt_train_mb", 1)
+    run("openwebtext_sentences_dataset.py", *flags)
+    return folder / name
+
+
+def make_larger_model(folder: Path, shape: str, shrink: int) -> Path:
+    """A checkpoint in Meta's format with random weights and the embedded tokenizer; nothing when it is there."""
+    import torch
+
+    from llama_3.loading import read_params
+    from llama_3.model import Transformer
+
+    if (folder / "consolidated.00.pth").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab_size = json.loads((_TINY_DIR / "params.json").read_text())["vocab_size"]
+    widths, depth, _ = _SHAPES[shape]
+    params = _COMMON | depth | {name: width // shrink for name, width in widths.items()} | {"vocab_size": vocab_size}
+    stage.write_json(folder / "params.json", params)
+    shutil.copy(_TINY_DIR / "tokenizer.model", folder)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Transformer(read_params(str(folder))).state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, shape in shapes.items():
+        weight = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        state[name] = weight.to(torch.bfloat16)
+    with stage.atomic_path(folder / "consolidated.00.pth") as temporary:
+        torch.save(state, temporary)
+    return folder
+
+
+def as_transformers(model_dir: Path, dtype, device):
+    """The same weights in transformers' Llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llama_3 import load_model
+    from llama_3.loading import HF_NAMES
+
+    model = load_model(str(model_dir), "cpu", dtype)
+    args = model.args
+    config = LlamaConfig(
+        hidden_size=args.dim,
+        intermediate_size=args.hidden_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        vocab_size=args.vocab_size,
+        rms_norm_eps=args.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
+        tie_word_embeddings=False,
+    )
+    state, ours = {}, model.state_dict()
+    peer = LlamaForCausalLM(config).to(dtype)
+    for name in peer.state_dict():
+        short = name.removeprefix("model.").removesuffix(".weight")
+        if short.startswith("layers."):
+            _, layer, rest = short.split(".", 2)
+            tensor = ours[f"layers.{layer}.{HF_NAMES[rest]}.weight"]
+        else:
+            tensor = ours[f"{HF_NAMES[short]}.weight"]
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # Meta rotates neighbours, Hugging Face halves
+            tensor = tensor.unflatten(0, (-1, args.head_dim // 2, 2)).transpose(1, 2).reshape(tensor.shape)
+        state[name] = tensor
+    peer.load_state_dict(state, strict=True)
+    return peer.requires_grad_(False).eval().to(device)
+
+
+def padded(token_ids: list[list[int]], device):
+    import torch
+
+    tokens = torch.zeros(len(token_ids), max(map(len, token_ids)), dtype=torch.long)
+    for row, ids in enumerate(token_ids):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+    return tokens.to(device)
+
+
+def random_batches(sentences, tokenizer):
+    """The sentences' tokens, 32 at a time, as they come in the seeded (random) order."""
+    for start in range(0, len(sentences), _ORIGINAL_BATCH):
+        texts = [sentences[i] for i in range(start, min(start + _ORIGINAL_BATCH, len(sentences)))]
+        yield [ids for ids in (tokenizer.encode(text)[:_MAX_TOKENS] for text in texts) if ids]
+
+
+def original(model, tokenizer, sentences, site: str, folder: Path) -> None:
+    import torch
+
+    captured: list = []
+
+    def record(x):
+        captured.append(x)
+        return x
+
+    n = 0
+    for batch in random_batches(sentences, tokenizer):
+        captured.clear()
+        tokens = padded(batch, model.device)
+        with model.intervene(site, record):
+            model(tokens, cache=model.new_cache(*tokens.shape))
+        x = captured[0].to(torch.bfloat16).cpu()
+        for row, ids in enumerate(batch):
+            torch.save(x[row, : len(ids)].clone(), folder / f"{n:06d}.pt")
+            n += 1
+
+
+def check_same(model, peer, tokenizer, sentences, layer: int) -> None:
+    """Both models compute the same, or the comparison is worth nothing."""
+    import torch
+
+    captured: list = []
+    hook = peer.model.layers[layer].input_layernorm.register_forward_hook(lambda m, args, out: captured.append(out))
+    tokens = torch.tensor([next(ids for ids in map(tokenizer.encode, sentences) if len(ids) > 8)], device=model.device)
+    peer(tokens)
+    hook.remove()
+    mine = model.activations(tokens, f"layers.{layer}.attention_norm")
+    error = (mine - captured[0]).float().norm() / mine.float().norm()
+    if not error < (1e-4 if model.dtype == torch.float32 else 0.05):
+        raise stage.InputError(f"transformers' activations differ by {error:.2g} of their norm; mend the benchmark.")
+
+
+def hooked_transformers(peer, tokenizer, sentences, layer: int) -> int:
+    """Returns the number of activations."""
+    import torch
+
+    captured: list = []
+    hook = peer.model.layers[layer].input_layernorm.register_forward_hook(lambda m, args, out: captured.append(out))
+    n = 0
+    for batch in random_batches(sentences, tokenizer):
+        captured.clear()
+        tokens = padded(batch, peer.device)
+        mask = torch.arange(tokens.shape[1])[None] < torch.tensor([len(ids) for ids in batch])[:, None]
+        peer(tokens, attention_mask=mask.to(tokens.device), use_cache=False)
+        x = captured[0].to(torch.bfloat16).cpu()
+        n += sum(len(x[row, : len(ids)]) for row, ids in enumerate(batch))
+    hook.remove()
+    return n
+
+
+def ours(capturer, tokenizer, sentences, folder: Path, window_sentences: int, shard_gb: float) -> None:
+    """The stage's own loop."""
+    import capture_activations as capture
+
+    starts = range(0, len(sentences), window_sentences)
+    read = lambda number: capture.read_window(
+        sentences,
+        tokenizer,
+        number,
+        range(starts[number], min(starts[number] + window_sentences, len(sentences))),
+        _MAX_TOKENS,
+    )
+    windows = stage.ahead(read, range(len(starts)), capture._READERS)
+    with stage.progress(total=len(sentences), disable=True) as bar:
+        capture.capture_windows(capturer, windows, folder, int(shard_gb * 1e9), bar)
+
+
+def disk_of(folder: Path) -> tuple[int, int]:
+    """Bytes and files. Of ours also a note per window, whose place in the end a line in the manifest takes."""
+    files = [f for f in folder.rglob("*") if f.is_file()]
+    return sum(f.stat().st_size for f in files), len(files)
+
+
+def padding(sentences, tokenizer, n_sentences: int, batch_tokens: int) -> tuple[float, float]:
+    """Padding over real tokens: of ours in one window, and of random batches of 32."""
+    import capture_activations as capture
+
+    window = capture.read_window(sentences, tokenizer, 0, range(min(n_sentences, len(sentences.order))), _MAX_TOKENS)
+    lengths = list(map(len, window.token_ids))
+    share = lambda batches: sum(len(b) * max(lengths[i] for i in b) for b in batches) / sum(lengths) - 1
+    in_order = list(range(len(lengths)))
+    random = [in_order[i : i + _ORIGINAL_BATCH] for i in range(0, len(lengths), _ORIGINAL_BATCH)]
+    return share(capture.make_batches(lengths, batch_tokens)), share(random)
+
+
+def flops_per_token(args, layer: int) -> float:
+    """Of the products with weights up to attention_norm of `layer`; attention's own are under 1 % at 27 tokens."""
+    attention = args.dim * args.head_dim * (2 * args.n_heads + 2 * args.n_kv_heads)
+    return 2.0 * layer * (attention + 3 * args.dim * args.hidden_dim)
+
+
+def compare(title: str, model_dir: Path, sentences, layer: int, dtype: str, config, folder: Path) -> str:
+    """A row of the table."""
+    import torch
+
+    import capture_activations as capture
+    from llama_3 import load_model, load_tokenizer
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    site = f"layers.{layer}.attention_norm"
+    batch_tokens = config.batch_tokens or (capture.BATCH_TOKENS if on_gpu else 1024)
+    tokenizer = load_tokenizer(str(model_dir))
+    plain = load_model(str(model_dir), "cpu", getattr(torch, dtype)).to(device)
+    packed = load_model(str(model_dir), "cpu", getattr(torch, dtype), packed=not on_gpu).to(device)
+    peer = as_transformers(model_dir, getattr(torch, dtype), device)
+    check_same(packed, peer, tokenizer, sentences, layer)
+    seconds: dict[str, list[float]] = {"ours": [], "original": [], "transformers": []}
+    for round_ in stage.progress(range(-1, config.repeats), unit="round", desc=f"{title}, {dtype}"):
+        for way in seconds:
+            out = folder / way
+            shutil.rmtree(out, ignore_errors=True)
+            (out / site).mkdir(parents=True)
+            started = time.perf_counter()
+            if way == "ours":
+                capturer = capture.Capturer(packed, [site], batch_tokens, None)
+                ours(capturer, tokenizer, sentences, out, capture.WINDOW_SENTENCES, capture.SHARD_GB)
+            elif way == "original":
+                original(plain, tokenizer, sentences, site, out / site)
+            else:
+                n_tokens = hooked_transformers(peer, tokenizer, sentences, layer)
+            if round_ >= 0:  # the first round warms up
+                seconds[way].append(time.perf_counter() - started)
+    rates = {way: n_tokens / statistics.median(times) for way, times in seconds.items()}
+    spread = max(max(times) / min(times) for times in seconds.values())
+    disk = {way: [x / n_tokens * 1e6 for x in disk_of(folder / way)] for way in ("ours", "original")}
+    mfu = ""
+    if on_gpu and dtype == "bfloat16":
+        peak = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # dense, as NVIDIA's data sheets say
+        name = torch.cuda.get_device_name()
+        known = next((flops for key, flops in peak.items() if key in name), None)
+        if known:
+            mfu = f", {flops_per_token(plain.args, layer) * rates['ours'] / known:.0%} of {name}'s FLOPs"
+    return (
+        f"| {title}, {site}, {dtype} | {rates['ours']:,.0f} | {rates['original']:,.0f} | {rates['transformers']:,.0f} "
+        f"| {rates['ours'] / rates['original']:.1f} x, {rates['ours'] / rates['transformers']:.1f} x "
+        f"| {stage.gb(disk['ours'][0])} in {disk['ours'][1]:,.0f} | {stage.gb(disk['original'][0])} in "
+        f"{disk['original'][1]:,.0f} | {len(sentences):,} sentences, {n_tokens:,} tokens, slowest / fastest run "
+        f"{spread:.2f}{mfu} |"
+    )
+
+
+def main() -> None:
+    config = stage.parse_constants(globals())
+    if config.shape not in _SHAPES:
+        raise stage.InputError(f"--shape {config.shape} is unknown; write {' or '.join(_SHAPES)}.")
+    folder = Path(config.data_dir)
+    sentences_dir = make_sentences(folder, config.input_path)
+    import torch
+
+    from llama_3 import load_tokenizer
+    from openwebtext_sentences_dataset import SentenceDataset
+
+    larger = make_larger_model(
+        folder / f"llama_3.2-{config.shape}_widths_over_{config.shrink}", config.shape, config.shrink
+    )
+    title = f"Llama 3.2 {config.shape}'s shape, widths / {config.shrink}, random"
+    cases = [
+        ("tiny Llama", _TINY_DIR, 6, config.num_samples),
+        (title, larger, _SHAPES[config.shape][2], config.num_samples_larger),
+    ]
+    print(f"{os.cpu_count()} cores, {processor()}, {torch.get_num_threads()} threads", flush=True)
+    print(
+        "| model, site, dtype | ours, tokens/s | original's way | transformers | ours / original, / transformers "
+        "| ours: bytes in files per million tokens | original | |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    with torch.inference_mode():
+        for title, model_dir, layer, n in cases:
+            sentences = SentenceDataset(sentences_dir, n)
+            for dtype in config.dtypes:
+                print(compare(title, model_dir, sentences, layer, dtype, config, folder), flush=True)
+    tokenizer, sentences = load_tokenizer(str(_TINY_DIR)), SentenceDataset(sentences_dir)
+    for batch_tokens in (1024, 4096, 16384):
+        own, random = padding(sentences, tokenizer, 16_384, batch_tokens)
+        print(
+            f"Padding over real tokens in a window of 16,384 sentences, batches of {batch_tokens}: {own:.1%}; in "
+            f"random batches of {_ORIGINAL_BATCH}: {random:.0%}."
+        )
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    stage.run(main)
