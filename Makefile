@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 SHELL := bash
 
-.PHONY: install demo test lint format lock tiny reference
+.PHONY: install demo test faults lint format lock tiny reference
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,12 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+
+# Kills every data stage and the training again and again, and compares with what an unbroken run leaves: half an hour.
+faults: install
+	FAULT_KILLS=10 $(BIN)/python -m pytest tests/test_faults.py
+	SENTENCES_KILLS=12 $(BIN)/python -m pytest tests/test_sentences.py -k killed
+	KILLS=30 $(BIN)/python -m pytest tests/test_sae_parallel.py -k random
 
 lint: install
 	$(BIN)/ruff check .

@@ -183,6 +183,7 @@ def find_top(store, sae, mine: list[int], config, partial: Callable[[Any], Path]
     for position, i in enumerate(mine):
         if position < found.n_shards:
             continue
+        store.verify(i)
         shard = store.shard(i)
         lengths = shard.offsets.diff()
         entries = encode_entries(sae, shard.acts, config.encode_tokens)

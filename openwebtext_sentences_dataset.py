@@ -24,11 +24,9 @@ import hashlib
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import socket
-import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -273,7 +271,6 @@ def as_text(document: bytes) -> str:
 
 def count_documents(files: list[Path]) -> tuple[int, int]:
     """Read files to their end: (documents, bytes of text). Runs in a worker process. Raises InputError."""
-    end_with_main_process()
     documents = n_bytes = 0
     for document in iter_documents(files):
         documents += 1
@@ -417,19 +414,11 @@ def read_splitter(path: Path, modified_ns: int):
     return make_splitter(json.loads(path.read_text()))
 
 
-@functools.cache
-def end_with_main_process() -> None:
-    """Let this worker end when the main process is killed; it would wait for work for ever."""
-    if (main_process := multiprocessing.parent_process()) is not None:
-        threading.Thread(target=lambda: (main_process.join(), os._exit(1)), daemon=True).start()
-
-
 def write_shard(path: Path, first_doc_idx: int, documents: list[bytes]) -> dict:
     """Split a shard's documents and write them, unless done; runs in a worker process. Returns the shard's record."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    end_with_main_process()
     if path.exists():
         return describe_shard(path)
     punkt_path = path.parent / "punkt.json"

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import stage
 
 DATA_DIR = "data/batches"  # shuffled batches
-B_PRE_PATH: str | None = None  # statistics whose mean_normalized starts b_pre; those of DATA_DIR when not given
+B_PRE_PATH: str | None = None  # statistics whose b_pre it starts with; those of DATA_DIR when not given
 MODEL_SAVE_PATH = "data/sae.pth"  # where the trained SAE goes
 MODEL_LOAD_PATH: str | None = None  # an SAE to start from instead of a fresh one
 CHECKPOINT_DIR = "data/checkpoints"  # folder for checkpoints
@@ -164,6 +164,7 @@ class Training:
         self.progress = Progress()
         self.wandb_run = None
         self.stop_signal = SimpleNamespace(number=0)
+        self.verified = lambda: None  # waits for the checksums of the shards; raises InputError
         self.n_steps = batches.steps_per_epoch * config.num_epochs
         self.checkpoint_every = math.ceil(batches.steps_per_epoch / config.checkpoints_per_epoch)
 
@@ -408,8 +409,20 @@ class Training:
                 self.save(by_whoever_comes_first=True)
             raise
 
+    def check_data(self) -> None:
+        """InputError on every process where one found a shard altered."""
+        said = None
+        try:
+            self.verified()
+        except stage.InputError as error:
+            said = str(error)
+        for message in self.w.gather(said):
+            if message:
+                raise stage.InputError(message)
+
     def checkpoint(self) -> None:
         """A checkpoint that all processes come to: checked, written, older ones deleted, figures drawn."""
+        self.check_data()
         self.check_replicas()
         self.save()
         # Behind this all have written.
@@ -638,7 +651,7 @@ def main() -> None:
     variance = float(statistics.get_tensor("var_normalized").mean())
     decides = {name: value for name, value in vars(config).items() if name not in _NOT_IN_THE_RESULT}
     decides["batches"] = [s["sha256"] for s in manifest["shards"]]
-    sae = starting_sae(config, manifest, statistics.get_tensor("mean_normalized").float())
+    sae = starting_sae(config, manifest, statistics.get_tensor("b_pre").float())
 
     with world() as w, stage.locked(folder, w.rank, w.barrier):
         done = stage.begin_or_continue(folder, _STAGE, decides) if w.is_main else False
@@ -665,7 +678,11 @@ def main() -> None:
 
                 t.wandb_run = start_wandb(config.wandb, folder, vars(config), t.progress.wandb_id)
             t.progress.wandb_id = w.gather(t.wandb_run.id if t.wandb_run else t.progress.wandb_id)[0]
-            if number := train(t, manifest):
+            shards = manifest["shards"] + manifest["validation_shards"]
+            mine = shards[w.rank :: w.size]
+            with stage.verifying(config.data_dir, mine, "sae_preprocessing.py") as t.verified:
+                number = train(t, manifest)
+            if number:
                 if w.is_main:
                     if t.wandb_run:
                         t.wandb_run.finish(exit_code=1)

@@ -14,6 +14,7 @@ import reprlib
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import types
 import typing
@@ -126,6 +127,12 @@ def progress(*args: Any, **kwargs: Any):
     return tqdm(*args, **{"dynamic_ncols": True, "mininterval": 0.2 if watched else 15.0, **kwargs})
 
 
+def _end_with_main_process() -> None:
+    """Let this worker end when the main process is killed; it would wait for work for ever."""
+    main_process = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (main_process.join(), os._exit(1)), daemon=True).start()
+
+
 class Workers:
     """Processes that work through jobs in order, a bounded number at a time. They are spawned, not forked: torch's
     threads do not survive a fork. An InputError of a worker is raised where its result is read."""
@@ -135,7 +142,8 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(self.n_workers, mp_context=context) if self.n_workers > 1 else None
+        options = {"mp_context": context, "initializer": _end_with_main_process}
+        self.pool = ProcessPoolExecutor(self.n_workers, **options) if self.n_workers > 1 else None
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -390,6 +390,19 @@ def test_bad_options(data, tmp_path, capsys, changed, words):
     assert not (tmp_path / "checkpoints" / "manifest.json").exists()  # so that the mended command is not refused
 
 
+def test_altered_batches(data, tmp_path, capsys):
+    """One byte: found before the first checkpoint."""
+    copy = tmp_path / "batches"
+    shutil.copytree(data, copy)
+    path = copy / manifest_of(data)["shards"][1]["file"]
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    said = refusal(sae_training, capsys, data_dir=copy, **places(tmp_path), **TRAINING)
+    assert str(path) in said and "sae_preprocessing.py" in said
+    assert not list((tmp_path / "checkpoints").glob("step-*")) and not (tmp_path / "sae.pth").exists()
+
+
 def test_truncated_batches(data, tmp_path, capsys):
     copy = tmp_path / "batches"
     copy.mkdir()
