@@ -5,12 +5,12 @@
     z_hat  = W_dec h + b_pre
     x_hat  = z_hat * std(x) + mean(x)
 
-Only the encoder's product is dense. Decoding and every gradient touch just the k kept latents.
+Only the encoder's product is dense, in blocks of rows that never stand in memory together. Decoding and every gradient
+touch just the k kept latents; sums run in a fixed order. Several processes can hold one SAE, each a slice of latents.
 """
 
 import json
 import pickle
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,31 @@ from torch import Tensor, nn
 
 import stage
 
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+# Bytes of one block: of a product on a CPU as much as its cache holds, on a GPU enough to keep it busy.
+_BLOCK_BYTES = {"cpu": 2**25, "cuda": 2**31}
+_LEAST_ROWS = 256
+_GROUP = 16  # neighbouring groups of TopK's first round
+
+
+def rows_at_once(row_bytes: int, device: torch.device) -> int:
+    """How many rows of so many bytes make a block."""
+    return max(_LEAST_ROWS, _BLOCK_BYTES.get(device.type, 2**31) // max(1, row_bytes))
+
+
+def top_k(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row (batch, n_latents), in any order, and their indices: (batch, k) each.
+
+    Exact in two rounds: the k groups of latents with the highest maxima hold the k highest latents.
+    """
+    batch, n_latents = pre_acts.shape
+    n_groups = n_latents // _GROUP
+    if n_latents % _GROUP or n_groups < 2 * k:
+        return pre_acts.topk(k, dim=1, sorted=False)
+    grouped = pre_acts.view(batch, _GROUP, n_groups)  # group j: latents j, j + n_groups, ...
+    groups = grouped.amax(1).topk(k, dim=1, sorted=False).indices
+    candidates = grouped.gather(2, groups[:, None].expand(-1, _GROUP, -1)).flatten(1)  # (batch, _GROUP * k)
+    values, places = candidates.topk(k, dim=1, sorted=False)
+    return values, places // k * n_groups + groups.gather(1, places % k)
 
 
 class TopKSparseAutoencoder(nn.Module):
@@ -45,17 +69,37 @@ class TopKSparseAutoencoder(nn.Module):
         self.decoder.weight = nn.Parameter(torch.empty(n_latents, d_model).t())
 
     @torch.no_grad()
-    def initialize(self, b_pre: Tensor, generator: torch.Generator | None = None) -> None:
+    def initialize(self, b_pre: Tensor, generator: torch.Generator | None = None, orthogonal: bool = False) -> None:
         """Random unit directions, the encoder tied to the decoder, encoder bias zero (arXiv:2406.04093, section 2.4).
 
-        b_pre: (d_model), the mean of what the SAE sees: of normalised activations.
+        b_pre: (d_model), the mean of what the SAE sees: of normalised activations. orthogonal: every d_model
+        directions, from the first on, stand at right angles to one another.
         """
-        directions = torch.randn(self.n_latents, self.d_model, generator=generator)
-        directions = F.normalize(directions, dim=1)
+        if orthogonal:
+            n_bases = -(-self.n_latents // self.d_model)
+            squares = (torch.randn(self.d_model, self.d_model, generator=generator) for _ in range(n_bases))
+            directions = torch.cat([torch.linalg.qr(square).Q for square in squares])[: self.n_latents]
+        else:
+            directions = F.normalize(torch.randn(self.n_latents, self.d_model, generator=generator), dim=1)
         self.decoder.weight.copy_(directions.t())
         self.encoder.weight.copy_(directions)
         self.encoder.bias.zero_()
         self.b_pre.copy_(b_pre)
+
+    def slice(self, rank: int, size: int) -> "TopKSparseAutoencoder":
+        """A copy of the latents rank * n_latents / size and following, as many; for training in a `LatentGroup`.
+
+        b_pre is whole. k stays the number of latents kept of all slices.
+        """
+        n = self.n_latents // size
+        part = TopKSparseAutoencoder(self.d_model, n, min(self.k, n), self.normalize_eps)
+        part.k = self.k
+        with torch.no_grad():
+            part.b_pre.copy_(self.b_pre)
+            part.encoder.weight.copy_(self.encoder.weight[rank * n : (rank + 1) * n])
+            part.encoder.bias.copy_(self.encoder.bias[rank * n : (rank + 1) * n])
+            part.decoder.weight.copy_(self.decoder.weight[:, rank * n : (rank + 1) * n])
+        return part
 
     def normalize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z (..., d_model), and the mean and std (..., 1) that lead back: x = z * (std + eps) + mean. float32."""
@@ -74,11 +118,15 @@ class TopKSparseAutoencoder(nn.Module):
 
     def encode_normalized(self, z: Tensor, h_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x = (z - self.b_pre).to(self.encoder.weight.dtype)
-        pre_acts = F.linear(x, self.encoder.weight, self.encoder.bias)  # (..., n_latents)
-        if h_bias is not None:
-            pre_acts = pre_acts + h_bias
-        values, indices = pre_acts.float().topk(self.k, dim=-1)
-        return values.relu(), indices
+        blocks = []
+        for rows in x.reshape(-1, self.d_model).split(rows_at_once(4 * self.n_latents, x.device)):
+            pre_acts = F.linear(rows, self.encoder.weight, self.encoder.bias)  # (rows, n_latents)
+            if h_bias is not None:
+                pre_acts = pre_acts + h_bias
+            blocks.append(top_k(pre_acts.float(), self.k))
+        values, indices = (torch.cat(parts).view(*x.shape[:-1], self.k) for parts in zip(*blocks, strict=True))
+        values, order = values.sort(dim=-1, descending=True, stable=True)
+        return values.relu(), indices.gather(-1, order)
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """Kept latents (..., k) -> reconstruction (..., d_model) in normalised space."""
@@ -104,57 +152,157 @@ class TopKSparseAutoencoder(nn.Module):
     @torch.no_grad()
     def project_decoder_grad(self) -> None:
         """Remove from each direction's gradient the part along the direction, in place: after backward, before step."""
-        weight, grad = self.decoder.weight, self.decoder.weight.grad
-        grad.sub_(weight * (weight * grad).sum(0, keepdim=True))
+        rows = rows_at_once(4 * self.d_model, self.b_pre.device)
+        weight, grad = self.decoder.weight.t(), self.decoder.weight.grad.t()  # (n_latents, d_model)
+        for directions, grads in zip(weight.split(rows), grad.split(rows), strict=True):
+            grads.addcmul_(directions, (directions * grads).sum(1, keepdim=True), value=-1)
 
 
 # ---- training loss
 
 
-class SparseAutoencode(torch.autograd.Function):
-    """z (batch, d_model) -> z_hat, and which latents were kept with what value; gradients touch only those.
+class LatentGroup(NamedTuple):
+    """The processes that together hold one SAE, each a slice of its latents of the same size; alone, all of them."""
+
+    group: Any = None  # of torch.distributed
+    rank: int = 0
+    size: int = 1
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over the slices, in place."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def highest(self, values: Tensor, k: int) -> Tensor:
+        """Which of the slices' candidates (batch, slots) are among the k highest of each row: bool (batch, slots).
+
+        Only values travel, 4 bytes x batch x slots from each process to each other. Equal ones go to the lower slice.
+        """
+        if self.size == 1:
+            return torch.ones_like(values, dtype=torch.bool)
+        every = [torch.empty_like(values) for _ in range(self.size)]
+        torch.distributed.all_gather(every, values.contiguous(), group=self.group)
+        best = torch.cat(every, 1).sort(dim=1, descending=True, stable=True).indices[:, :k]
+        keep = torch.zeros(len(values), self.size * values.shape[1], dtype=torch.bool, device=values.device)
+        return keep.scatter_(1, best, True).view(len(values), self.size, -1)[:, self.rank]
+
+
+class Kept(NamedTuple):
+    """Latents kept, one entry a (row of the batch, latent) pair, by row."""
+
+    values: Tensor  # >= 0
+    latents: Tensor
+    rows: Tensor
+    offsets: Tensor  # (batch,), where each row's entries begin
+
+
+def weighted_sums(source: Tensor, which: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """Sum weights[e] * source[which[e]] over the entries from each offset to the next; no entries give zeros."""
+    return F.embedding_bag(which, source, offsets=offsets, per_sample_weights=weights, mode="sum")
+
+
+def dot_products(a: Tensor, b: Tensor, kept: Kept) -> Tensor:
+    """a[row] . b[latent] of every entry."""
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        a.contiguous(), b, kept.latents, kept.offsets, kept.rows, 0
+    )
+
+
+def choose(z, w_enc, b_enc, b_pre, k: int, latents: LatentGroup, encoder_dtype: torch.dtype) -> Kept:
+    """Of the k highest latents of each row over all slices, those of this one. Values in float32, always."""
+    batch, n_latents = len(z), len(w_enc)
+    shift = b_enc - w_enc @ b_pre  # W (z - b_pre) + b = W z + shift
+    x, w, b = (tensor.to(encoder_dtype) for tensor in (z, w_enc, shift))
+    n_rows = rows_at_once(x.element_size() * n_latents, z.device)
+    block = x.new_empty(min(n_rows, batch), n_latents)  # the one dense tensor, used again and again
+    chosen = [top_k(torch.addmm(b, rows, w.t(), out=block[: len(rows)]), min(k, n_latents)) for rows in x.split(n_rows)]
+    values, indices = (torch.cat(parts) for parts in zip(*chosen, strict=True))  # (batch, min(k, n_latents))
+    slots = values.shape[1]
+    offsets = torch.arange(batch, device=z.device) * slots
+    kept = Kept(values.flatten(), indices.flatten(), (offsets // slots).repeat_interleave(slots), offsets)
+    if encoder_dtype != torch.float32:
+        kept = kept._replace(values=dot_products(z, w_enc, kept) + shift[kept.latents])
+    if latents.size > 1:
+        here = latents.highest(kept.values.view(batch, slots), k)
+        counts, here = here.sum(1), here.flatten()
+        kept = Kept(kept.values[here], kept.latents[here], kept.rows[here], counts.cumsum(0) - counts)
+    return kept._replace(values=kept.values.relu())
+
+
+def auxiliary_loss(
+    w_enc, b_enc, directions, b_pre, z, error, dead, k_aux: int, n_dead: list[int], latents: LatentGroup
+):
+    """Squared error with which dead latents reconstruct `error`, and its gradients for their rows: w_enc, b_enc,
+    directions. Dense over the dead latents, in blocks of rows."""
+    w, directions = w_enc[dead], directions[dead]
+    shift = b_enc[dead] - w @ b_pre
+    k_aux, slots = min(k_aux, sum(n_dead)), min(k_aux, max(n_dead))
+    loss, grad_w, grad_b, grad_directions = z.new_zeros(()), *map(torch.zeros_like, (w, shift, directions))
+    n_rows = rows_at_once(4 * max(n_dead), z.device)
+    for rows, target in zip(z.split(n_rows), error.split(n_rows), strict=True):
+        pre_acts = torch.addmm(shift, rows, w.t())  # (rows, dead latents)
+        values = pre_acts
+        some = slots < max(n_dead) or latents.size > 1
+        if some:  # not every dead latent is kept
+            values, where = pre_acts.topk(min(slots, len(dead)), dim=1, sorted=False)
+            missing = slots - values.shape[1]
+            here = latents.highest(F.pad(values, (0, missing), value=-torch.inf), k_aux)[:, : values.shape[1]]
+            values = torch.zeros_like(pre_acts).scatter_(1, where, values * here)
+        error_hat = latents.all_reduce(values @ directions)
+        g = error_hat - target
+        loss += g.square().sum()
+        g = 2 * g
+        grad_values = g @ directions.t()
+        if some:
+            grad_values *= torch.zeros_like(pre_acts).scatter_(1, where, here.to(pre_acts.dtype))
+        grad_directions += values.t() @ g
+        grad_w += grad_values.t() @ rows
+        grad_b += grad_values.sum(0)
+    return loss, grad_w - grad_b[:, None] * b_pre, grad_b, grad_directions
+
+
+class SparseLosses(torch.autograd.Function):
+    """main and aux of `Losses`, and fired. Gradients touch only the kept latents.
 
     With S (batch, n_latents) the sparse matrix of kept values, g the gradient of z_hat and dS that of the kept
     pre-activations: dW_dec = g^T S, dW_enc = dS^T (z - b_pre), db_enc = sum dS, db_pre = sum g - W_enc^T db_enc.
     """
 
     @staticmethod
-    def forward(ctx, z, b_pre, w_enc, b_enc, directions, k):
-        pre_acts = torch.addmm(b_enc - w_enc @ b_pre, z, w_enc.t())  # (batch, n_latents), the one dense tensor
-        values, indices = pre_acts.topk(k, dim=1)
-        values = values.relu()
-        z_hat = F.embedding_bag(indices, directions, per_sample_weights=values, mode="sum") + b_pre
-        ctx.save_for_backward(z, b_pre, w_enc, directions, values, indices)
-        ctx.mark_non_differentiable(values, indices)
-        return z_hat, values, indices
+    def forward(ctx, w_enc, b_enc, directions, b_pre, z, dead, k, k_aux, n_dead, latents, encoder_dtype):
+        kept = choose(z, w_enc, b_enc, b_pre, k, latents, encoder_dtype)
+        z_hat = latents.all_reduce(weighted_sums(directions, kept.latents, kept.values, kept.offsets)) + b_pre
+        error = z - z_hat
+        aux, aux_grads = z.new_zeros(()), ()
+        if sum(n_dead):
+            aux, *aux_grads = auxiliary_loss(w_enc, b_enc, directions, b_pre, z, error, dead, k_aux, n_dead, latents)
+        fired = kept.latents[kept.values > 0].bincount(minlength=len(w_enc))
+        ctx.latents = latents
+        ctx.save_for_backward(w_enc, directions, b_pre, z, error, *kept, dead, *aux_grads)
+        ctx.mark_non_differentiable(fired)
+        return error.square().sum(), aux, fired
 
     @staticmethod
-    def backward(ctx, g, _values, _indices):
-        z, b_pre, w_enc, directions, values, indices = ctx.saved_tensors
-        batch, k = values.shape
-        n_latents = len(directions)
-        flat = indices.flatten()
-        bags = torch.arange(batch, device=z.device)
-        grad_values = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            g.contiguous(), directions, flat, bags * k, bags.repeat_interleave(k), 0
-        )
-        grad_pre = grad_values * (values.flatten() > 0)
-        # The kept latents as a sparse matrix by latent; a stable sort makes every sum's order fixed.
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=n_latents)
-        crow = F.pad(counts.cumsum(0), (1, 0))
-        rows = order // k
-
-        def by_latent(entries: Tensor) -> Tensor:
-            return torch.sparse_csr_tensor(crow, rows, entries[order], (n_latents, batch), check_invariants=False)
-
-        grad_directions = by_latent(values.flatten()) @ g
-        # A column of ones beside z gives the sums over dS, and so the encoder bias's gradient, in the same product.
-        both = by_latent(grad_pre) @ torch.cat([z, z.new_ones(batch, 1)], dim=1)
-        grad_b_enc = both[:, -1].contiguous()
-        grad_w_enc = both[:, :-1] - grad_b_enc[:, None] * b_pre
-        grad_b_pre = g.sum(0) - grad_b_enc @ w_enc
-        return None, grad_b_pre, grad_w_enc, grad_b_enc, grad_directions, None
+    def backward(ctx, g_main, g_aux, _fired):
+        w_enc, directions, b_pre, z, error, *rest = ctx.saved_tensors
+        kept, dead, aux_grads = Kept(*rest[:4]), rest[4], rest[5:]
+        g = error * (-2 * g_main)
+        grad_pre = dot_products(g, directions, kept) * (kept.values > 0)
+        # By latent instead of by row; a stable sort makes every sum's order fixed.
+        order = kept.latents.argsort(stable=True)
+        rows, counts = kept.rows[order], kept.latents.bincount(minlength=len(w_enc))
+        starts = counts.cumsum(0) - counts
+        grad_directions = weighted_sums(g, rows, kept.values[order], starts)
+        grad_pre = grad_pre[order]
+        grad_w_enc = weighted_sums(z, rows, grad_pre, starts)
+        grad_b_enc = weighted_sums(z.new_ones(len(z), 1), rows, grad_pre, starts).squeeze(1)
+        grad_w_enc.addcmul_(grad_b_enc[:, None], b_pre, value=-1)
+        grad_b_pre = g.sum(0) - ctx.latents.all_reduce(grad_b_enc @ w_enc)
+        if aux_grads:
+            for grad, aux_grad in zip((grad_w_enc, grad_b_enc, grad_directions), aux_grads, strict=True):
+                grad.index_add_(0, dead, aux_grad * g_aux)
+        return grad_w_enc, grad_b_enc, grad_directions, grad_b_pre, *[None] * 7
 
 
 class Losses(NamedTuple):
@@ -162,29 +310,30 @@ class Losses(NamedTuple):
 
     main: Tensor  # squared error of the reconstruction, normalised space
     aux: Tensor  # squared error of the dead latents' reconstruction of that error
-    values: Tensor  # (batch, k), detached
-    indices: Tensor  # (batch, k)
+    fired: Tensor  # (n_latents), int64: activations on which each latent has a value above zero
 
 
-def loss_sums(sae: TopKSparseAutoencoder, z: Tensor, dead: Tensor | None, k_aux: int) -> Losses:
+def loss_sums(
+    sae: TopKSparseAutoencoder,
+    z: Tensor,
+    dead: Tensor | None,
+    k_aux: int,
+    latents: LatentGroup = LatentGroup(),  # noqa: B008 (a constant tuple)
+    encoder_dtype: torch.dtype = torch.float32,
+    n_dead: list[int] | None = None,
+) -> Losses:
     """The training losses of arXiv:2406.04093, section 2.4 and appendix A.2, for normalised z (batch, d_model).
 
     dead: indices of the dead latents, or None. They alone, the min(k_aux, n_dead) largest of each activation and with
     their sign, reconstruct what the living left, without b_pre; their gradient does not reach the main loss.
+    latents: where `sae` is a slice; every process passes the same z, and n_dead, the number of dead latents of each;
+    main, aux and b_pre's gradient are then those of the whole on every process. encoder_dtype: bfloat16 chooses the
+    latents by a product in bfloat16 and computes the chosen values in float32.
     """
-    directions = sae.decoder.weight.t()
-    z_hat, values, indices = SparseAutoencode.apply(
-        z, sae.b_pre, sae.encoder.weight, sae.encoder.bias, directions, sae.k
-    )
-    main = (z_hat - z).square().sum()
-    aux = main.new_zeros(())
-    if dead is not None and len(dead) > 0:
-        error = (z - z_hat).detach()
-        pre_acts = F.linear(z - sae.b_pre.detach(), sae.encoder.weight[dead], sae.encoder.bias[dead])
-        kept, where = pre_acts.topk(min(k_aux, len(dead)), dim=1)
-        error_hat = torch.zeros_like(pre_acts).scatter(1, where, kept) @ directions[dead]
-        aux = (error_hat - error).square().sum()
-    return Losses(main, aux, values, indices)
+    dead = torch.zeros(0, dtype=torch.int64, device=z.device) if dead is None else dead
+    n_dead = [len(dead)] if n_dead is None else n_dead
+    weights = sae.encoder.weight, sae.encoder.bias, sae.decoder.weight.t(), sae.b_pre
+    return Losses(*SparseLosses.apply(*weights, z, dead, sae.k, k_aux, n_dead, latents, encoder_dtype))
 
 
 # ---- files

@@ -325,7 +325,7 @@ def main() -> None:
                 dead = (silent_tokens >= config.dead_after_tokens).nonzero().flatten()
                 sums = loss_sums(sae, z, dead, config.k_aux)
                 ((sums.main + config.aux_loss_coeff * sums.aux) * scale).backward()
-                fired = torch.bincount(sums.indices[sums.values > 0], minlength=config.n_latents)
+                fired = sums.fired
                 for tensor in (*(p.grad for p in sae.parameters()), fired):
                     w.all_reduce(tensor)
                 sae.project_decoder_grad()

@@ -6,19 +6,22 @@ Also: the interface that other programs call, what training keeps true of the de
 """
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import PROJECT_DIR
 from helpers_sae import random_sae
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sae import TopKSparseAutoencoder, beside, info_path, load_sae_model, loss_sums, save_sae
+import sae as sae_module
+from sae import TopKSparseAutoencoder, beside, info_path, load_sae_model, loss_sums, save_sae, top_k
 from stage import InputError
-
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 
 D, N, K = 6, 20, 3
 KEYS = {"b_pre": (D,), "encoder.weight": (N, D), "encoder.bias": (N,), "decoder.weight": (D, N)}
@@ -52,7 +55,8 @@ def reference_forward(state: dict, x: torch.Tensor, k: int, eps: float) -> tuple
 
 
 def reference_losses(sae: TopKSparseAutoencoder, z, dead: list[int], k_aux: int):
-    """Dense, in float64, through autograd. Returns main, aux, the parameters they hang on, and how close a choice was.
+    """Dense, in float64, through autograd. Returns main, aux, the parameters they hang on, how often
+    each latent fired, and how close a choice was.
 
     The auxiliary pre-activations take b_pre as given: b_pre's gradient comes from the main loss alone.
     """
@@ -81,7 +85,7 @@ def reference_losses(sae: TopKSparseAutoencoder, z, dead: list[int], k_aux: int)
         ranked = values.detach().sort(dim=1, descending=True).values
         if 0 < k < ranked.shape[1]:
             closest = min(closest, (ranked[:, k - 1] - ranked[:, k]).min().item())
-    return main, aux, p, closest
+    return main, aux, p, (h > 0).sum(0), closest
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -93,7 +97,7 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1
 def check_losses(d_model: int, n_latents: int, k: int, batch: int, dead: list[int], k_aux: int, seed: int, coeff=0.4):
     sae = random_sae(d_model, n_latents, k, seed=seed)
     z = torch.randn(batch, d_model, generator=torch.Generator().manual_seed(seed + 1))
-    main, aux, p, closest = reference_losses(sae, z, dead, k_aux)
+    main, aux, p, fired, closest = reference_losses(sae, z, dead, k_aux)
     if closest < 1e-5:  # float32 may choose other latents; one draw in thousands
         return sae, None
     (main + coeff * aux).backward()
@@ -102,8 +106,8 @@ def check_losses(d_model: int, n_latents: int, k: int, batch: int, dead: list[in
     (sums.main + coeff * sums.aux).backward()
     assert_close(sums.main.detach(), main.detach())
     assert_close(sums.aux.detach(), aux.detach())
-    assert sums.values.shape == sums.indices.shape == (batch, k)
-    assert not sums.values.requires_grad and (sums.values >= 0).all()
+    assert sums.fired.shape == (n_latents,) and not sums.fired.requires_grad
+    assert torch.equal(sums.fired, fired)
     for name, parameter in sae.named_parameters():
         assert parameter.grad.shape == parameter.shape, name
         assert_close(parameter.grad, p[name].grad)
@@ -136,7 +140,7 @@ def test_losses_and_gradients_equal_a_dense_reference(shape):
 def test_kept_pre_activations_below_zero_give_nothing():
     """n_latents == k keeps everything: what is negative adds nothing and gets no gradient."""
     sae, sums = check_losses(d_model=5, n_latents=13, k=13, batch=3, dead=[], k_aux=4, seed=0)
-    assert (sums.values == 0).any() and (sums.values > 0).any()
+    assert 0 < sums.fired.sum() < 3 * 13
     with torch.no_grad():
         sae.encoder.bias.fill_(-1000.0)
     sae.zero_grad()
@@ -144,7 +148,7 @@ def test_kept_pre_activations_below_zero_give_nothing():
     sums = loss_sums(sae, z, None, 4)
     sums.main.backward()
     torch.testing.assert_close(sums.main, (z - sae.b_pre).square().sum())
-    assert not sums.values.any()
+    assert not sums.fired.any()
     assert not sae.encoder.weight.grad.any() and not sae.decoder.weight.grad.any()
 
 
@@ -154,7 +158,7 @@ def test_auxiliary_gradient_reaches_dead_latents_whatever_their_sign():
     with torch.no_grad():
         sae.encoder.bias[dead] = -1000.0  # never kept by the main TopK
     sums = loss_sums(sae, torch.randn(7, 5), torch.tensor(dead), k_aux=64)
-    assert not set(dead) & set(sums.indices.flatten().tolist())
+    assert not sums.fired[dead].any()
     sums.aux.backward()
     for grad in (sae.encoder.weight.grad, sae.encoder.bias.grad[:, None], sae.decoder.weight.grad.t()):
         alive = torch.ones(13, dtype=torch.bool)
@@ -187,6 +191,112 @@ def test_losses_of_parts_add_up(parts, seed):
     assert total == pytest.approx((sums.main + sums.aux).item(), rel=1e-5)
     for a, b in zip(whole.parameters(), split.parameters(), strict=True):
         assert_close(b.grad, a.grad)
+
+
+@given(shapes())
+@settings(max_examples=30)
+def test_blocks_change_nothing(shape):
+    """Blocks of three rows: what fits no memory at once is the same sum."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sae_module, "_LEAST_ROWS", 3)
+        patch.setattr(sae_module, "_BLOCK_BYTES", {"cpu": 1})
+        check_losses(**shape)
+
+
+@given(
+    n_latents=st.sampled_from([32, 64, 160, 163, 1024]),
+    k=st.integers(1, 40),
+    batch=st.integers(0, 5),
+    ties=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_top_k_in_two_rounds(n_latents, k, batch, ties, seed):
+    k = min(k, n_latents)
+    x = torch.randn(batch, n_latents, generator=torch.Generator().manual_seed(seed))
+    x = x.round() if ties else x
+    values, indices = top_k(x, k)
+    assert torch.equal(values.sort(dim=1, descending=True).values, x.sort(dim=1, descending=True).values[:, :k])
+    assert torch.equal(x.gather(1, indices), values)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+def test_encoder_in_bfloat16():
+    """bfloat16 chooses; the values, and so the loss and every gradient, are float32's of the chosen."""
+    sae = random_sae(16, 200, 5)
+    z = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
+    shift = sae.encoder.bias - sae.encoder.weight @ sae.b_pre
+    rough = torch.addmm(shift.bfloat16(), z.bfloat16(), sae.encoder.weight.bfloat16().t())
+    chosen = rough.topk(5).indices
+    pre_acts = (z - sae.b_pre) @ sae.encoder.weight.t() + sae.encoder.bias
+    assert not torch.equal(chosen.sort().values, pre_acts.topk(5).indices.sort().values)  # the dtype matters here
+    values = pre_acts.gather(1, chosen).relu()
+    h = torch.zeros_like(pre_acts).scatter(1, chosen, values)
+    expected = (h @ sae.decoder.weight.t() + sae.b_pre - z).square().sum()
+    expected.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in sae.named_parameters()}
+    sae.zero_grad()
+    sums = loss_sums(sae, z, None, 4, encoder_dtype=torch.bfloat16)
+    sums.main.backward()
+    assert_close(sums.main.detach(), expected.detach())
+    assert torch.equal(sums.fired, (h > 0).sum(0))
+    for name, parameter in sae.named_parameters():
+        assert_close(parameter.grad, gradients[name])
+
+
+_SLICES = """
+import torch, torch.distributed as dist
+from conftest import PROJECT_DIR
+from helpers_sae import random_sae
+from sae import LatentGroup, loss_sums
+
+
+def main():
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    latents = LatentGroup(dist.group.WORLD, rank, size)
+    cases = [(3, [], 4), (14, [2], 4), (3, [1, 2, 12, 13], 3), (2, [0, 1, 5], 9), (1, list(range(14)), 5)]
+    for seed, (k, dead, k_aux) in enumerate(cases):
+        whole = random_sae(6, 14, k, seed=seed)
+        z = torch.randn(9, 6, generator=torch.Generator().manual_seed(seed))
+        expected = loss_sums(whole, z, torch.tensor(dead, dtype=torch.int64), k_aux)
+        (expected.main + 0.4 * expected.aux).backward()
+        n, part = 14 // size, whole.slice(rank, size)
+        own = torch.tensor([i - rank * n for i in dead if rank * n <= i < (rank + 1) * n], dtype=torch.int64)
+        n_dead = [sum(r * n <= i < (r + 1) * n for i in dead) for r in range(size)]
+        for encoder_dtype in (torch.float32, torch.bfloat16):
+            part.zero_grad()
+            sums = loss_sums(part, z, own, k_aux, latents, encoder_dtype, n_dead)
+            (sums.main + 0.4 * sums.aux).backward()
+            if encoder_dtype == torch.bfloat16:
+                continue  # runs; its choice may differ
+            mine = slice(rank * n, (rank + 1) * n)
+            pairs = [
+                (sums.main, expected.main), (sums.aux, expected.aux), (sums.fired, expected.fired[mine]),
+                (part.b_pre.grad, whole.b_pre.grad), (part.encoder.bias.grad, whole.encoder.bias.grad[mine]),
+                (part.encoder.weight.grad, whole.encoder.weight.grad[mine]),
+                (part.decoder.weight.grad, whole.decoder.weight.grad[:, mine]),
+            ]
+            for i, (got, wanted) in enumerate(pairs):
+                say = lambda m: f"case {seed}, pair {i}: {m}"
+                torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4, msg=say)
+    print("equal", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+main()  # so that no group outlives it: gloo aborts in one that dies with the interpreter
+"""
+
+
+def test_slices_of_an_sae_in_two_processes(tmp_path):
+    """Losses and gradients of two slices are those of the whole, dead latents in one slice, in both and in none."""
+    script = tmp_path / "slices.py"
+    script.write_text(_SLICES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    paths = os.pathsep.join([str(PROJECT_DIR), str(PROJECT_DIR / "tests")])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 2
 
 
 # ---- the interface
@@ -333,6 +443,16 @@ def test_initialize():
     assert torch.equal(sae.decoder.weight, again.decoder.weight)
     assert not torch.equal(sae.decoder.weight, other.decoder.weight)
     assert sae.encoder.weight.data_ptr() != sae.decoder.weight.data_ptr()  # tied at the start only
+
+
+def test_orthogonal_start():
+    sae = TopKSparseAutoencoder(D, N, K)  # 20 latents: three bases of 6 and two directions more
+    sae.initialize(torch.zeros(D), torch.Generator().manual_seed(3), orthogonal=True)
+    directions = sae.decoder.weight.t()
+    for basis in directions.split(D):
+        torch.testing.assert_close(basis @ basis.t(), torch.eye(len(basis)), rtol=0, atol=1e-5)
+    assert not torch.allclose(directions[:D], directions[D : 2 * D])
+    assert torch.equal(sae.encoder.weight, directions)
 
 
 # ---- files
