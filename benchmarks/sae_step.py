@@ -66,6 +66,7 @@ class Way(NamedTuple):
 
     train: Callable[[Iterator], None]  # trains until the batches, raw activations (batch, d_model), end
     state: Callable[[], dict]  # what it has learned, as a state dict of our TopKSparseAutoencoder
+    reconstruct: Callable[[Any], Any] | None = None  # a peer's own forward pass, to check `state` by
 
 
 # ---- ours, and the original's
@@ -151,7 +152,6 @@ def original(size: Size, device: str, dead_after_steps: int = 80_000, k_aux: int
 def product(size: Size, device: str, dtype: str = "float32") -> Way:
     """The encoder's matrix product alone, the floor of any step."""
     import torch
-    import torch.nn.functional as F
 
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     as_type = dict(device=device, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
@@ -238,18 +238,28 @@ def sparsify(
         with contextlib.suppress(StopIteration):
             trainer.fit()
 
-    def state() -> dict:
+    @contextlib.contextmanager
+    def result() -> Iterator[None]:
+        """Schedule-free optimisers: the averaged weights are the result."""
         schedule_free = [o for o in trainer.optimizers if hasattr(o, "eval")]
         for o in schedule_free:
-            o.eval()  # the averaged weights are the result
-        names = {"b_pre": sae.b_dec, "encoder.weight": sae.encoder.weight, "encoder.bias": sae.encoder.bias}
-        found = {name: tensor.detach().clone() for name, tensor in names.items()}
-        found["decoder.weight"] = sae.W_dec.detach().t().clone()
+            o.eval()
+        yield
         for o in schedule_free:
             o.train()
-        return found
 
-    return Way(train, state)
+    def state() -> dict:
+        names = {"b_pre": sae.b_dec, "encoder.weight": sae.encoder.weight, "encoder.bias": sae.encoder.bias}
+        names["decoder.weight"] = sae.W_dec
+        with result():
+            found = {name: tensor.detach().clone() for name, tensor in names.items()}
+        return {**found, "decoder.weight": found["decoder.weight"].t()}
+
+    def reconstruct(x):
+        with result():
+            return sae(x).sae_out
+
+    return Way(train, state, reconstruct)
 
 
 def sparsify_adam(size: Size, device: str, **options: Any) -> Way:
@@ -293,7 +303,7 @@ def sae_lens(
             "decoder.weight": (sae.W_dec.detach() / norms[:, None]).t(),
         }
 
-    return Way(train, state)
+    return Way(train, state, sae)
 
 
 def dictionary_learning(
@@ -339,7 +349,7 @@ def dictionary_learning(
         }
         return {name: tensor.detach().clone() for name, tensor in found.items()}
 
-    return Way(train, state)
+    return Way(train, state, lambda x: trainer.ae(x / scale[0]) * scale[0])
 
 
 class Entry(NamedTuple):
@@ -347,6 +357,7 @@ class Entry(NamedTuple):
     options: dict[str, str] = {}
     package: str | None = None  # what has to be installed
     devices: tuple[str, ...] = ("cpu", "cuda")
+    has_warm_up: bool = False  # of the learning rate, by default
 
 
 WAYS = {
@@ -354,9 +365,9 @@ WAYS = {
     "ours, TF32": Entry(ours, {"encoder_dtype": "tf32"}, devices=("cuda",)),
     "ours, bfloat16 encoder": Entry(ours, {"encoder_dtype": "bfloat16"}),
     "sparsify": Entry(sparsify, package="sparsify"),
-    "sparsify, Adam": Entry(sparsify_adam, package="sparsify"),
+    "sparsify, Adam": Entry(sparsify_adam, package="sparsify", has_warm_up=True),
     "SAELens": Entry(sae_lens, package="sae_lens"),
-    "dictionary_learning": Entry(dictionary_learning, package="dictionary_learning"),
+    "dictionary_learning": Entry(dictionary_learning, package="dictionary_learning", has_warm_up=True),
     "the original's way": Entry(original),
     "encoder's product alone, float32": Entry(product),
     "encoder's product alone, TF32": Entry(product, {"dtype": "tf32"}, devices=("cuda",)),
@@ -446,7 +457,11 @@ class Child:
         self.seconds: list[float] = []
         self.memory = 0
         self.error: str | None = None
+
+    def wait(self) -> "Child":
+        """Until it is set up."""
         self._receive()
+        return self
 
     def _receive(self) -> Any:
         try:
@@ -478,7 +493,9 @@ class Child:
 
 
 def measure_in_turn(names: list[str], size: Size, device: str, config) -> dict[str, Measured]:
-    children = {name: Child(name, size, device, config.threads) for name in stage.progress(names, desc="starting")}
+    children = {name: Child(name, size, device, config.threads) for name in names}
+    for child in stage.progress(children.values(), unit="way", desc="starting"):
+        child.wait()
     for i in stage.progress(range(config.warm_up + config.rounds), unit="round", desc="steps"):
         for child in children.values():
             child.step(i >= config.warm_up)
@@ -486,7 +503,7 @@ def measure_in_turn(names: list[str], size: Size, device: str, config) -> dict[s
 
 
 def measure_alone(name: str, size: Size, device: str, config) -> Measured:
-    child = Child(name, size, device, config.threads)
+    child = Child(name, size, device, config.threads).wait()
     for i in range(1 + config.growth_rounds):
         child.step(i > 0)
     return child.close()
