@@ -144,7 +144,6 @@ def train_peer(name: str, lr_factor: float, data: Activations, config) -> Traine
 
     def watched() -> Iterator:
         nonlocal waiting
-        bar = stage.progress(data.batches(config.batch_size, config.num_epochs), total=n_steps, unit="step", desc=name)
         for step, z in enumerate(bar):
             began = time.perf_counter()
             if step % every == 0 and step:
@@ -155,8 +154,9 @@ def train_peer(name: str, lr_factor: float, data: Activations, config) -> Traine
             waiting += time.perf_counter() - began
             yield z
 
+    bar = stage.progress(data.batches(config.batch_size, config.num_epochs), total=n_steps, unit="step", desc=name)
     began = time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         way.train(watched())
     seconds = time.perf_counter() - began - waiting
     sae.load_state_dict(way.state())

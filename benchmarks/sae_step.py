@@ -18,7 +18,6 @@ import contextlib
 import importlib.util
 import io
 import multiprocessing
-import os
 import platform
 import re
 import resource
@@ -408,7 +407,6 @@ def out_of_memory(error: BaseException) -> bool:
 
 def serve(connection, name: str, size: Size, device: str, threads: int) -> None:
     """In a process of its own: set the way up, then a step whenever the parent asks, until it sends False."""
-    os.environ["TQDM_DISABLE"] = "1"
     import torch
 
     entry = WAYS[name]
@@ -437,7 +435,7 @@ def serve(connection, name: str, size: Size, device: str, threads: int) -> None:
             connection.send((seconds, peak))
 
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             entry.make(size, device, **entry.options).train(batches())
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
@@ -588,7 +586,7 @@ def main() -> None:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     defaults = Size(768, 2**14, 32, 4096) if device == "cpu" else Size(3072, 2**16, 64, 8192)
     size = Size(*(getattr(config, name) or default for name, default in defaults._asdict().items()))
-    if size.k > min(size.n_latents, *(config.growth_latents if config.growth else ())):
+    if size.k > min([size.n_latents, *(config.growth_latents if config.growth else ())]):
         raise stage.InputError(f"--k {size.k} is more than the latents of the smallest SAE; lower it.")
     names = [name for name, entry in WAYS.items() if device in entry.devices]
     absent = [name for name in names if missing(name)]
