@@ -1,12 +1,11 @@
-"""Complete text or hold a chat with Llama 3, optionally steered by a latent of a sparse autoencoder.
+"""Complete text or hold a chat with Llama 3, optionally steered by latents of a sparse autoencoder.
 
 Reads   LLAMA_MODEL_DIR; SAE_MODEL_PATH and what lies beside it. Without either: the embedded model and its SAE
 Writes  completions to the terminal, as they come; with INPUT_PATH, JSON lines to OUTPUT_PATH
-Method  steering adds strength x the latent's highest observed activation to its pre-activation before TopK, at the
-        SAE's site (the original's h_bias), and keeps what the SAE does not reconstruct: strength 0 changes nothing
+Method  steering.py says what each mode does at the SAE's site; strength 1 is a latent's highest observed activation
 
     python llama_3_inference.py text                            # asks for prompts, one a line; completes them together
-    python llama_3_inference.py text --prompts "The file" "If the argument is" --latent 2935 --strength 6
+    python llama_3_inference.py text --prompts "The file" "If the argument is" --latents 1118 --strengths 5
     python llama_3_inference.py chat --llama_model_dir models/llama_3.2-3B-Instruct --system "Answer in one sentence."
     python llama_3_inference.py text --input_path prompts.txt --output_path completions.jsonl
 """
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import stage
+from steering import DEFAULT_MODE, DEFAULT_STRENGTH
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +37,10 @@ LLAMA_MODEL_DIR: str | None = None  # Llama folder; the embedded tiny Llama when
 DEVICE = "auto"  # auto: a GPU where there is one
 DTYPE = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
 SAE_MODEL_PATH: str | None = None  # the SAE; the embedded one with the embedded model when not given
-LATENT: int | None = None  # latent to steer with
-STRENGTH = 4.0  # in multiples of the latent's highest observed activation
+LATENTS: list[int] = []  # latents to steer with
+STRENGTHS = [DEFAULT_STRENGTH]  # one each, or one for all: in multiples of the latent's highest observed activation
+MODE = DEFAULT_MODE  # of steering: h_bias, add, clamp, scale (the strength is the factor) or ablate
+KEEP_ERROR = True  # steering keeps what the SAE does not reconstruct
 SHOW_LATENTS = 0  # strongest latents listed per token
 PROMPTS: list[str] = []  # text: what to complete; asked for when not given
 SYSTEM = ""  # chat: the system message
@@ -172,42 +174,7 @@ def complete(model: "Transformer", tokenizer: "Tokenizer", prompts: Sequence[str
     return ["".join(pieces) for pieces in zip(*stream_text(model, tokenizer, prompts, **options), strict=True)]
 
 
-# ---- steering
-
-
-def steer_by_latent(
-    sae: "TopKSparseAutoencoder", latent: int, strength: float, highest: float
-) -> "Callable[[Tensor], Tensor]":
-    """A function for `model.intervene`: add strength x highest to the latent's pre-activation, keep the SAE's error.
-
-    highest: the latent's highest observed activation, normalised space (NAME.latents.parquet).
-    """
-    import torch
-
-    h_bias = torch.zeros(sae.n_latents, device=sae.b_pre.device)
-    h_bias[latent] = strength * highest
-
-    def steer(x: "Tensor") -> "Tensor":
-        return x + (sae(x, h_bias) - sae(x))
-
-    return steer
-
-
-def highest_activation(sae_path: str, latent: int) -> float:
-    """A latent's highest activation in NAME.latents.parquet. Raises InputError where it is not known."""
-    import pyarrow.parquet as pq
-
-    from sae import beside
-
-    path = beside(sae_path, "latents.parquet")
-    if not path.exists():
-        raise stage.InputError(f"There is no {path}; run capture_top_activating_sentences.py first.")
-    highest = pq.ParquetFile(path).read(columns=["max"]).column("max")  # read_table would import pandas
-    if not 0 <= latent < len(highest):
-        raise stage.InputError(f"--latent {latent} is not among the {len(highest)} latents of {sae_path}.")
-    if not (value := highest[latent].as_py()) > 0:
-        raise stage.InputError(f"Latent {latent} of {sae_path} never fired; choose a living one.")
-    return value
+# ---- set-up
 
 
 class Setup(NamedTuple):
@@ -229,6 +196,7 @@ def set_up(config) -> Setup:
     from llama_3.loading import TINY_LLAMA_DIR
     from llama_3.model import check_site
     from sae import load_sae_model
+    from steering import highest_activations, make_steering
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if config.dtype == "auto" else config.dtype
@@ -241,7 +209,7 @@ def set_up(config) -> Setup:
         raise stage.InputError(f"--device {device} cannot be used here ({reason}); write cpu or cuda.") from None
     model_dir = config.llama_model_dir or TINY_LLAMA_DIR
     sae, sae_path = None, config.sae_model_path
-    if config.latent is not None or config.show_latents or sae_path:
+    if config.latents or config.show_latents or sae_path:
         if sae_path is None and config.llama_model_dir is not None:
             raise stage.InputError("Latents need an SAE of this model; name it with --sae_model_path.")
         sae_path = sae_path or str(Path(TINY_LLAMA_DIR) / "sae.pth")
@@ -261,8 +229,10 @@ def set_up(config) -> Setup:
         except ValueError as error:
             raise stage.InputError(f"{sae_path} does not belong to {model_dir}: {error}") from None
     steering = None
-    if config.latent is not None:
-        function = steer_by_latent(sae, config.latent, config.strength, highest_activation(sae_path, config.latent))
+    if config.latents:
+        strengths = strength_of_each(config.latents, config.strengths)
+        highest = highest_activations(sae_path)
+        function = make_steering(sae, strengths, highest, config.mode, config.keep_error)
         steering = (sae.info["site"], function, (tokenizer.bos_id,))  # no SAE here was trained on begin-of-text
     options = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_p")}
     date = None if config.date == "none" else config.date
@@ -270,6 +240,19 @@ def set_up(config) -> Setup:
         date = _DATE_OF_THE_TEMPLATE if model.args.rope_scaling_factor != 1 else None
     meanings = latent_meanings(sae_path) if sae else {}
     return Setup(model, tokenizer, sae, meanings, options, steering, date)
+
+
+def strength_of_each(latents: list[int], strengths: list[float]) -> dict[int, float]:
+    """Latent -> strength. A single strength is that of all. Raises InputError where they do not fit together."""
+    if len(strengths) == 1:
+        strengths = strengths * len(latents)
+    if len(strengths) != len(latents):
+        raise stage.InputError(
+            f"--latents names {len(latents)}, --strengths {len(strengths)}; give one strength for each or one for all."
+        )
+    if len(set(latents)) < len(latents):
+        raise stage.InputError("--latents names a latent twice; name it once, with the strength it shall have.")
+    return dict(zip(latents, strengths, strict=True))
 
 
 def latent_meanings(sae_path: str) -> dict[int, str]:
@@ -366,7 +349,7 @@ def text_after(setup: Setup, prompt: list[int], tokens: list[int]) -> str:
 
 
 def complete_texts(setup: Setup, texts: list[str], config) -> None:
-    """Complete texts, BATCH_SIZE together, clean and (with a latent) steered side by side, from the same seeds."""
+    """Complete texts, BATCH_SIZE together, clean and (with latents) steered side by side, from the same seeds."""
     prompts = [encode_text(setup.tokenizer, text) for text in texts]
     check_prompts(setup, prompts, map(reprlib.repr, texts))
     for first in range(0, len(texts), config.batch_size):
@@ -659,8 +642,10 @@ def complete_requests(setup: Setup, prompts: list[list[int]], first: int, config
             "stopped": len(tokens) < config.max_new_tokens,  # by a stop token, not by the limit
             "seed": seed,
         }
-        if config.latent is not None:
-            result |= {"latent": config.latent, "strength": config.strength}
+        if config.latents:
+            steering = {"mode": config.mode, "keep_error": config.keep_error}
+            strengths = strength_of_each(config.latents, config.strengths)
+            result["steering"] = {**steering, "strengths": {str(n): strength for n, strength in strengths.items()}}
         if config.show_latents:
             result["latents"] = strongest_latents(setup, prompt + tokens, config.show_latents)
         results.append(result)
@@ -671,6 +656,8 @@ def check_options(config) -> None:
     for name, least in {"batch_size": 1, "max_new_tokens": 1, "temperature": 0, "top_p": 0, "show_latents": 0}.items():
         if not getattr(config, name) >= least:
             raise stage.InputError(f"--{name} {getattr(config, name)} is too small; it is at least {least}.")
+    if config.latents:
+        strength_of_each(config.latents, config.strengths)
     if (config.input_path is None) != (config.output_path is None):
         raise stage.InputError("--input_path and --output_path belong together; give both or neither.")
     if config.prompts and (config.command == "chat" or config.input_path):
@@ -693,8 +680,10 @@ def main() -> None:
 
         check_chat(setup.tokenizer)
     if setup.steering:
-        named = f" ({setup.meanings[config.latent]})" if config.latent in setup.meanings else ""
-        print(f"Steered by latent {config.latent}{named}, strength {config.strength:g}.", file=sys.stderr)
+        for latent, strength in strength_of_each(config.latents, config.strengths).items():
+            named = f" ({setup.meanings[latent]})" if latent in setup.meanings else ""
+            how = "set to 0" if config.mode == "ablate" else f"{config.mode}, strength {strength:g}"
+            print(f"Steered by latent {latent}{named}: {how}.", file=sys.stderr)
     try:
         if requests:
             run_file(setup, requests, config)

@@ -20,6 +20,7 @@ from llama_3 import load_model, load_tokenizer
 from llama_3.chat import Message
 from sae import TopKSparseAutoencoder, save_sae
 from stage import InputError
+from steering import DEFAULT_STRENGTH, make_steering
 
 N_LATENTS, K = 50, 4
 PROMPTS = [
@@ -29,6 +30,7 @@ PROMPTS = [
     [100, 101],
 ]
 STRONG = 3.0
+HIGHEST = 2.5
 
 
 @pytest.fixture(scope="module")
@@ -221,8 +223,8 @@ def test_the_context_of_released_models(tmp_path, scaled, expected):
 # ---- steering
 
 
-def steering_of(sae, latent, strength, highest=2.5, skip=()):
-    return SITE, inference.steer_by_latent(sae, latent, strength, highest), skip
+def steering_of(sae, latent, strength, skip=()):
+    return SITE, make_steering(sae, {latent: strength}, torch.full((N_LATENTS,), HIGHEST), "h_bias"), skip
 
 
 def test_strength_0_changes_nothing(model, sae):
@@ -250,16 +252,6 @@ def test_steering_raises_the_latent(model, sae, latent):
             found.append(activation(model.activations(tokens, SITE)))
     assert (found[0] >= clean).all() and (found[1] > clean).all() and (found[1] >= found[0]).all()
     assert not activation(model.activations(tokens, SITE)).gt(clean).any()  # and it is over
-
-
-def test_steering_keeps_what_the_sae_does_not_reconstruct(model, sae):
-    """Steering moves x by the change of the reconstruction alone."""
-    x = model.activations(torch.tensor(PROMPTS[2:3]), SITE)
-    h_bias = torch.zeros(N_LATENTS)
-    h_bias[8] = 2.0 * 1.5
-    steered = inference.steer_by_latent(sae, 8, strength=2.0, highest=1.5)(x)
-    torch.testing.assert_close(steered - sae(x, h_bias), x - sae(x))
-    assert not steered.equal(x)
 
 
 def test_steered_generation_equals_full_forward_passes(model, sae):
@@ -302,50 +294,74 @@ def sae_path(sae, tokenizer, tmp_path):
     """An SAE with its JSON and latents; latent 2 never fired."""
     path = tmp_path / "sae.pth"
     save_sae(sae, path, {"site": SITE, "begin_of_text": False})
-    highest = [0.0 if latent == 2 else 2.5 for latent in range(N_LATENTS)]
+    highest = [0.0 if latent == 2 else HIGHEST for latent in range(N_LATENTS)]
     latents = pa.table({"latent": range(N_LATENTS), "max": pa.array(highest, pa.float32())})
     pq.write_table(latents, tmp_path / "sae.latents.parquet")
     return path
 
 
-def test_script_prints_clean_and_steered(tiny_model_dir, sae_path, model, tokenizer, capsys):
+@pytest.mark.parametrize(
+    ("flags", "strengths", "how"),
+    [
+        ({"latents": 9, "strengths": 3}, {9: 3.0}, ()),
+        ({"latents": 9}, {9: DEFAULT_STRENGTH}, ()),
+        ({"latents": [9, 4], "strengths": [3, -7], "mode": "add"}, {9: 3.0, 4: -7.0}, ("add",)),
+        ({"latents": [9, 4], "strengths": 5, "mode": "h_bias", "keep_error": "no"}, {9: 5, 4: 5}, ("h_bias", False)),
+    ],
+)
+def test_script_prints_clean_and_steered(tiny_model_dir, sae_path, model, tokenizer, capsys, flags, strengths, how):
     prompts = ["the", "hello there"]
     options = {"llama_model_dir": tiny_model_dir, "prompts": prompts, "max_new_tokens": 8, "temperature": 0}
     call(inference, **options)
     clean = capsys.readouterr().out
     assert "steered" not in clean and all(f"{prompt!r}\n  clean " in clean for prompt in prompts)
-    call(inference, **options, sae_model_path=sae_path, latent=9, strength=3)
+    call(inference, **options, sae_model_path=sae_path, **flags)
     both = capsys.readouterr().out
     sae = TopKSparseAutoencoder(TINY_PARAMS["dim"], N_LATENTS, K)
     sae.load_state_dict(torch.load(sae_path, weights_only=True))
-    steering = steering_of(sae, 9, 3.0, highest=2.5, skip=(tokenizer.bos_id,))
+    steering = (SITE, make_steering(sae, strengths, torch.full((N_LATENTS,), HIGHEST), *how), (tokenizer.bos_id,))
     for prompt in prompts:
         ids = tokenizer.encode(prompt, bos=True)
-        assert f"clean    {tokenizer.decode(greedy(model, ids, 8))!r}" in both
-        assert f"steered  {tokenizer.decode(greedy(model, ids, 8, *steering))!r}" in both
+        clean, steered = greedy(model, ids, 8), greedy(model, ids, 8, *steering)
+        assert f"clean    {tokenizer.decode(clean)!r}" in both and clean != steered
+        assert f"steered  {tokenizer.decode(steered)!r}" in both
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"latents": [9, 4], "strengths": [1, 2, 3]}, "--latents names 2, --strengths 3"),
+        ({"latents": [9, 4, 9]}, "names a latent twice"),
+        ({"latents": 9, "mode": "boost"}, "'boost'"),
+        ({"latents": 9, "strengths": "nan"}, "strength nan"),
+    ],
+)
+def test_refuses_what_is_no_steering(tiny_model_dir, sae_path, capsys, flags, said):
+    options = {"llama_model_dir": tiny_model_dir, "sae_model_path": sae_path, "max_new_tokens": 1}
+    assert said in refusal(capsys, inference, **options, **flags)
 
 
 @pytest.mark.parametrize("latent", [N_LATENTS, -1, TINY_VOCAB_SIZE])
 def test_refuses_a_latent_out_of_range(tiny_model_dir, sae_path, capsys, latent):
     options = {"llama_model_dir": tiny_model_dir, "sae_model_path": sae_path, "max_new_tokens": 1}
-    said = refusal(capsys, inference, **options, latent=latent)
-    assert f"latent {latent}" in said and str(N_LATENTS) in said
+    said = refusal(capsys, inference, **options, latents=latent)
+    assert f"latent {latent}" in said and f"0 to {N_LATENTS - 1}" in said
 
 
 def test_refuses_a_latent_that_never_fired(tiny_model_dir, sae_path, capsys):
     options = {"llama_model_dir": tiny_model_dir, "sae_model_path": sae_path, "max_new_tokens": 1}
-    assert "never fired" in refusal(capsys, inference, **options, latent=2)
+    assert "never fired" in refusal(capsys, inference, **options, latents=2)
 
 
 def test_refuses_an_sae_without_its_latents(tiny_model_dir, sae_path, capsys):
     (sae_path.parent / "sae.latents.parquet").unlink()
     options = {"llama_model_dir": tiny_model_dir, "sae_model_path": sae_path, "max_new_tokens": 1}
-    said = refusal(capsys, inference, **options, latent=9)
+    said = refusal(capsys, inference, **options, latents=9)
     assert "sae.latents.parquet" in said and "capture_top_activating_sentences.py" in said
 
 
 def test_refuses_a_latent_without_an_sae(tiny_model_dir, capsys):
-    said = refusal(capsys, inference, llama_model_dir=tiny_model_dir, max_new_tokens=1, latent=9)
+    said = refusal(capsys, inference, llama_model_dir=tiny_model_dir, max_new_tokens=1, latents=9)
     assert "--sae_model_path" in said
 
 
@@ -354,10 +370,10 @@ def test_refuses_an_sae_of_another_width(tiny_model_dir, tmp_path, capsys):
     sae.initialize(torch.zeros(12))
     save_sae(sae, tmp_path / "sae.pth", {"site": SITE, "begin_of_text": False})
     options = {"llama_model_dir": tiny_model_dir, "sae_model_path": tmp_path / "sae.pth", "max_new_tokens": 1}
-    assert "d_model 12" in refusal(capsys, inference, **options, latent=9)
+    assert "d_model 12" in refusal(capsys, inference, **options, latents=9)
 
 
 def test_refuses_a_missing_sae(tiny_model_dir, tmp_path, capsys):
     missing = tmp_path / "nowhere.pth"
     options = {"llama_model_dir": tiny_model_dir, "sae_model_path": missing, "max_new_tokens": 1}
-    assert str(missing) in refusal(capsys, inference, **options, latent=9)
+    assert str(missing) in refusal(capsys, inference, **options, latents=9)

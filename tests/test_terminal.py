@@ -31,6 +31,7 @@ from llama_3 import load_model, load_tokenizer
 from llama_3.chat import Message, encode_dialogue
 from llama_3.loading import TINY_LLAMA_DIR
 from sae import load_sae_model
+from steering import DEFAULT_MODE, DEFAULT_STRENGTH, highest_activations, make_steering
 
 SCRIPT = inference.__file__
 LATENT = 3878  # named after start and end; steering changes every text here
@@ -61,8 +62,7 @@ def alone(model, tokenizer, sae):
     def complete(texts, n, strength=None, seed=0, **options):
         steering = None
         if strength is not None:
-            highest = inference.highest_activation(str(Path(TINY_LLAMA_DIR) / "sae.pth"), LATENT)
-            function = inference.steer_by_latent(sae, LATENT, strength, highest)
+            function = make_steering(sae, {LATENT: strength}, highest_activations(Path(TINY_LLAMA_DIR) / "sae.pth"))
             steering = (sae.info["site"], function, (tokenizer.bos_id,))
         return [
             inference.complete(
@@ -166,10 +166,10 @@ def cells_of(shown: str, width: int) -> list[list[str]]:
 def test_text_in_a_terminal(alone):
     """A dropped line, prompts pasted together, side by side, Ctrl-C in a completion, too long a prompt, Ctrl-D."""
     texts = TEXTS[:2]
-    clean, steered = alone(texts, 60, **GREEDY), alone(texts, 60, strength=4.0, **GREEDY)
+    clean, steered = alone(texts, 60, **GREEDY), alone(texts, 60, strength=DEFAULT_STRENGTH, **GREEDY)
     assert all(one != other for one, other in zip(clean, steered, strict=True))
     whole = [[words(t + one), words(t + other)] for t, one, other in zip(texts, clean, steered, strict=True)]
-    flags = {"latent": LATENT, "max_new_tokens": 60, "temperature": 0}
+    flags = {"latents": LATENT, "max_new_tokens": 60, "temperature": 0}
     with terminal("text", *as_flags(flags), columns=70) as session:
         session.read_until(PROMPT)
         session.type("not this")
@@ -246,7 +246,7 @@ def printed(texts, *columns) -> str:
 def test_piped_prompts_are_completed_in_order_whatever_the_batch(monkeypatch, capsys, alone, batch_size):
     text = "\n\n".join(TEXTS) + "\r\n \n"
     options = {"max_new_tokens": 10, "seed": 3, "batch_size": batch_size, **SAMPLED}
-    found = run_piped(monkeypatch, capsys, text, **options, latent=LATENT, strength=2.0)
+    found = run_piped(monkeypatch, capsys, text, **options, latents=LATENT, strengths=2.0)
     own = {"seed": 3, **SAMPLED}
     clean, steered = alone(TEXTS, 10, **own), alone(TEXTS, 10, strength=2.0, **own)
     assert found == printed(TEXTS, clean, steered)
@@ -255,10 +255,10 @@ def test_piped_prompts_are_completed_in_order_whatever_the_batch(monkeypatch, ca
 
 def test_latents_of_generated_tokens(capsys, model, tokenizer, sae, alone):
     """Every token with its latents and their names, in columns; steered ones from the first difference on."""
-    options = {"max_new_tokens": 12, "temperature": 0, "latent": LATENT, "show_latents": 3}
+    options = {"max_new_tokens": 12, "temperature": 0, "latents": LATENT, "show_latents": 3}
     call(inference, prompts=["The file is"], **options)
     head, clean, steered = re.split(r"latents of 'The file is', .*\n", capsys.readouterr().out)
-    texts = [alone(["The file is"], 12, strength=strength, **GREEDY)[0] for strength in (None, 4.0)]
+    texts = [alone(["The file is"], 12, strength=strength, **GREEDY)[0] for strength in (None, DEFAULT_STRENGTH)]
     assert head == printed(["The file is"], *[[text] for text in texts])
     meanings = inference.latent_meanings(str(Path(TINY_LLAMA_DIR) / "sae.pth"))
     expected = []
@@ -335,13 +335,14 @@ def test_text_file(tmp_path, alone, tokenizer, sampling, batch_size):
     (tmp_path / "in.txt").write_bytes(("\ufeff" + "\r\n\n".join(TEXTS)).encode())
     output = tmp_path / "new" / "out.jsonl"
     options = {"input_path": tmp_path / "in.txt", "max_new_tokens": 9, "batch_size": batch_size, **sampling}
-    call(inference, output_path=output, **options, latent=LATENT, strength=2)
+    call(inference, output_path=output, **options, latents=LATENT, strengths=2)
     rows = rows_of(output)
     assert [row["prompt"] for row in rows] == TEXTS
     assert [row["completion"] for row in rows] == alone(TEXTS, 9, strength=2.0, **sampling)
     for i, row in enumerate(rows):
         assert row["n_prompt_tokens"] == len(tokenizer.encode(TEXTS[i], bos=True))
-        assert (row["seed"], row["latent"], row["strength"]) == (i, LATENT, 2.0)
+        assert row["seed"] == i
+        assert row["steering"] == {"mode": DEFAULT_MODE, "keep_error": True, "strengths": {str(LATENT): 2.0}}
         assert row["stopped"] == (row["n_tokens"] < 9)
     assert [path.name for path in output.parent.iterdir()] == ["out.jsonl"]  # nothing else stays
 

@@ -1,0 +1,288 @@
+"""Steering modes: how often the concept appears in steered completions, and what that costs in fluency.
+
+Reads   SAE_MODEL_PATH with its latents.parquet, promoted.parquet and the names of its latents; its model
+Writes  OUTPUT_DIR: steering.json (every latent's figures too), steering.png; prints a markdown table
+Method  the latents are chosen before any is steered: names of plain words, one of them among the tokens that the
+        latent's direction promotes; those that it promotes most, about different words. Same prompts and seeds for all.
+        Concept: completions that hold one of the name's words; and, independent of names, tokens on which the latent
+        fires when the clean model reads the completion again. Fluency: nats a token of the completion under the clean
+        model, and trigrams that the completion held before. Repetitive text is cheap in nats, so both count: the best
+        mode and strength shows the words most often at no more than MAX_NATS and MAX_REPEATED above clean
+Cost    10 minutes on two cores
+
+    python benchmarks/steering.py
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAE_MODEL_PATH = str(stage.PROJECT_DIR / "llama_3" / "tiny_llama" / "sae.pth")  # the SAE
+OUTPUT_DIR = "data/benchmark_steering"  # folder for the results
+N_LATENTS = 24  # latents steered, one at a time
+MAX_NEW_TOKENS = 30  # of each completion
+TEMPERATURE = 0.8  # of sampling
+TOP_P = 0.95  # of sampling
+STRENGTHS = [2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0]  # of h_bias, add and clamp, times the latent's highest activation
+FACTORS = [4.0, 16.0, 64.0]  # of scale
+MAX_NATS = 0.5  # nats a token above clean that the best may cost
+MAX_REPEATED = 0.05  # share of repeated trigrams above clean that the best may have
+
+_PROMPTS = (
+    "This is", "The", "It can be", "Note that", "When the", "A", "In this case", "The second", "For example,", "If",
+    "We", "Some of", "The following", "You can", "One", "After that,",
+)  # fmt: skip
+
+
+class Condition(NamedTuple):
+    mode: str  # of steering.MODES, or clean
+    strength: float
+    keep_error: bool
+
+
+def name_of(row: dict) -> str:
+    return row["mode"] + ("" if row["keep_error"] else ", error dropped")
+
+
+class Concept(NamedTuple):
+    latent: int
+    words: list[str]
+
+
+def choose_concepts(sae_path: str, n: int) -> list[Concept]:
+    """Latents by the rule of the docstring, those that promote their words most first."""
+    import pyarrow.parquet as pq
+
+    from llama_3_inference import latent_meanings
+    from sae import beside
+
+    path = beside(sae_path, "promoted.parquet")
+    if not path.exists():
+        raise stage.InputError(f"There is no {path}; run promoted_tokens.py first.")
+    promoted = pq.ParquetFile(path).read().to_pydict()
+    found = []
+    for latent, name in latent_meanings(sae_path).items():
+        words = name.split(", ")
+        if not all(word.isalpha() and len(word) > 3 and word != "number" for word in words):
+            continue
+        scored = zip(promoted["tokens"][latent], promoted["scores"][latent], strict=True)
+        scores = [score for token, score in scored if token.strip().lower() in words]
+        if scores:
+            found.append((max(scores), Concept(latent, words)))
+    chosen: list[Concept] = []
+    used: set[str] = set()
+    for _, concept in sorted(found, key=lambda pair: (-pair[0], pair[1].latent)):
+        beginnings = {word[:4] for word in concept.words}
+        if not used & beginnings:
+            used |= beginnings
+            chosen.append(concept)
+    if not chosen:
+        raise stage.InputError(f"No latent of {sae_path} promotes a word of its name; name another SAE.")
+    return chosen[:n]
+
+
+def conditions(config) -> list[Condition]:
+    from_strengths = [("add", True), ("clamp", True), ("h_bias", True), ("clamp", False), ("h_bias", False)]
+    return [
+        *(Condition(mode, strength, keep) for mode, keep in from_strengths for strength in config.strengths),
+        *(Condition("scale", factor, True) for factor in config.factors),
+        Condition("ablate", 0.0, True),
+    ]
+
+
+def completions(model, tokenizer, steering, config, n_times: int = 1) -> list[list[list[int]]]:
+    """n_times the prompts together: each time's completions, token ids."""
+    from llama_3_inference import encode_text, generate
+
+    n = len(_PROMPTS)
+    prompts = [encode_text(tokenizer, prompt) for prompt in _PROMPTS]
+    rows: list[list[int]] = [[] for _ in range(n_times * n)]
+    sampling = {"temperature": config.temperature, "top_p": config.top_p, "seeds": list(range(n)) * n_times}
+    steps = generate(model, prompts * n_times, config.max_new_tokens, tokenizer.stop_ids, steering=steering, **sampling)
+    for step in steps:
+        for row, token in zip(rows, step, strict=True):
+            if token is not None:
+                row.append(token)
+    return [rows[first : first + n] for first in range(0, len(rows), n)]
+
+
+def part_by_part(functions: "list[Callable[[Tensor], Tensor]]") -> "Callable[[Tensor], Tensor]":
+    """Each function for its equal part of a batch's rows."""
+    import torch
+
+    return lambda x: torch.cat([f(part) for f, part in zip(functions, x.chunk(len(functions)), strict=True)])
+
+
+def read_again(model, tokenizer, sae, rows: list[list[int]]) -> "tuple[Tensor, Tensor]":
+    """The clean model reads prompts and completions: nats of each completion token (n,), and which latents fire on it
+    (n, k), -1 for none."""
+    import torch
+
+    from llama_3_inference import encode_text
+
+    prompts = [encode_text(tokenizer, prompt) for prompt in _PROMPTS]
+    whole = [prompt + row for prompt, row in zip(prompts, rows, strict=True)]
+    tokens = torch.zeros(len(whole), max(map(len, whole)), dtype=torch.long)
+    completed = torch.zeros_like(tokens, dtype=torch.bool)
+    for i, (prompt, ids) in enumerate(zip(prompts, whole, strict=True)):
+        tokens[i, : len(ids)] = torch.tensor(ids)
+        completed[i, len(prompt) : len(ids)] = True
+    tokens, completed = tokens.to(model.device), completed.to(model.device)
+    acts: list[Tensor] = []
+    with torch.inference_mode(), model.intervene(sae.info["site"], lambda x: (acts.append(x), x)[1]):
+        logprobs = model(tokens).log_softmax(-1)
+        values, indices = sae.encode(acts[0][completed])
+    # Logits of a position are about the next token.
+    nats = -logprobs[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0][completed[:, 1:]]
+    return nats.cpu(), torch.where(values > 0, indices, -1).cpu()
+
+
+def repeated_trigrams(row: list[int]) -> float:
+    """The share of a completion's trigrams that it held before."""
+    trigrams = list(zip(row, row[1:], row[2:], strict=False))
+    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
+
+
+def figures(tokenizer, concept: Concept, rows: list[list[int]], nats: "Tensor", fired: "Tensor") -> dict:
+    """What one latent's completions show."""
+    from demo import count_hits
+
+    return {
+        **concept._asdict(),
+        "words_share": count_hits([tokenizer.decode(row) for row in rows], concept.words) / len(rows),
+        "fired_share": float((fired == concept.latent).any(-1).double().mean()) if len(fired) else 0.0,
+        "nats": float(nats.double().mean()) if len(nats) else 0.0,
+        "repeated": sum(map(repeated_trigrams, rows)) / len(rows),
+        "example": tokenizer.decode(rows[0]),
+    }
+
+
+def measure(model, tokenizer, sae, highest, concepts: list[Concept], condition: Condition, config) -> dict:
+    """A condition's figures: means over the latents, the standard error of the first, and each latent's own."""
+    from statistics import fmean, stdev
+
+    from steering import make_steering
+
+    if condition.mode == "clean":
+        parts = completions(model, tokenizer, None, config) * len(concepts)
+        again = [read_again(model, tokenizer, sae, parts[0])] * len(concepts)
+    else:
+        how = (highest, condition.mode, condition.keep_error)
+        functions = [make_steering(sae, {concept.latent: condition.strength}, *how) for concept in concepts]
+        steering = (sae.info["site"], part_by_part(functions), (tokenizer.bos_id,))
+        parts = completions(model, tokenizer, steering, config, len(concepts))
+        again = [read_again(model, tokenizer, sae, rows) for rows in parts]
+    each = [
+        figures(tokenizer, concept, rows, *seen) for concept, rows, seen in zip(concepts, parts, again, strict=True)
+    ]
+    shares = [one["words_share"] for one in each]
+    return {
+        **condition._asdict(),
+        **{name: fmean(one[name] for one in each) for name in ("words_share", "fired_share", "nats", "repeated")},
+        "words_share_error": stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else 0.0,
+        "each": each,
+    }
+
+
+def find_best(clean: dict, rows: list[dict], config) -> dict | None:
+    """By the rule of the docstring; of equals the first, whose mode computes less."""
+    affordable = [
+        row
+        for row in rows
+        if row["nats"] <= clean["nats"] + config.max_nats and row["repeated"] <= clean["repeated"] + config.max_repeated
+    ]
+    return max(affordable, key=lambda row: row["words_share"], default=None)
+
+
+def table(clean: dict, rows: list[dict], best: dict | None) -> str:
+    lines = [
+        "| mode | strength | texts with the words | tokens on which it fires | nats a token | repeated trigrams |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in [clean, *rows]:
+        strength = "" if row["mode"] in ("clean", "ablate") else f"{row['strength']:g}"
+        cells = [
+            name_of(row),
+            strength,
+            f"{row['words_share']:.1%} ± {row['words_share_error']:.1%}",
+            f"{row['fired_share']:.1%}",
+            f"{row['nats']:.2f}",
+            f"{row['repeated']:.1%}",
+        ]
+        lines.append("| " + " | ".join(f"**{cell}**" if row is best and cell else cell for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(clean: dict, rows: list[dict], best: dict | None, path: Path) -> None:
+    """The concept against each cost, a line per mode, a point per strength."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, constrained_layout=True)
+    of_mode: dict[str, list[dict]] = {}
+    for row in rows:
+        of_mode.setdefault(name_of(row), []).append(row)
+    costs = {"nats": "nats a token under the clean model", "repeated": "repeated trigrams, %"}
+    for axis, (cost, label) in zip(axes, costs.items(), strict=True):
+        scale = 100 if cost == "repeated" else 1
+        for i, (name, points) in enumerate(of_mode.items()):
+            x, y = [scale * point[cost] for point in points], [100 * point["words_share"] for point in points]
+            style = "--" if "dropped" in name else "-"
+            axis.plot(x, y, marker="o", markersize=4, linestyle=style, color=f"C{i}", label=name)
+            for point, *place in zip(points, x, y, strict=True):
+                if name == "scale" or (best and name == name_of(best)):  # those of the other modes lie beside them
+                    axis.annotate(f"{point['strength']:g}", place, (3, 3), textcoords="offset points", fontsize=7)
+        axis.plot([scale * clean[cost]], [100 * clean["words_share"]], "k*", markersize=11, label="clean")
+        if best:
+            place = [scale * best[cost]], [100 * best["words_share"]]
+            axis.plot(*place, "o", markersize=13, fillstyle="none", color="black", label="best")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("completions with the latent's own words, %")
+    axes[0].legend(fontsize=8)
+    figure.suptitle("Steering: concept against fluency; numbers are strengths, about the same on the lines beside")
+    with stage.atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    config = stage.parse_constants(globals())
+    import torch
+
+    from llama_3 import load_model, load_tokenizer
+    from sae import load_sae_model
+    from steering import highest_activations
+
+    concepts = choose_concepts(config.sae_model_path, config.n_latents)
+    highest = highest_activations(config.sae_model_path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sae = load_sae_model(config.sae_model_path, device)
+    scaling = sae.info.get("rope_scaling_factor")
+    model = load_model(sae.info["model_dir"], device, rope_scaling_factor=scaling, packed=True)
+    tokenizer = load_tokenizer(sae.info["model_dir"])
+    print("Latents: " + "; ".join(f"{concept.latent} {', '.join(concept.words)}" for concept in concepts))
+    everything = [Condition("clean", 0.0, True), *conditions(config)]
+    with stage.progress(everything, unit="setting", desc="steering") as bar:
+        clean, *rows = [measure(model, tokenizer, sae, highest, concepts, condition, config) for condition in bar]
+    best = find_best(clean, rows, config)
+    folder = Path(config.output_dir)
+    result = {"config": vars(config), "git_commit": stage.git_commit(), "clean": clean, "settings": rows, "best": best}
+    stage.write_json(folder / "steering.json", result)
+    plot(clean, rows, best, folder / "steering.png")
+    print(table(clean, rows, best))
+    print(f"{len(concepts)} latents, {len(_PROMPTS)} completions each. Figures: {folder / 'steering.png'}")
+
+
+if __name__ == "__main__":
+    stage.run(main)
