@@ -2,7 +2,7 @@
 
 Reads   the embedded tiny Llama and the documentation on this machine, made into activations by the scripts themselves
 Writes  DATA_DIR: those activations and our SAEs; a markdown table to the terminal, DATA_DIR/results.json, curves.png
-Method  n_latents, k and the batch are the same for all; ours is trained by sae_training.py, each peer by its own
+Method  n_latents, k and the activations are the same for all; ours is trained by sae_training.py, each peer by its own
         trainer (see sae_step.py) at its recommended learning rate, optimiser and initialisation. Two defaults of the
         peers are meant for runs of 10^8 to 10^10 activations and are set for this one: a latent counts as dead in
         training after DEAD_AFTER_TOKENS, as in ours, and a warm-up of 1000 steps becomes WARM_UP_STEPS. All see
@@ -38,11 +38,12 @@ NUM_SAMPLES = 60_000  # sentences, some 1.24 million activations
 NUM_EPOCHS = 2  # passes over them
 N_LATENTS = 4096  # dictionary size
 K = 32  # latents kept per activation
-BATCH_SIZE = 4096  # activations a step
 DEAD_AFTER_TOKENS = 300_000  # activations without firing before a latent counts as dead
 WARM_UP_STEPS = 30  # of peers whose default is 1000
 PEERS = ("sparsify", "sparsify, Adam", "SAELens", "dictionary_learning")  # rows beside ours
+PEER_BATCH_SIZE = 4096  # SAELens' default; sparsify's is 65,536 tokens, dictionary_learning's buffer gives 8192
 PEER_LR_FACTORS = (1.0,)  # multiples of each peer's recommended learning rate to try
+BATCH_SIZE = 1024  # ours: activations a step
 LEARNING_RATE = 4e-3  # ours
 LEARNING_RATE_MIN_RATIO = 0.05  # ours: the cosine ends at this share of the peak
 OUR_WARM_UP_STEPS = 20  # ours
@@ -128,14 +129,13 @@ def train_peer(name: str, lr_factor: float, data: Activations, config) -> Traine
     from sae import TopKSparseAutoencoder
 
     torch.manual_seed(0)
-    torch.set_grad_enabled(True)
     d_model = data.acts.shape[1]
-    n_steps = data.n_steps(config.batch_size, config.num_epochs)
+    n_steps = data.n_steps(config.peer_batch_size, config.num_epochs)
     entry = WAYS[name]
     options = {**entry.options, "n_steps": n_steps, "dead_after_tokens": config.dead_after_tokens}
     if entry.has_warm_up:
         options["warm_up_steps"] = config.warm_up_steps
-    size = Size(d_model, config.n_latents, config.k, config.batch_size)
+    size = Size(d_model, config.n_latents, config.k, config.peer_batch_size)
     way = entry.make(size, "cpu", **options, lr_factor=lr_factor)
     sae = TopKSparseAutoencoder(d_model, config.n_latents, config.k, data.manifest["normalize_eps"])
     curve: list[tuple[int, float]] = []
@@ -154,14 +154,14 @@ def train_peer(name: str, lr_factor: float, data: Activations, config) -> Traine
             waiting += time.perf_counter() - began
             yield z
 
-    bar = stage.progress(data.batches(config.batch_size, config.num_epochs), total=n_steps, unit="step", desc=name)
+    bar = stage.progress(data.batches(config.peer_batch_size, config.num_epochs), total=n_steps, unit="step", desc=name)
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         way.train(watched())
     seconds = time.perf_counter() - began - waiting
     sae.load_state_dict(way.state())
     with torch.no_grad():
-        z = data.normalized(data.acts[: config.batch_size])
+        z = data.normalized(data.acts[: config.peer_batch_size])
         torch.testing.assert_close(sae.decode(*sae.encode_normalized(z)), way.reconstruct(z), atol=1e-3, rtol=1e-3)
     return Trained(sae, curve, seconds)
 
@@ -207,27 +207,27 @@ def dead_fraction(sae, data: Activations, n_tokens: int) -> float:
     return 1 - float(fired.float().mean())
 
 
-def measure(trained: Trained, site: str, data: Activations, model, sentences: list[list[int]], config) -> dict:
-    import torch
-
+def measure(trained: dict[str, Trained], site: str, data: Activations, model, sentences, config) -> dict[str, dict]:
     from sae_evaluation import evaluate
 
-    with torch.inference_mode():
-        found = evaluate(model, trained.sae, site, sentences, _BATCH_TOKENS, None)
-    dead = dead_fraction(trained.sae, data, config.dead_after_tokens)
-    return {**found, "dead_frac": dead, "curve": trained.curve, "training_seconds": trained.seconds}
+    found = evaluate(model, {name: one.sae for name, one in trained.items()}, site, sentences, _BATCH_TOKENS, None)
+    for name, one in trained.items():
+        dead = dead_fraction(one.sae, data, config.dead_after_tokens)
+        found[name] |= {"dead_frac": dead, "curve": one.curve, "training_seconds": one.seconds}
+    return found
 
 
 def table(results: dict[str, dict[str, dict]]) -> str:
     rows = [
-        "| site | SAE | FVU | L0 | dead latents | silent on held-out | loss recovered | training |",
-        "|---|---|---|---|---|---|---|---|",
+        "| site | SAE | FVU | L0 | dead latents | silent on held-out | loss recovered | KL, nats | training |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for site, found in results.items():
         for name, one in found.items():
             rows.append(
                 f"| {site} | {name} | {one['fvu']:.4f} | {one['l0']:.1f} | {one['dead_frac']:.1%} "
-                f"| {one['silent_frac']:.1%} | {one['loss_recovered']:.2%} | {one['training_seconds']:.0f} s |"
+                f"| {one['silent_frac']:.1%} | {one['loss_recovered']:.2%} | {one['kl_spliced']:.4f} "
+                f"| {one['training_seconds']:.0f} s |"
             )
     return "\n".join(rows)
 
@@ -272,18 +272,21 @@ def main() -> None:
     results: dict[str, dict[str, dict]] = {}
     for site in config.sites:
         data = Activations(folder / "batches" / site)
+        if config.peer_batch_size % data.manifest["batch_size"]:
+            raise stage.InputError(
+                f"--peer_batch_size {config.peer_batch_size} must be a multiple of the stored batches of "
+                f"{data.manifest['batch_size']}; choose another."
+            )
         texts = SentenceDataset(folder / "sentences", config.num_samples)
         held_out = range(data.manifest["first_validation_sentence"], config.num_samples)
         sentences = [ids[: data.manifest["max_tokens"]] for i in held_out if len(ids := tokenizer.encode(texts[i])) > 1]
-        found = results[site] = {}
-        found["ours"] = measure(train_ours(site, folder, config), site, data, model, sentences, config)
-        print("\n" + table({site: found}), flush=True)
+        trained = {"ours": train_ours(site, folder, config)}
         for name in (name for name in config.peers if name not in absent):
             for factor in config.peer_lr_factors:
                 row = name if factor == 1 else f"{name}, {factor:g} x its learning rate"
-                trained = train_peer(name, factor, data, config)
-                found[row] = measure(trained, site, data, model, sentences, config)
-                print("\n" + table({site: {row: found[row]}}), flush=True)
+                trained[row] = train_peer(name, factor, data, config)
+        results[site] = measure(trained, site, data, model, sentences, config)
+        print("\n" + table({site: results[site]}), flush=True)
         stage.write_json(folder / "results.json", {"git_commit": stage.git_commit(), "sites": results})
         plot(results, folder / "curves.png")
     print("\n" + table(results))

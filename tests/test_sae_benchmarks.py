@@ -109,6 +109,7 @@ def test_a_peers_weights_as_ours_reconstruct_the_same(name):
     sae.load_state_dict(state)
     with torch.no_grad():
         found = sae.decode(*sae.encode_normalized(x))
+        assert way.reconstruct is not None
         torch.testing.assert_close(found, way.reconstruct(x), atol=1e-5, rtol=1e-5)
     assert found.std() > 0.01
 
@@ -133,8 +134,9 @@ def test_tables():
     assert grown.splitlines()[2] == "| 4,096 | 1,000 ms, 2.5 GB | out of memory |"
 
     one = {"fvu": 0.1, "l0": 31.96, "dead_frac": 0.01, "silent_frac": 0.02, "loss_recovered": 0.98765}
+    one["kl_spliced"] = 0.00321
     rows = sae_quality.table({"a site": {"ours": {**one, "training_seconds": 61.4}}}).splitlines()
-    assert rows[2] == "| a site | ours | 0.1000 | 32.0 | 1.0% | 2.0% | 98.77% | 61 s |"
+    assert rows[2] == "| a site | ours | 0.1000 | 32.0 | 1.0% | 2.0% | 98.77% | 0.0032 | 61 s |"
 
 
 def test_step_benchmark_runs_without_peers(tmp_path):
