@@ -64,7 +64,8 @@ def run(script: str, **options: object) -> None:
     flags: list[str] = []
     for name, value in options.items():
         flags += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    subprocess.run([sys.executable, stage.PROJECT_DIR / script, *flags], check=True)
+    if subprocess.run([sys.executable, stage.PROJECT_DIR / script, *flags]).returncode:
+        raise stage.InputError(f"{script} failed; its message is above.")
 
 
 def make_batches(folder: Path, config) -> None:
