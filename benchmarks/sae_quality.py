@@ -9,7 +9,8 @@ Method  n_latents, k and the activations are the same for all; ours is trained b
         activations normalised per token, as ours are; what a peer scales beyond that is its own. Each peer's weights
         become a state dict of our class (exactly: TopK and ReLU are the same), and one program measures all:
         sae_evaluation.evaluate on held-out sentences, and dead latents, those silent over the last DEAD_AFTER_TOKENS
-        training activations once training is over. Curves: FVU of a batch that is about to be trained on
+        training activations once training is over. Curves: FVU of a batch that is about to be trained on.
+        Training time is the trainer's alone for a peer, the whole script's (start, validation, checkpoints) for ours
 Cost    about 25 minutes on two cores. The peers need an environment of their own: requirements-peers.txt
 
     data/peers/bin/python benchmarks/sae_quality.py
@@ -159,6 +160,7 @@ def train_peer(name: str, lr_factor: float, data: Activations, config) -> Traine
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         way.train(watched())
+    bar.close()
     seconds = time.perf_counter() - began - waiting
     sae.load_state_dict(way.state())
     with torch.no_grad():
