@@ -249,7 +249,9 @@ def plot(results: dict[str, dict[str, dict]], path: Path) -> None:
             axis.plot([t / 1e6 for t in tokens], fvu, label=name, lw=2.5 if ours else 1.2, zorder=3 if ours else 2)
         low = min(one["fvu"] for one in found.values())
         axis.set(title=site, xlabel="million activations", ylabel="FVU of the next batch", yscale="log")
-        axis.set_ylim(0.85 * low, 1.0)
+        axis.set_ylim(bottom=0.85 * low)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:.2g}")
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=8)
     with stage.atomic_path(path) as temporary:
