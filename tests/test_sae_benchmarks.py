@@ -1,0 +1,167 @@
+"""The SAE benchmarks: the naive step they compare with, their tables, and the peers' weights as ours.
+
+.venv/bin/python -m pytest tests/test_sae_benchmarks.py        the peers' tests skip where those are not installed
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+PROJECT_DIR = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT_DIR / "benchmarks"))
+
+import sae_quality  # noqa: E402
+import sae_step  # noqa: E402
+from sae_step import Measured, Size  # noqa: E402
+
+from sae import TopKSparseAutoencoder  # noqa: E402
+
+SIZE = Size(d_model=7, n_latents=20, k=3, batch_size=11)
+
+
+def dense_step(state: dict[str, np.ndarray], x: np.ndarray, k: int, aux: bool, lr=5e-5, decay=0.01):
+    """The first step of the original's way by its formulas, in float64: parameters after it, and gradients.
+
+    aux: every latent counts as dead and is kept by the auxiliary loss, in which living latents stand as zeros.
+    """
+    w_enc, b_enc, w_dec, b_pre = (
+        state[name].astype(np.float64) for name in ("encoder.weight", "encoder.bias", "decoder.weight", "b_pre")
+    )
+    x = x.astype(np.float64)
+    z = (x - x.mean(1, keepdims=True)) / (x.std(1, keepdims=True, ddof=1) + 1e-6)
+    pre = (z - b_pre) @ w_enc.T + b_enc
+    kept = pre >= np.sort(pre, axis=1)[:, -k][:, None]
+    h = np.where(kept, pre, 0).clip(0)
+    z_hat = h @ w_dec.T + b_pre
+    g = 2 * (z_hat - z) / z.size
+    grad_dec, grad_pre, grad_b = g.T @ h, (g @ w_dec) * (h > 0), g.sum(0)
+    if aux:
+        h_aux = pre.clip(0)
+        g_aux = 2 * (h_aux @ w_dec.T + b_pre - (z - z_hat)) / z.size / 32
+        grad_dec, grad_b = grad_dec + g_aux.T @ h_aux, grad_b + g_aux.sum(0)
+        grad_pre = grad_pre + (g_aux @ w_dec) * (h_aux > 0)
+    grad_dec -= w_dec * (w_dec * grad_dec).sum(0)
+    grads = {
+        "encoder.weight": grad_pre.T @ (z - b_pre),
+        "encoder.bias": grad_pre.sum(0),
+        "decoder.weight": grad_dec,
+        "b_pre": grad_b - (grad_pre @ w_enc).sum(0),
+    }
+    after = {
+        name: state[name] * (1 - lr * decay) - lr * grad / (np.abs(grad) + 6.25e-10) for name, grad in grads.items()
+    }
+    after["decoder.weight"] /= np.linalg.norm(after["decoder.weight"], axis=0)
+    return after, grads
+
+
+@pytest.mark.parametrize("aux", [False, True])
+def test_original_step_follows_the_formulas(aux):
+    torch.manual_seed(0)
+    x = torch.randn(SIZE.batch_size, SIZE.d_model) * 3 + 1
+    if aux:  # counted as dead from the first step on, all of them
+        way = sae_step.original(SIZE, "cpu", dead_after_steps=0, k_aux=SIZE.n_latents)
+    else:
+        way = sae_step.original(SIZE, "cpu")
+    before = {name: tensor.numpy().copy() for name, tensor in way.state().items()}
+    way.train(iter([x]))
+    expected, grads = dense_step(before, x.numpy(), SIZE.k, aux)
+    for name, tensor in way.state().items():
+        clear = np.abs(grads[name]) > 1e-6  # Adam's first step is the gradient's sign
+        assert clear.mean() > 0.1
+        np.testing.assert_allclose(tensor.numpy()[clear], expected[name][clear], atol=2e-7, err_msg=name)
+        assert np.abs(tensor.numpy() - before[name])[clear].min() > 1e-6 or name == "decoder.weight"
+
+
+@pytest.mark.parametrize("make", [sae_step.ours, sae_step.original])
+def test_ways_learn(make):
+    torch.manual_seed(0)
+    x = torch.randn(SIZE.batch_size, SIZE.d_model)
+    way = make(SIZE, "cpu")
+
+    def error() -> float:
+        sae = TopKSparseAutoencoder(SIZE.d_model, SIZE.n_latents, SIZE.k)
+        sae.load_state_dict(way.state())
+        with torch.no_grad():
+            return float((sae(x) - x).square().mean())
+
+    before = error()
+    way.train(x for _ in range(300))
+    assert error() < 0.99 * before
+
+
+@pytest.mark.parametrize("name", sae_step._PEERS)
+def test_a_peers_weights_as_ours_reconstruct_the_same(name):
+    if sae_step.missing(name):
+        pytest.skip("peers are not installed here")
+    torch.manual_seed(0)
+    x = torch.randn(64, 24) * 2 + torch.randn(24)
+    entry = sae_step.WAYS[name]
+    way = entry.make(Size(24, 64, 4, 64), "cpu", **entry.options)
+    way.train(x for _ in range(5))
+    state = way.state()
+    sae = TopKSparseAutoencoder(24, 64, 4)
+    sae.load_state_dict(state)
+    with torch.no_grad():
+        found = sae.decode(*sae.encode_normalized(x))
+        assert way.reconstruct is not None
+        torch.testing.assert_close(found, way.reconstruct(x), atol=1e-5, rtol=1e-5)
+    assert found.std() > 0.01
+
+
+def test_tables():
+    ours = Measured([0.9, 1.0, 1.4], 2_500_000_000)
+    product = Measured([0.5, 0.5, 0.7], 10**9)
+    gone = Measured([], 0, "out of memory")
+    found = {
+        "ours, float32": ours,
+        "sparsify": Measured([3.0], 1),
+        "sparsify, Adam": Measured([2.0, 2.0], 10**9),
+        "the original's way": gone,
+        "encoder's product alone, float32": product,
+    }
+    lines = sae_step.table(found, 4000).splitlines()
+    assert lines[2] == "| ours, float32 | 1,000.0 | 4,000 | 0.50 | - | 2.00 | 2.50 GB |"
+    assert "out of memory" in lines[5]
+    assert len({line.count("|") for line in lines}) == 1
+    assert sae_step.fastest_peer(found) == "sparsify, Adam"
+    grown = sae_step.growth_table("n_latents", {4096: {"ours, float32": ours, "the original's way": gone}})
+    assert grown.splitlines()[2] == "| 4,096 | 1,000 ms, 2.5 GB | out of memory |"
+
+    one = {"fvu": 0.1, "l0": 31.96, "dead_frac": 0.01, "silent_frac": 0.02, "loss_recovered": 0.98765}
+    one["kl_spliced"] = 0.00321
+    rows = sae_quality.table({"a site": {"ours": {**one, "training_seconds": 61.4}}}).splitlines()
+    assert rows[2] == "| a site | ours | 0.1000 | 32.0 | 1.0% | 2.0% | 98.77% | 0.0032 | 61 s |"
+
+
+def test_step_benchmark_runs_without_peers(tmp_path):
+    output = tmp_path / "found.json"
+    hide = "import importlib.util as u, runpy, sys; find = u.find_spec; absent = {'sparsify', 'sae_lens', "
+    hide += "'dictionary_learning'}; u.find_spec = lambda n, *a: None if n in absent else find(n, *a); "
+    hide += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    flags = "--device cpu --d_model 16 --n_latents 64 --k 4 --batch_size 32 --rounds 2 --warm_up 1 --threads 1"
+    flags += " --growth false"
+    script = str(PROJECT_DIR / "benchmarks" / "sae_step.py")
+    command = [sys.executable, "-c", hide, script, *flags.split(), "--output", str(output)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "Not installed here, so not measured: sparsify, sparsify, Adam, SAELens, dictionary_learning" in run.stdout
+    steps = json.loads(output.read_text())["steps"]
+    assert list(steps) == [
+        name for name, entry in sae_step.WAYS.items() if not entry.package and "cpu" in entry.devices
+    ]
+    assert all(len(one["seconds"]) == 2 and min(one["seconds"]) > 0 and one["error"] is None for one in steps.values())
+    assert "| ours, bfloat16 encoder |" in run.stdout
+
+
+def test_a_way_without_memory_is_a_row():
+    config = type("Config", (), {"threads": 1, "growth_rounds": 1})
+    huge = Size(d_model=2**16, n_latents=2**30, k=4, batch_size=8)  # 256 TB of weights
+    found = sae_step.measure_alone("the original's way", huge, "cpu", config)
+    assert found == Measured([], 0, "out of memory")
