@@ -99,7 +99,7 @@ def stages(run: Path, config) -> list[tuple[str, list[str]]]:
                 k=32,
                 k_aux=128,
                 num_epochs=config.num_epochs,
-                batch_size=4096,
+                batch_size=1024,
                 learning_rate=4e-3,
                 learning_rate_min_ratio=0.05,
                 warmup_steps=20,

@@ -165,7 +165,9 @@ def train_peer(name: str, lr_factor: float, data: Activations, config) -> Traine
     sae.load_state_dict(way.state())
     with torch.no_grad():
         z = data.normalized(data.acts[: config.peer_batch_size])
-        torch.testing.assert_close(sae.decode(*sae.encode_normalized(z)), way.reconstruct(z), atol=1e-3, rtol=1e-3)
+        same = torch.isclose(sae.decode(*sae.encode_normalized(z)), way.reconstruct(z), atol=1e-3, rtol=1e-3).all(1)
+    if same.float().mean() < 0.999:  # where two latents are level, rounding chooses
+        raise AssertionError(f"{name}: its weights reconstruct otherwise in our class, on {int((~same).sum())} rows.")
     return Trained(sae, curve, seconds)
 
 
