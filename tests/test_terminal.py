@@ -100,6 +100,7 @@ class Terminal:
         if self.pid == 0:
             changes = {"COLUMNS": str(columns), "LINES": "30", "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
             os.chdir(PROJECT_DIR)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore Ctrl-C
             os.execve(sys.executable, [sys.executable, SCRIPT, *arguments], os.environ | changes | environment)
         self.decoder = codecs.getincrementaldecoder("utf-8")()
         self.text = ""
