@@ -23,7 +23,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -681,6 +681,16 @@ def sampling_inputs(page: Page) -> list:
         ]
 
 
+def unrepeated(growing: Iterable[tuple[Any, str]]) -> Iterator[tuple]:
+    """Leave a line of status out where it is the one before: a late one would come over what Stop writes there."""
+    import gradio as gr
+
+    shown = None
+    for content, line in growing:
+        yield content, gr.skip() if line == shown else line
+        shown = line
+
+
 def complete_tab(page: Page, panel: Panel | None) -> None:
     import gradio as gr
 
@@ -700,7 +710,7 @@ def complete_tab(page: Page, panel: Panel | None) -> None:
     def run(text: str, *values: Any) -> Iterator[tuple[str, str]]:
         sampling, steering = Sampling(*values[:4]), steering_of(*values[4:]) if panel else Steering()
         with shown_in_the_page():
-            yield from complete(page, text, steering, sampling)
+            yield from unrepeated(complete(page, text, steering, sampling))
 
     inputs = [prompts, *sampling, *(panel.inputs if panel else [])]
     running = gr.on([go.click, prompts.submit], run, inputs, [table, status], **_QUEUED)
@@ -800,7 +810,7 @@ def chat_tab(page: Page, panel: Panel | None) -> None:
         sampling, steering = Sampling(*values[:4]), steering_of(*values[4:]) if panel else Steering()
         sent = gr.update(value="")
         with shown_in_the_page():
-            for grown, line in chat(page, dialogue, message, system, steering, sampling):
+            for grown, line in unrepeated(chat(page, dialogue, message, system, steering, sampling)):
                 yield grown, [turn._asdict() for turn in grown], sent, line
                 sent = gr.skip()  # the next message may be half written
 

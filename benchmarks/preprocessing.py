@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import stage
 
 DATA_DIR = "data/benchmark_preprocessing"  # folder for activations, batches and the copy
-SIZE_GB = 2.0  # of activations
+SIZE_GB = 4.0  # of activations
 D_MODEL = 3072  # of them: Llama 3.2 3B's
 SHARD_GB = 0.25  # of a shard, so that every core has some
 NUM_PROCESSES = 0  # processes; 0 for one a core
