@@ -55,16 +55,16 @@ class Entries(NamedTuple):
 
 
 def encode_entries(sae, acts, chunk: int) -> Entries:
-    """Encode raw activations (n_tokens, d_model); entries by token, values above zero only, on the CPU."""
+    """Encode raw activations (n_tokens, d_model); entries by token, values above zero only, on the SAE's device."""
     import torch
 
     rows, latents, values = [], [], []
     for start in range(0, len(acts), chunk):
         v, i = sae.encode(acts[start : start + chunk].to(sae.b_pre.device))
         token, slot = (v > 0).nonzero(as_tuple=True)
-        rows.append((token + start).cpu())
-        latents.append(i[token, slot].cpu())
-        values.append(v[token, slot].cpu())
+        rows.append(token + start)
+        latents.append(i[token, slot])
+        values.append(v[token, slot])
     return Entries(torch.cat(rows), torch.cat(latents), torch.cat(values))
 
 
@@ -73,34 +73,35 @@ def write_entries(path: Path, entries: Entries, n_tokens: int) -> None:
 
     counts = entries.row.bincount(minlength=n_tokens)
     tensors = {"counts": counts.int(), "latent": entries.latent.int(), "value": entries.value.half()}
-    write_shard(path, tensors)
+    write_shard(path, {name: tensor.cpu() for name, tensor in tensors.items()})
 
 
-def read_entries(path: Path) -> Entries:
+def read_entries(path: Path, device="cpu") -> Entries:
     """What `write_entries` wrote: values in float16 steps."""
     import torch
 
     from activation_store import open_shard
 
     file = open_shard(path, Path(__file__).name)
-    counts, latent, value = (file.get_tensor(name) for name in ("counts", "latent", "value"))
-    return Entries(torch.arange(len(counts)).repeat_interleave(counts), latent.long(), value.float())
+    counts, latent, value = (file.get_tensor(name).to(device) for name in ("counts", "latent", "value"))
+    rows = torch.arange(len(counts), device=device).repeat_interleave(counts)
+    return Entries(rows, latent.long(), value.float())
 
 
-def aggregate(entries: Entries, sentence_of_token, offsets, n_latents: int) -> dict[str, Entries]:
+def aggregate(entries: Entries, offsets, n_latents: int) -> dict[str, Entries]:
     """Entries by sentence for each aggregation. The mean counts every token of the sentence, silent ones as 0."""
     import torch
 
-    sentence = sentence_of_token[entries.row]
+    offsets = offsets.to(entries.row.device)
+    sentence = sentence_of_token(offsets)[entries.row]
     keys, inverse = (sentence * n_latents + entries.latent).unique(return_inverse=True)
     rows, latents = keys // n_latents, keys % n_latents
     # In float64 the sum hardly depends on its order.
-    total = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, inverse, entries.value.double())
-    highest = torch.zeros(len(keys)).scatter_reduce_(0, inverse, entries.value, "amax")
-    lengths = offsets[1:] - offsets[:-1]
+    total = torch.zeros_like(keys, dtype=torch.float64).index_add_(0, inverse, entries.value.double())
+    highest = torch.zeros_like(keys, dtype=torch.float32).scatter_reduce_(0, inverse, entries.value, "amax")
     is_last = entries.row == offsets[1:][sentence] - 1
     return {
-        "mean": Entries(rows, latents, (total / lengths[rows]).float()),
+        "mean": Entries(rows, latents, (total / offsets.diff()[rows]).float()),
         "max": Entries(rows, latents, highest),
         "last": Entries(sentence[is_last], entries.latent[is_last], entries.value[is_last]),
     }
@@ -109,11 +110,11 @@ def aggregate(entries: Entries, sentence_of_token, offsets, n_latents: int) -> d
 class TopTable:
     """The highest values of each row (a latent, or a tenth of one) with their sentences; -1 where there is none yet."""
 
-    def __init__(self, n_rows: int, n_top: int):
+    def __init__(self, n_rows: int, n_top: int, device="cpu"):
         import torch
 
-        self.values = torch.full((n_rows, n_top), -torch.inf)
-        self.sentences = torch.full((n_rows, n_top), -1, dtype=torch.int64)
+        self.values = torch.full((n_rows, n_top), -torch.inf, device=device)
+        self.sentences = torch.full((n_rows, n_top), -1, dtype=torch.int64, device=device)
 
     def add(self, rows, values, sentences) -> None:
         """Merge candidates, in any order; equal values go to the lower sentence index."""
@@ -134,19 +135,19 @@ class TopTable:
         order = order[rows[order].argsort(stable=True)]
         rows, values, sentences = rows[order], values[order], sentences[order]
         counts = rows.bincount(minlength=len(self.values))
-        rank = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+        rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
         top = rank < n_top
         self.values[rows[top], rank[top]] = values[top]
         self.sentences[rows[top], rank[top]] = sentences[top]
 
     def entries(self) -> tuple[Any, Any, Any]:
-        """(rows, values, sentences) of what is filled, by row, best first."""
+        """(rows, values, sentences) of what is filled, by row, best first; on the CPU."""
         where = (self.sentences >= 0).nonzero(as_tuple=True)
-        return where[0], self.values[where], self.sentences[where]
+        return where[0].cpu(), self.values[where].cpu(), self.sentences[where].cpu()
 
 
 class Progress(NamedTuple):
-    """What one process has found so far; saved, so that a killed run continues."""
+    """What one process has found so far, on its device; saved, so that a killed run continues."""
 
     n_shards: int  # of this process's shards, done
     tables: dict[str, TopTable]
@@ -161,17 +162,17 @@ def find_top(store, sae, mine: list[int], config, partial: Callable[[Any], Path]
 
     import torch
 
-    n = sae.n_latents
+    n, device = sae.n_latents, sae.b_pre.device
     found = Progress(
         0,
-        {name: TopTable(n, config.top_sentences) for name in _AGGREGATIONS},
-        torch.zeros(n, dtype=torch.int64),
-        torch.zeros(n, dtype=torch.float64),
-        torch.zeros(n),
+        {name: TopTable(n, config.top_sentences, device) for name in _AGGREGATIONS},
+        torch.zeros(n, dtype=torch.int64, device=device),
+        torch.zeros(n, dtype=torch.float64, device=device),
+        torch.zeros(n, device=device),
     )
     state_path = partial("state")
     if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
+        state = torch.load(state_path, map_location=device, weights_only=True)
         if state["identity"] == identity and all(partial(i).exists() for i in mine[: state["n_shards"]]):
             for name, table in found.tables.items():
                 table.values, table.sentences = state["tables"][name]
@@ -185,15 +186,15 @@ def find_top(store, sae, mine: list[int], config, partial: Callable[[Any], Path]
             continue
         store.verify(i)
         shard = store.shard(i)
-        lengths = shard.offsets.diff()
+        sentence_idx, long = (t.to(device) for t in (shard.sentence_idx, shard.offsets.diff() >= config.min_tokens))
         entries = encode_entries(sae, shard.acts, config.encode_tokens)
         write_entries(partial(i), entries, len(shard.acts))
         found.fired.add_(entries.latent.bincount(minlength=n))
         found.total.index_add_(0, entries.latent, entries.value.double())
         found.highest.scatter_reduce_(0, entries.latent, entries.value, "amax")
-        for name, e in aggregate(entries, sentence_of_token(shard), shard.offsets, n).items():
-            long = lengths[e.row] >= config.min_tokens
-            found.tables[name].add(e.latent[long], e.value[long], shard.sentence_idx[e.row[long]])
+        for name, e in aggregate(entries, shard.offsets, n).items():
+            counts = long[e.row]
+            found.tables[name].add(e.latent[counts], e.value[counts], sentence_idx[e.row[counts]])
         found = found._replace(n_shards=position + 1)
         bar.update(len(shard.acts))
         if time.time() - saved > 60 or position == len(mine) - 1:
@@ -209,12 +210,12 @@ def find_top(store, sae, mine: list[int], config, partial: Callable[[Any], Path]
     return found
 
 
-def sentence_of_token(shard):
-    """(n_tokens,) each token's row among the shard's sentences."""
+def sentence_of_token(offsets):
+    """(n_tokens,) each token's row among the sentences of a shard."""
     import torch
 
-    lengths = shard.offsets.diff()
-    return torch.arange(len(lengths)).repeat_interleave(lengths)
+    lengths = offsets.diff()
+    return torch.arange(len(lengths), device=offsets.device).repeat_interleave(lengths)
 
 
 # ---- samples
@@ -223,64 +224,64 @@ def sentence_of_token(shard):
 def hash32(a, b, seed: int):
     """32 bits, as int64, of each pair of int64 tensors a and b below 2^32: the finaliser of SplitMix64 (Steele, Lea and
     Flood 2014, doi:10.1145/2660193.2660195)."""
-    import numpy as np
-    import torch
-
-    x = (a.numpy().astype(np.uint64) << np.uint64(32)) + b.numpy().astype(np.uint64)
-    x += np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return torch.from_numpy(((x ^ (x >> np.uint64(31))) >> np.uint64(32)).astype(np.int64))
+    signed = lambda constant: (constant + 2**63) % 2**64 - 2**63
+    shifted = lambda x, n: (x >> n) & (2 ** (64 - n) - 1)  # of 64 bits without a sign
+    x = (a << 32) + b + signed((seed + 1) * 0x9E3779B97F4A7C15)
+    x = (x ^ shifted(x, 30)) * signed(0xBF58476D1CE4E5B9)  # wraps around
+    x = (x ^ shifted(x, 27)) * signed(0x94D049BB133111EB)
+    return shifted(x ^ shifted(x, 31), 32)
 
 
 class Samples:
     """Pass 2: sentences from each tenth of each latent's range, silent ones, and tokens to count co-firing on.
 
-    highest: (n_latents,) activation; sentences: (n_sentences,) indices of all that were captured.
+    highest: (n_latents,) activation, on the device that is to do the work; sentences: (n_sentences,) indices of all
+    that were captured.
     """
 
     def __init__(self, highest, sentences, n_tokens: int, k: int, config):
         import torch
 
-        n = len(highest)
+        n, device = len(highest), highest.device
         self.highest, self.k, self.config = highest, k, config
-        self.tenths = TopTable(n * _TENTHS, config.examples_per_tenth)
-        self.silent = TopTable(n, config.silent_examples)
-        self.by_tenth = torch.zeros(n * _TENTHS, dtype=torch.int64)  # sentences in each tenth
+        self.tenths = TopTable(n * _TENTHS, config.examples_per_tenth, device)
+        self.silent = TopTable(n, config.silent_examples, device)
+        self.by_tenth = torch.zeros(n * _TENTHS, dtype=torch.int64, device=device)  # sentences in each tenth
         self.token_share = config.cofiring_tokens / n_tokens
-        self.tokens = torch.empty(0, k, dtype=torch.int32)  # latents of the sampled tokens, -1 where fewer fired
+        self.tokens = torch.empty(0, k, dtype=torch.int32)  # latents of the sampled tokens, -1 where fewer fired; CPU
         # Silent sentences are sought among some (sentence, latent) pairs drawn by hash: all pairs would be too many.
         living = highest.nonzero().flatten()
-        tries = torch.arange(config.silent_examples * _SILENT_TRIES)
+        tries = torch.arange(config.silent_examples * _SILENT_TRIES, device=device)
         latents = living.repeat_interleave(len(tries))
         draws = hash32(latents, tries.repeat(len(living)), config.seed + 1)
-        self.tried = (sentences[draws * len(sentences) // 2**32] * n + latents).unique()
+        self.tried = (sentences.to(device)[draws * len(sentences) // 2**32] * n + latents).unique()
 
     def add(self, shard, entries: Entries) -> None:
         import torch
 
-        n, seed = len(self.highest), self.config.seed
-        of_token, lengths = sentence_of_token(shard), shard.offsets.diff()
-        long = lengths >= self.config.min_tokens
-        best = aggregate(entries, of_token, shard.offsets, n)["max"]
+        n, seed, device = len(self.highest), self.config.seed, self.highest.device
+        offsets, sentence_idx = shard.offsets.to(device), shard.sentence_idx.to(device)
+        of_token = sentence_of_token(offsets)
+        long = offsets.diff() >= self.config.min_tokens
+        best = aggregate(entries, offsets, n)["max"]
         row, latent, value = (part[long[best.row]] for part in best)
-        sentence = shard.sentence_idx[row]
+        sentence = sentence_idx[row]
         tenth = (value / self.highest[latent] * _TENTHS).long().clamp(max=_TENTHS - 1)
         self.by_tenth += (latent * _TENTHS + tenth).bincount(minlength=len(self.by_tenth))
         self.tenths.add(latent * _TENTHS + tenth, -hash32(latent, sentence, seed).float(), sentence)
 
         tried = of_shard(self.tried, shard, n)
-        tried = tried[~is_in(tried, sentence * n + latent) & is_in(tried // n, shard.sentence_idx[long])]
+        tried = tried[~is_in(tried, sentence * n + latent) & is_in(tried // n, sentence_idx[long])]
         sentence, latent = tried // n, tried % n
         self.silent.add(latent, -hash32(latent, sentence, seed).float(), sentence)
 
-        position = torch.arange(len(of_token)) - shard.offsets[of_token]
-        chosen = hash32(shard.sentence_idx[of_token], position, seed + 2) < self.token_share * 2**32
+        position = torch.arange(len(of_token), device=device) - offsets[of_token]
+        chosen = hash32(sentence_idx[of_token], position, seed + 2) < self.token_share * 2**32
         fired = entries.row.bincount(minlength=len(of_token))
-        slot = torch.arange(len(entries.row)) - (fired.cumsum(0) - fired)[entries.row]
-        tokens = torch.full((len(of_token), self.k), -1, dtype=torch.int32)
+        slot = torch.arange(len(entries.row), device=device) - (fired.cumsum(0) - fired)[entries.row]
+        tokens = torch.full((len(of_token), self.k), -1, dtype=torch.int32, device=device)
         tokens[entries.row, slot] = entries.latent.int()
-        self.tokens = torch.cat([self.tokens, tokens[chosen]])
+        self.tokens = torch.cat([self.tokens, tokens[chosen].cpu()])
 
 
 def of_shard(keys, shard, n_latents: int):
@@ -288,7 +289,7 @@ def of_shard(keys, shard, n_latents: int):
     import torch
 
     bounds = torch.stack([shard.sentence_idx[0], shard.sentence_idx[-1] + 1]) * n_latents
-    first, last = torch.searchsorted(keys, bounds).tolist()
+    first, last = torch.searchsorted(keys, bounds.to(keys.device)).tolist()
     return keys[first:last]
 
 
@@ -297,7 +298,7 @@ def is_in(values, ascending):
     import torch
 
     if len(ascending) == 0:
-        return torch.zeros(len(values), dtype=torch.bool)
+        return torch.zeros_like(values, dtype=torch.bool)
     return ascending[torch.searchsorted(ascending, values).clamp(max=len(ascending) - 1)] == values
 
 
@@ -355,7 +356,7 @@ def collect_pairs(shard, entries: Entries, keys, n_latents: int) -> Pairs:
     row = torch.searchsorted(shard.sentence_idx, keys // n_latents)
     lengths = shard.offsets.diff()[row]
     starts = lengths.cumsum(0) - lengths
-    of_token = sentence_of_token(shard)
+    of_token = sentence_of_token(shard.offsets)
     entry_keys = shard.sentence_idx[of_token[entries.row]] * n_latents + entries.latent
     hit = is_in(entry_keys, keys)
     pair, token = torch.searchsorted(keys, entry_keys[hit]), entries.row[hit]
@@ -543,7 +544,7 @@ def main() -> None:
         for other in w.gather({name: table.entries() for name, table in found.tables.items()}):
             for name, entries in other.items():
                 tables[name].add(*entries)
-        statistics = w.gather((found.fired, found.total, found.highest))
+        statistics = w.gather((found.fired.cpu(), found.total.cpu(), found.highest.cpu()))
         fired = sum(s[0] for s in statistics)
         total = sum(s[1] for s in statistics)
         highest = torch.stack([s[2] for s in statistics]).amax(0)
@@ -551,11 +552,13 @@ def main() -> None:
             raise stage.InputError(f"No latent of {config.model_path} fires on {config.data_dir}; train it longer.")
 
         captured = torch.cat([shard.sentence_idx for shard in store.shards()])
-        samples = Samples(highest, captured, store.n_tokens, sae.k, config)
+        samples = Samples(highest.to(w.device), captured, store.n_tokens, sae.k, config)
         for i in stage.progress(mine, unit="shard", desc="samples", disable=not w.is_main):
-            samples.add(store.shard(i), read_entries(partial(i)))
+            samples.add(store.shard(i), read_entries(partial(i), w.device))
         tenths, silent = TopTable(n * _TENTHS, config.examples_per_tenth), TopTable(n, config.silent_examples)
-        gathered = w.gather((samples.tenths.entries(), samples.silent.entries(), samples.by_tenth, samples.tokens))
+        gathered = w.gather(
+            (samples.tenths.entries(), samples.silent.entries(), samples.by_tenth.cpu(), samples.tokens)
+        )
         for other_tenths, other_silent, _, _ in gathered:
             tenths.add(*other_tenths)
             silent.add(*other_silent)
