@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import stage
-from steering import DEFAULT_MODE, DEFAULT_STRENGTH
+from steering import DEFAULT_MODE, DEFAULT_STRENGTH, MODES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,10 @@ LLAMA_MODEL_DIR: str | None = None  # Llama folder; the embedded tiny Llama when
 DEVICE = "auto"  # auto: a GPU where there is one
 DTYPE = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
 SAE_MODEL_PATH: str | None = None  # the SAE; the embedded one with the embedded model when not given
+SAE_LAYER_IDX: int | None = None  # for an SAE without a JSON: it reads attention_norm of this layer (the published: 22)
+K: int | None = None  # for an SAE without a JSON: latents kept (the published: 64)
+NORMALIZE_EPS: float | None = None  # for an SAE without a JSON (the published: 1e-6)
+ROPE_SCALING_FACTOR: float | None = None  # overrides the checkpoint's (the published SAE's activations: 8)
 LATENTS: list[int] = []  # latents to steer with
 STRENGTHS = [DEFAULT_STRENGTH]  # one each, or one for all: in multiples of the latent's highest observed activation
 MODE = DEFAULT_MODE  # of steering: h_bias, add, clamp, scale (the strength is the factor) or ablate
@@ -196,7 +200,7 @@ def set_up(config) -> Setup:
     from llama_3.loading import TINY_LLAMA_DIR
     from llama_3.model import check_site
     from sae import load_sae_model
-    from steering import highest_activations, make_steering
+    from steering import make_steering
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if config.dtype == "auto" else config.dtype
@@ -213,10 +217,10 @@ def set_up(config) -> Setup:
         if sae_path is None and config.llama_model_dir is not None:
             raise stage.InputError("Latents need an SAE of this model; name it with --sae_model_path.")
         sae_path = sae_path or str(Path(TINY_LLAMA_DIR) / "sae.pth")
-        sae = load_sae_model(sae_path, device)
+        sae = load_sae_model(sae_path, device, **what_options_say(config))
         if "site" not in sae.info:
-            raise stage.InputError(f"{sae_path} has no JSON that names its site; train it with this project.")
-    rope_scaling_factor = sae.info.get("rope_scaling_factor") if sae else None
+            raise stage.InputError(f"{sae_path} has no JSON that names its site; name its layer with --sae_layer_idx.")
+    rope_scaling_factor = sae.info.get("rope_scaling_factor") if sae else config.rope_scaling_factor
     model = load_model(model_dir, device, getattr(torch, dtype), rope_scaling_factor, packed=True)
     tokenizer = load_tokenizer(model_dir)
     if sae and sae.d_model != model.args.dim:
@@ -231,7 +235,7 @@ def set_up(config) -> Setup:
     steering = None
     if config.latents:
         strengths = strength_of_each(config.latents, config.strengths)
-        highest = highest_activations(sae_path)
+        highest = known_highest(sae_path, sae.n_latents)
         function = make_steering(sae, strengths, highest, config.mode, config.keep_error)
         steering = (sae.info["site"], function, (tokenizer.bos_id,))  # no SAE here was trained on begin-of-text
     options = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_p")}
@@ -240,6 +244,27 @@ def set_up(config) -> Setup:
         date = _DATE_OF_THE_TEMPLATE if model.args.rope_scaling_factor != 1 else None
     meanings = latent_meanings(sae_path) if sae else {}
     return Setup(model, tokenizer, sae, meanings, options, steering, date)
+
+
+def what_options_say(config) -> dict[str, Any]:
+    """What the options say of the SAE: it must not contradict its JSON, and stands for one that is missing."""
+    told = {name: getattr(config, name) for name in ("k", "normalize_eps", "rope_scaling_factor")}
+    if config.sae_layer_idx is not None:
+        told["site"] = f"layers.{config.sae_layer_idx}.attention_norm"
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def known_highest(sae_path: str, n_latents: int) -> "Tensor":
+    """`steering.highest_activations`, or ones, with a line that says so, where a published SAE comes without them."""
+    import torch
+
+    from steering import highest_activations
+
+    try:
+        return highest_activations(sae_path)
+    except stage.InputError as error:
+        print(f"{error} Until then a strength counts in plain activation.", file=sys.stderr)
+        return torch.ones(n_latents)
 
 
 def strength_of_each(latents: list[int], strengths: list[float]) -> dict[int, float]:
@@ -644,6 +669,8 @@ def check_options(config) -> None:
             raise stage.InputError(f"--{name} {getattr(config, name)} is too small; it is at least {least}.")
     if config.latents:
         strength_of_each(config.latents, config.strengths)
+    if config.mode not in MODES:
+        raise stage.InputError(f"There is no steering mode {config.mode!r}; choose one of {', '.join(MODES)}.")
     if (config.input_path is None) != (config.output_path is None):
         raise stage.InputError("--input_path and --output_path belong together; give both or neither.")
     if config.prompts and (config.command == "chat" or config.input_path):

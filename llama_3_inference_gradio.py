@@ -33,7 +33,7 @@ from llama_3_inference import (
     Setup,
     check_context,
     encode_text,
-    latent_meanings,
+    known_highest,
     prompts_in,
     seeds_of,
     set_up,
@@ -41,7 +41,7 @@ from llama_3_inference import (
     stream_text,
     strongest_latents,
 )
-from steering import DEFAULT_MODE, DEFAULT_STRENGTH, MODES, check_latents, highest_activations, make_steering
+from steering import DEFAULT_MODE, DEFAULT_STRENGTH, MODES, check_latents, make_steering
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -55,6 +55,7 @@ SAE_MODEL_PATH: str | None = None  # the SAE; the embedded one with the embedded
 SAE_LAYER_IDX: int | None = None  # for an SAE without a JSON: it reads attention_norm of this layer (the published: 22)
 K: int | None = None  # for an SAE without a JSON: latents kept (the published: 64)
 NORMALIZE_EPS: float | None = None  # for an SAE without a JSON (the published: 1e-6)
+ROPE_SCALING_FACTOR: float | None = None  # overrides the checkpoint's (the published SAE's activations: 8)
 DEVICE = "auto"  # auto: a GPU where there is one
 DTYPE = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
 DATE = "auto"  # chat: today's date as in "26 Jul 2024", or none; auto: that one from Llama 3.1 on, none before
@@ -840,61 +841,18 @@ def open_page(config: argparse.Namespace) -> Page:
     sae_path = config.sae_model_path
     if sae_path is None and config.llama_model_dir is None:
         sae_path = str(Path(TINY_LLAMA_DIR) / "sae.pth")
-    setup = open_setup(config, sae_path)
+    options = vars(config) | {"sae_model_path": sae_path, "latents": [], "show_latents": 0}
+    setup = set_up(argparse.Namespace(**options, temperature=0.0, top_p=1.0))
     index = highest = None
     if setup.sae is not None:
-        import torch
-
         index = LatentIndex(sae_path, setup.tokenizer, setup.model, setup.sae)
-        try:
-            highest = highest_activations(sae_path)
-        except stage.InputError as error:
-            print(f"{error} Until then a strength counts in plain activation.", file=sys.stderr)
-            highest = torch.ones(setup.sae.n_latents)
+        highest = known_highest(sae_path, setup.sae.n_latents)
         for line in index.missing:
             print(line, file=sys.stderr)
     page = Page(setup, config, index, highest, threading.Lock())
     steering = Steering({int(highest.argmax()): 1.0}) if setup.sae is not None else Steering()
     list(completions(page, ["Warm"], steering, Sampling(2, 0.0, 1.0, 0)))  # the first pass packs the weights
     return page
-
-
-def open_setup(config: argparse.Namespace, sae_path: str | None) -> Setup:
-    """llama_3_inference.set_up, for an SAE without a JSON too, of which the options then tell what it is."""
-    import blobfile
-
-    from llama_3.model import check_site
-    from sae import info_path, load_sae_model
-
-    options = argparse.Namespace(**vars(config), latents=[], show_latents=0, temperature=0.0, top_p=1.0)
-    has_json = sae_path is not None and blobfile.exists(info_path(sae_path))
-    told = {name: getattr(config, name) for name in ("k", "normalize_eps") if getattr(config, name) is not None}
-    site = f"layers.{config.sae_layer_idx}.attention_norm"
-    if sae_path is None or has_json:
-        options.sae_model_path = sae_path
-        setup = set_up(options)
-        info = setup.sae.info if setup.sae is not None else {}
-        if config.sae_layer_idx is not None and sae_path is not None and info["site"] != site:
-            raise stage.InputError(f"{info_path(sae_path)} says {info['site']}, not {site}; leave --sae_layer_idx out.")
-        for name, value in told.items():
-            if info.get(name, value) != value:
-                raise stage.InputError(f"{info_path(sae_path)} says {name} {info[name]}, not {value}; leave it out.")
-        return setup
-    if config.sae_layer_idx is None:
-        raise stage.InputError(f"{sae_path} has no JSON beside it; name its layer with --sae_layer_idx.")
-    options.sae_model_path = None
-    setup = set_up(options)
-    sae = load_sae_model(sae_path, setup.model.device, **told)
-    sae.info["site"] = site
-    if sae.d_model != setup.model.args.dim:
-        raise stage.InputError(
-            f"{sae_path} has d_model {sae.d_model}, the model {setup.model.args.dim}; they do not belong together."
-        )
-    try:
-        check_site(site, setup.model.args.n_layers)
-    except ValueError as error:
-        raise stage.InputError(f"--sae_layer_idx {config.sae_layer_idx} is wrong: {error}") from None
-    return setup._replace(sae=sae, meanings=latent_meanings(sae_path))
 
 
 def launch(page: Page, config: argparse.Namespace) -> None:

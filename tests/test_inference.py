@@ -353,11 +353,31 @@ def test_refuses_a_latent_that_never_fired(tiny_model_dir, sae_path, capsys):
     assert "never fired" in refusal(capsys, inference, **options, latents=2)
 
 
-def test_refuses_an_sae_without_its_latents(tiny_model_dir, sae_path, capsys):
-    (sae_path.parent / "sae.latents.parquet").unlink()
-    options = {"llama_model_dir": tiny_model_dir, "sae_model_path": sae_path, "max_new_tokens": 1}
-    said = refusal(capsys, inference, **options, latents=9)
-    assert "sae.latents.parquet" in said and "capture_top_activating_sentences.py" in said
+def test_published_sae(tiny_model_dir, sae, sae_path, tokenizer, capsys, monkeypatch):
+    """A state dict and nothing else: the options tell what it is, and a strength counts in plain activation."""
+    for name in ("sae.json", "sae.latents.parquet"):
+        (sae_path.parent / name).unlink()
+    options = {"llama_model_dir": tiny_model_dir, "sae_model_path": sae_path, "prompts": "the", "max_new_tokens": 8}
+    options |= {"temperature": 0, "latents": 9, "strengths": 30}
+    assert "give k" in refusal(capsys, inference, **options, rope_scaling_factor=8)
+    options |= {"k": K, "normalize_eps": 1e-5, "rope_scaling_factor": 8}
+    assert "name its layer with --sae_layer_idx" in refusal(capsys, inference, **options)
+    real, models = inference.set_up, []
+    monkeypatch.setattr(inference, "set_up", lambda config: (setup := real(config), models.append(setup.model))[0])
+    call(inference, **options, sae_layer_idx=SITE.split(".")[1])
+    printed = capsys.readouterr()
+    assert "sae.latents.parquet; run capture_top_activating_sentences.py first. Until then" in printed.err
+    assert models[0].args.rope_scaling_factor == 8
+    model = load_model(tiny_model_dir, rope_scaling_factor=8)
+    function = make_steering(sae, {9: 30.0}, torch.ones(N_LATENTS))
+    steered = greedy(model, tokenizer.encode("the", bos=True), 8, SITE, function, (tokenizer.bos_id,))
+    assert f"steered  {tokenizer.decode(steered)!r}" in printed.out
+
+
+def test_options_that_contradict_the_json_of_an_sae(tiny_model_dir, sae_path, capsys):
+    options = {"llama_model_dir": tiny_model_dir, "sae_model_path": sae_path, "max_new_tokens": 1, "latents": 9}
+    assert f"says k = {K}, not 64" in refusal(capsys, inference, **options, k=64)
+    assert "not 'layers.2.attention_norm'" in refusal(capsys, inference, **options, sae_layer_idx=2)
 
 
 def test_refuses_a_latent_without_an_sae(tiny_model_dir, capsys):

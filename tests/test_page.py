@@ -518,11 +518,12 @@ def test_sae_without_a_json(capsys, tmp_path):
         port = free.getsockname()[1]
     refused = lambda **options: refusal(capsys, page_script, port=port, **options)
     told = {"sae_layer_idx": 6, "k": 32, "normalize_eps": 1e-5}
-    assert "name its layer with --sae_layer_idx" in refused(sae_model_path=path)
+    assert "name its layer with --sae_layer_idx" in refused(sae_model_path=path, k=32, normalize_eps=1e-5)
     assert "give k" in refused(sae_model_path=path, sae_layer_idx=6)
     assert "is beyond the model's 8 layers" in refused(sae_model_path=path, **told | {"sae_layer_idx": 8})
-    assert "layers.6.attention_norm, not layers.5" in refused(sae_layer_idx=5)
-    assert "says k 32, not 64" in refused(k=64)
+    assert "'layers.6.attention_norm', not 'layers.5.attention_norm'" in refused(sae_layer_idx=5)
+    assert "says k = 32, not 64" in refused(k=64)
+    assert "says rope_scaling_factor = 1.0, not 8.0" in refused(rope_scaling_factor=8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["page", *as_flags({"sae_model_path": path, **told})])
         config = page_script.stage.parse_constants(vars(page_script))
