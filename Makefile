@@ -57,7 +57,7 @@ tiny: install
 # ... and its reference SAE: the demo's, in bfloat16, with its names.
 reference: demo
 	$(BIN)/python -c 'import torch; from sae import *; sae = load_sae_model("demo_run/sae/sae.pth"); save_sae(sae, "llama_3/tiny_llama/sae.pth", sae.info, torch.bfloat16)'
-	cd demo_run/sae && cp sae.promoted.parquet sae.curves.png sae.metrics.jsonl ../../llama_3/tiny_llama/
+	cd demo_run/sae && cp sae.promoted.parquet sae.curves.png sae.frequencies.png sae.metrics.jsonl ../../llama_3/tiny_llama/
 	$(BIN)/python sae_evaluation.py --sae_model_path llama_3/tiny_llama/sae.pth --num_sentences 1000 --batch_tokens 2048
 	for a in mean max last; do \
 		f=demo_run/sae/sae.meaning_distinctive-words_$$a t=latent_index_meaning/latent_idx_meaning_$$a-aggregated_distinctive-words; \

@@ -80,7 +80,7 @@ def stages(run: Path, config) -> list[tuple[str, list[str]]]:
                 num_samples=config.num_samples,
                 sites=_SITE,
                 dtype="float32",
-                batch_tokens=2048,
+                batch_tokens=1024,
                 window_sentences=4000,
             ),
         ),
@@ -109,7 +109,7 @@ def stages(run: Path, config) -> list[tuple[str, list[str]]]:
         ),
         (
             "What the SAE keeps of the model",
-            python("sae_evaluation.py", sae_model_path=sae, num_sentences=1000, batch_tokens=2048),
+            python("sae_evaluation.py", sae_model_path=sae, num_sentences=1000, batch_tokens=1024),
         ),
         (
             "Top sentences of every latent",

@@ -5,7 +5,7 @@ Writes  completions to the terminal, as they come; with INPUT_PATH, JSON lines t
 Method  steering.py says what each mode does at the SAE's site; strength 1 is a latent's highest observed activation
 
     python llama_3_inference.py text                            # asks for prompts, one a line; completes them together
-    python llama_3_inference.py text --prompts "The file" "If the argument is" --latents 1118 --strengths 5
+    python llama_3_inference.py text --prompts "This function returns" "When the" --latents 747 --strengths 5
     python llama_3_inference.py chat --llama_model_dir models/llama_3.2-3B-Instruct --system "Answer in one sentence."
     python llama_3_inference.py text --input_path prompts.txt --output_path completions.jsonl
 """

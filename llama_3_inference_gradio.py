@@ -637,8 +637,8 @@ def steering_panel(page: Page) -> Panel:
     with gr.Column(scale=1, min_width=320, elem_classes="steering"):
         query = gr.Textbox(label="Find a latent to steer with", placeholder="a word of its meaning, or its number")
         results = markup()
-        examples = page.index.search(_EXAMPLE_WORD, sort="score", limit=1) if page.is_embedded else []
-        first = [row["latent"] for row in examples]
+        found = page.index.search(_EXAMPLE_WORD, sort="score", limit=_N_ROWS) if page.is_embedded else []
+        first = [row["latent"] for row in found if row["meaning"] == _EXAMPLE_WORD][:1]
         chosen = gr.State(first)
         hint = markup("" if first else status_html(_NOTHING_CHOSEN))
         unit = (
@@ -823,7 +823,7 @@ def chat_tab(page: Page, panel: Panel | None) -> None:
 
 
 _NOTHING_CHOSEN = "Nothing steers yet. Find a latent above, or in the list of latents."
-_EXAMPLE_WORD = "matrix"  # in the meaning of the latent that steers the embedded model at first
+_EXAMPLE_WORD = "state"  # the meaning of the latent that steers the embedded model at first
 _EXAMPLES = "This function returns\nThe first argument\nWhen the"  # the embedded model knows documentation
 _OTHER_EXAMPLES = "The best thing about the town is\nWhen I was young,\nThe letter said that"
 _EXAMPLE = "Open the file and read all of its lines. If it does not exist, an error is raised."

@@ -34,7 +34,7 @@ MODES = {
     "ablate": "set the latent to 0; the strength does not matter",
 }
 DEFAULT_MODE = "add"  # these two: the best of benchmarks/steering.py on the reference SAE
-DEFAULT_STRENGTH = 5.0  # in multiples of the latent's highest activation
+DEFAULT_STRENGTH = 4.0  # in multiples of the latent's highest activation
 
 
 def make_steering(

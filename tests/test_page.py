@@ -67,6 +67,11 @@ class Alone:
         """The latent that a search for the word finds first."""
         return self.index.search(word, sort="score", limit=1)[0]["latent"]
 
+    def example(self) -> int:
+        """The latent that steers the embedded model at first."""
+        found = self.index.search(page_script._EXAMPLE_WORD, sort="score", limit=100)
+        return next(row["latent"] for row in found if row["meaning"] == page_script._EXAMPLE_WORD)
+
 
 @pytest.fixture(scope="module")
 def alone():
@@ -213,11 +218,11 @@ def error_of(window) -> str:
 def test_first_visit(visit, address, alone):
     """One click after opening the page a newcomer sees a steered completion."""
     window = visit(address)
-    latent = alone.first(page_script._EXAMPLE_WORD)
+    latent = alone.example()
     window.locator(f".slot a[href='#card-{latent}']").wait_for()
     press(window, "Complete")
     table = table_of(window, 3)
-    count = lambda kind: sum(text.lower().count("matri") for text in table[kind])
+    count = lambda kind: sum(text.lower().count("state") for text in table[kind])
     assert count("clean") == 0 and count("steered") > 3
     if path := os.environ.get("PAGE_PICTURE"):
         window.set_viewport_size({"width": 1400, "height": 1000})
@@ -262,7 +267,7 @@ _UNMARKED = """cell => {
 def test_modes(visit, address, alone):
     """Another mode, without the SAE's error; then a removed latent leaves a clean page."""
     window = visit(address)
-    latent = alone.first(page_script._EXAMPLE_WORD)
+    latent = alone.example()
     field(window, "Mode").click()
     window.get_by_role("option", name="clamp", exact=True).click()
     window.get_by_text(page_script.MODES["clamp"]).wait_for()
@@ -366,7 +371,7 @@ def test_latents(visit, address, alone):
 def test_chat(visit, address, alone):
     """Two turns with a latent steering, as the model alone would answer; then a new dialogue."""
     window = visit(address)
-    steering = alone.steering({alone.first(page_script._EXAMPLE_WORD): DEFAULT_STRENGTH})
+    steering = alone.steering({alone.example(): DEFAULT_STRENGTH})
     tab(window, "Chat")
     set_slider(window, "Tokens", 12)
     dialogue = [Message("system", "Be brief.")]

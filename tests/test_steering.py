@@ -234,11 +234,11 @@ SAE_PATH = f"{TINY_LLAMA_DIR}/sae.pth"
 
 
 def test_the_default_makes_a_latents_own_word_likelier():
-    """Latents named “right”, “false” and “group”, whose directions promote those words."""
+    """Latents named “right”, “maximum” and “shape”, whose directions promote those words."""
     model, tokenizer, sae = load_model(TINY_LLAMA_DIR), load_tokenizer(TINY_LLAMA_DIR), load_sae_model(SAE_PATH)
     highest = highest_activations(SAE_PATH)
     tokens = torch.tensor([tokenizer.encode("It can be used when the second", bos=True)])
-    words = {1118: " right", 579: " false", 820: " group"}
+    words = {869: " right", 1784: " maximum", 2405: " shape"}
     ids = [tokenizer.encode(word) for word in words.values()]
     assert all(len(token) == 1 for token in ids)
     for latent in words:

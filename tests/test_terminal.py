@@ -34,7 +34,7 @@ from sae import load_sae_model
 from steering import DEFAULT_MODE, DEFAULT_STRENGTH, highest_activations, make_steering
 
 SCRIPT = inference.__file__
-LATENT = 3878  # named after start and end; steering changes every text here
+LATENT = 747  # named state; steering changes every text here
 TEXTS = ["The file is", "If", "再见 é", "Returns a list of all the names in the module"]
 SAMPLED = {"temperature": 0.9, "top_p": 0.95}
 GREEDY = {"temperature": 0}
