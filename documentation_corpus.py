@@ -11,6 +11,7 @@ package's description.
     python documentation_corpus.py --output_dir data/documents
 """
 
+import hashlib
 import inspect
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ import stage
 OUTPUT_DIR = "data/documents"  # folder for documents.parquet
 MAX_MB = 0.0  # stop after this many MB of text, files taken evenly from the whole; 0 for all
 
+_STAGE = "documentation_corpus.py"
 # Installed packages whose documentation counts as English prose; a missing one is skipped.
 _PACKAGES = [
     "anthropic",
@@ -218,7 +220,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     sources = find_sources()
     print(f"Reading the documentation in {len(sources)} files of {sys.prefix}; writing to {config.output_dir}.")
+    sizes = "".join(f"{name} {path.stat().st_size}\n" for name, path in sources)
+    decides = {"max_mb": config.max_mb, "installation": hashlib.sha256(sizes.encode()).hexdigest()}
     with stage.locked(config.output_dir):
+        if stage.begin_or_continue(config.output_dir, _STAGE, decides):
+            print(f"{config.output_dir} is complete already.")
+            return
         with multiprocessing.Pool(os.cpu_count()) as pool:
             read = pool.imap(read_file, sources, chunksize=32)
             documents = list(stage.progress(read, total=len(sources), unit="file", desc="documentation"))
@@ -245,9 +252,8 @@ def main() -> None:
             "held_out_characters": sum(len(row["text"]) for row in rows if row["held_out"]),
         }
         shards = [{"file": path.name, "bytes": path.stat().st_size, "sha256": stage.sha256(path)}]
-        stage.write_manifest(
-            config.output_dir, "documentation_corpus.py", True, config=vars(config), counts=counts, shards=shards
-        )
+        complete = {"complete": True, "decides": decides, "config": vars(config), "counts": counts, "shards": shards}
+        stage.write_manifest(config.output_dir, _STAGE, **complete)
     print(f"{len(rows)} documents, {n_chars / 1e6:.1f} MB of text, {counts['held_out_documents']} held out: {path}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from helpers_pipeline import call
+from helpers_pipeline import call, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -235,7 +235,7 @@ def test_a_real_file(sources):
 # ---- the script
 
 
-def test_documents(tmp_path, monkeypatch):
+def test_documents(tmp_path, monkeypatch, capsys):
     """Held-out documents come first and keep what they share with others; a paragraph is there once."""
     shared = "This very sentence stands in two of the files."
     files = {
@@ -276,6 +276,12 @@ def test_documents(tmp_path, monkeypatch):
         "held_out_characters": len(texts["argparse.py"]) + len(texts["topics:naming"]),
     }
     stage.check_files(tmp_path / "out", manifest["shards"], "documentation_corpus.py")
+    written = (tmp_path / "out" / "documents.parquet").stat().st_mtime_ns
+    call(corpus, output_dir=tmp_path / "out")
+    assert "is complete already" in capsys.readouterr().out
+    sources[0][1].write_text("another installation")
+    assert "was begun with installation" in refusal(capsys, corpus, output_dir=tmp_path / "out")
+    assert (tmp_path / "out" / "documents.parquet").stat().st_mtime_ns == written
 
 
 def test_max_mb_takes_evenly_from_the_whole(tmp_path, monkeypatch):
