@@ -280,7 +280,13 @@ def main() -> None:
     from llama_3.model import check_site
     from openwebtext_sentences_dataset import SentenceDataset
 
+    stage.check_at_least(config, num_samples=0, max_tokens=1, batch_tokens=1, window_sentences=1, seed=0)
     args = read_params(config.model_dir, config.rope_scaling_factor)
+    if config.max_tokens > args.max_seq_len:
+        raise stage.InputError(
+            f"--max_tokens {config.max_tokens} is beyond the context of {config.model_dir}, {args.max_seq_len}; lower "
+            "it."
+        )
     sites = list(dict.fromkeys(config.sites))
     try:
         layers = {site: check_site(site, args.n_layers) for site in sites}
@@ -316,8 +322,16 @@ def main() -> None:
         }
         decides |= {"model": checkpoint_identity(config.model_dir), "dataset": about_dataset}
         decides["rope_scaling_factor"] = args.rope_scaling_factor
+        if not about_dataset["shards"]:  # published sentences, without checksums
+            decides["sentence_files"] = sentences.files_sha256
+        # A sample tells how much there is to do.
+        step = max(1, len(sentences) // 1000)
+        sample = read_window(sentences, tokenizer, -1, range(0, len(sentences), step), config.max_tokens)
+        n_tokens_about = sum(map(len, sample.token_ids)) * step
         open_sites: list[str] = []
         if w.is_main:
+            if not any((output_dir / site / stage.MANIFEST).exists() for site in sites):
+                stage.require_disk(output_dir, n_tokens_about * 2 * args.dim * len(sites))
             for site in sites:
                 if stage.begin_or_continue(output_dir / site, _STAGE, {**decides, "site": site}):
                     remove_notes(output_dir / site)
@@ -329,10 +343,6 @@ def main() -> None:
             w.print(f"{output_dir} is complete already.")
             return
 
-        # A sample tells how much there is to do.
-        step = max(1, len(sentences) // 1000)
-        sample = read_window(sentences, tokenizer, -1, range(0, len(sentences), step), config.max_tokens)
-        n_tokens_about = sum(map(len, sample.token_ids)) * step
         n_bytes = n_tokens_about * 2 * args.dim * len(sites)
         mine = range(w.rank, n_windows, w.size)
         todo = [i for i in mine if not all(window_is_written(output_dir / site, i) for site in sites)]

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -84,10 +86,19 @@ def world() -> Iterator[World]:
         import torch.distributed as dist
 
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=_end_with_torchrun, args=(os.getppid(),), daemon=True).start()
     yield World(rank, size, device)
     if size > 1:  # not after an error: a clean-up with a missing rank would hang, and the process ends anyway
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _end_with_torchrun(torchrun: int) -> None:
+    """End this worker when torchrun was killed and cannot do so: left alone it would go on and hold the folder."""
+    while os.getppid() == torchrun:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 @contextlib.contextmanager

@@ -664,9 +664,7 @@ def complete_requests(setup: Setup, prompts: list[list[int]], first: int, config
 
 
 def check_options(config) -> None:
-    for name, least in {"batch_size": 1, "max_new_tokens": 1, "temperature": 0, "top_p": 0, "show_latents": 0}.items():
-        if not getattr(config, name) >= least:
-            raise stage.InputError(f"--{name} {getattr(config, name)} is too small; it is at least {least}.")
+    stage.check_at_least(config, batch_size=1, max_new_tokens=1, temperature=0, top_p=0, show_latents=0)
     if config.latents:
         strength_of_each(config.latents, config.strengths)
     if config.mode not in MODES:

@@ -889,9 +889,7 @@ def check_options(config: argparse.Namespace) -> None:
         raise stage.InputError("--auth has no user and password; write it as user:password.")
     if config.share and config.auth is None:
         raise stage.InputError("--share lets anyone in; name a password with --auth user:password.")
-    for name in ("max_prompts", "max_prompt_chars", "max_new_tokens", "max_requests"):
-        if getattr(config, name) < 1:
-            raise stage.InputError(f"--{name} {getattr(config, name)} is too small; it is at least 1.")
+    stage.check_at_least(config, max_prompts=1, max_prompt_chars=1, max_new_tokens=1, max_requests=1)
     try:
         with socket.create_server((config.host, config.port)):
             pass

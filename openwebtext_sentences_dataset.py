@@ -79,7 +79,7 @@ def document_files(input_path: str) -> list[Path]:
         if not kind_of(path.name):
             raise stage.InputError(f"{input_path} has an unknown ending; documents come as {_ENDINGS}.")
         return [path]
-    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    names = sorted(file.relative_to(path).as_posix() for file in files_below(path))
     kinds = {kind for name in names if (kind := kind_of(name))}
     if not kinds:
         raise stage.InputError(f"{input_path} holds no documents ({_ENDINGS}); name another folder.")
@@ -88,19 +88,39 @@ def document_files(input_path: str) -> list[Path]:
     return [path / name for name in names if kind_of(name)]
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and its subfolders, through links too; InputError for what cannot be looked into."""
+
+    def refuse(error: OSError) -> None:
+        raise stage.InputError(f"{error.filename} cannot be read ({error.strerror}); mend or remove it.")
+
+    seen = set()
+    for where, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if (real := os.path.realpath(where)) in seen:  # a link to a folder above, or two ways to one
+            subfolders.clear()
+            continue
+        seen.add(real)
+        for path in (Path(where) / name for name in names):
+            if kind_of(path.name) and not path.exists():
+                raise stage.InputError(f"{path} points to nothing; mend or remove it.")
+            yield path
+
+
 def find_documents(input_path: str, output_dir: Path) -> Documents:
     """Local documents, or those of a dataset of the hub once they are in its cache. Raises InputError."""
     if not Path(input_path).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w./-]+)?", input_path):
         return fetch_dataset(input_path, output_dir)
     files = document_files(input_path)
     root = Path(input_path) if Path(input_path).is_dir() else Path(input_path).parent
-    return Documents(files, describe_files([(f.relative_to(root).as_posix(), f.stat().st_size) for f in files]))
+    stats = [(f.relative_to(root).as_posix(), f.stat()) for f in files]
+    return Documents(files, describe_files([(name, s.st_size, s.st_mtime_ns) for name, s in stats]))
 
 
-def describe_files(listing: list[tuple[str, int]]) -> dict[str, Any]:
-    """A dataset may have millions of files: their names and sizes are kept as a checksum."""
+def describe_files(listing: list[tuple]) -> dict[str, Any]:
+    """A dataset may have millions of files: their names, sizes and, of local ones, times of change, as a checksum."""
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-    return {"files": len(listing), "bytes": sum(size for _, size in listing), "listing_sha256": digest}
+    return {"files": len(listing), "bytes": sum(size for _, size, *_ in listing), "listing_sha256": digest}
 
 
 # ---- a dataset of the Hugging Face hub
@@ -254,7 +274,7 @@ def iter_documents(files: list[Path]) -> Iterator[bytes]:
     for path in files:
         match kind_of(path.name):
             case "parquet":
-                for batch in iter_parquet(path, 1024):
+                for batch in iter_parquet(path, 64):  # a document may have megabytes
                     yield from batch.to_pylist()
             case "jsonl":
                 yield from iter_jsonl(path)
@@ -479,11 +499,18 @@ class SentenceDataset:
             files = document_files(str(folder))
             if (kind := kind_of(files[0].name)) != "parquet":
                 raise stage.InputError(f"{folder} holds {kind} files, not parquet files of sentences; run {_STAGE}.")
+            if "gap" in open_parquet(files[0]).schema_arrow.names:
+                raise stage.InputError(
+                    f"{folder} holds sentences of {_STAGE} without their {stage.MANIFEST}; remove it and run {_STAGE} "
+                    "again."
+                )
             if self.folder.is_file():
                 self.folder = self.folder.parent
         arrow_path = self.folder / "sentences.arrow"
         order_path = self.folder / f"sentences.order-{seed}.npy"
         of = json.dumps([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]).encode()
+        stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        self.files_sha256 = describe_files(stats)["listing_sha256"]
         if (table := self._open_arrow(arrow_path, of)) is None:
             with self._one_maker():
                 if (table := self._open_arrow(arrow_path, of)) is None:  # another process may have made it meanwhile
@@ -538,8 +565,7 @@ class SentenceDataset:
             for path in files:
                 if path.name in checksums and stage.sha256(path) != checksums[path.name]:
                     raise stage.InputError(
-                        f"{path} is not what its manifest says (checksum); delete it and the manifest beside it, and "
-                        f"run {_STAGE} again."
+                        f"{path} is not what its manifest says (checksum); remove {self.folder} and run {_STAGE} again."
                     )
                 for batch in iter_parquet(path, 65_536):
                     try:

@@ -408,7 +408,8 @@ def load_sae_model(
     for name in ("k", "normalize_eps"):
         if name not in info:
             raise stage.InputError(
-                f"{path} has no JSON beside it; give {name} (the published SAE: k=64, normalize_eps=1e-6)."
+                f"{path} has no JSON beside it; give {name} (the published SAE: k=64, normalize_eps=1e-6), or write "
+                f'{info_path(path)}: {{"k": 64, "normalize_eps": 1e-6, "site": "layers.22.attention_norm"}}.'
             )
     if not 0 < info["k"] <= n_latents:
         raise stage.InputError(f"{path} has {n_latents} latents, k = {info['k']} of them cannot stay; correct k.")

@@ -285,6 +285,11 @@ def main() -> None:
     config = stage.parse_constants(globals())
     if config.b_pre_start not in ("mean", "median"):
         raise stage.InputError(f"--b_pre_start {config.b_pre_start} is unknown; write mean or median.")
+    stage.check_at_least(config, batch_size=1, validation_fraction=0, seed=0, num_processes=0, normalize_eps=0)
+    if config.validation_fraction >= 1:
+        raise stage.InputError(
+            f"--validation_fraction {config.validation_fraction} leaves nothing to train on; lower it."
+        )
     from activation_store import ActivationStore, open_shard
 
     store = ActivationStore(config.input_dir)
@@ -336,6 +341,8 @@ def main() -> None:
     )
 
     with stage.locked(output_dir):
+        if not (output_dir / stage.MANIFEST).exists():
+            stage.require_disk(output_dir, 2 * n_bytes)
         if stage.begin_or_continue(output_dir, _STAGE, decides):
             print(f"{output_dir} is complete already.")
             shutil.rmtree(scratch_dir, ignore_errors=True)

@@ -20,6 +20,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,13 @@ def progress(*args: Any, **kwargs: Any):
     return tqdm(*args, **{"dynamic_ncols": True, "mininterval": 0.2 if watched else 15.0, **kwargs})
 
 
+def check_at_least(config: argparse.Namespace, **least: float) -> None:
+    """Raise InputError for an option that is less than it may be."""
+    for name, smallest in least.items():
+        if not getattr(config, name) >= smallest:  # nor is NaN
+            raise InputError(f"--{name} {getattr(config, name)} is too small; it is at least {smallest}.")
+
+
 def _end_with_main_process() -> None:
     """Let this worker end when the main process is killed; it would wait for work for ever."""
     main_process = multiprocessing.parent_process()
@@ -146,9 +154,14 @@ class Workers:
         self.pool = ProcessPoolExecutor(self.n_workers, **options) if self.n_workers > 1 else None
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type | None, *exc: object) -> None:
         if self.pool:
             self.pool.shutdown(cancel_futures=True)
+        if kind is BrokenProcessPool:
+            raise InputError(
+                "A worker process was killed, perhaps for want of memory; run again to continue, with fewer "
+                "--num_processes where memory is short."
+            ) from None
 
     def map(self, function: Callable, jobs: Iterable[tuple]) -> Iterator[Any]:
         """function(*job) for each job, in order; `jobs` is read only a little ahead of what runs."""
@@ -332,7 +345,8 @@ def begin_or_continue(folder: Path | str, stage: str, decides: dict[str, Any]) -
     """Check an output folder before writing to it. Returns True when its work is already complete.
 
     `decides` holds everything the result depends on. A folder begun with other values is refused by naming the first
-    difference; a fresh folder gets an incomplete manifest that records them.
+    difference, a complete one for a shard that it has lost; a fresh folder gets an incomplete manifest that records
+    them.
     """
     folder = Path(folder)
     decides = json.loads(json.dumps(decides))
@@ -348,6 +362,8 @@ def begin_or_continue(folder: Path | str, stage: str, decides: dict[str, Any]) -
                     f"{folder} was begun with {name} = {then}, now it is {now}; use the old value, remove the folder "
                     "or name another."
                 )
+        if manifest["complete"]:
+            check_files(folder, manifest.get("shards", []) + manifest.get("validation_shards", []), stage)
         return bool(manifest["complete"])
     others = [p.name for p in folder.glob("*") if not p.name.startswith(".")] if folder.is_dir() else []
     if others:
@@ -361,11 +377,11 @@ def check_files(folder: Path | str, shards: list[dict], stage: str) -> None:
     for shard in shards:
         path = Path(folder) / shard["file"]
         if not path.is_file():
-            raise InputError(f"{path} is missing; run {stage} again.")
+            raise InputError(f"{path} is missing; remove {folder} and run {stage} again.")
         if path.stat().st_size != shard["bytes"]:
             raise InputError(
-                f"{path} has {path.stat().st_size} bytes instead of {shard['bytes']}; delete it and the manifest "
-                f"beside it, and run {stage} again."
+                f"{path} has {path.stat().st_size} bytes instead of {shard['bytes']}; remove {folder} and run {stage} "
+                "again."
             )
 
 
@@ -379,11 +395,11 @@ def check_sum(folder: Path | str, shard: dict, stage: str) -> None:
     try:
         is_whole = sha256(path) == shard["sha256"]
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error}); run {stage} again.") from None
+        raise InputError(f"{path} cannot be read ({error}); remove {folder} and run {stage} again.") from None
     if not is_whole:
         raise InputError(
-            f"{path} is altered, or of another run: its checksum is not the one in {MANIFEST} beside it; delete both "
-            f"and run {stage} again."
+            f"{path} is altered, or of another run: its checksum is not the one in {MANIFEST} beside it; remove "
+            f"{folder} and run {stage} again."
         )
 
 

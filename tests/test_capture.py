@@ -12,7 +12,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import PROJECT_DIR, TINY_PARAMS, write_tiny_model
@@ -439,6 +442,43 @@ def test_refuses_a_folder_begun_with_another_constant(options, captured, tmp_pat
     said = refusal(capsys, capture, **options | {name: value}, sites=[SITE], output_dir=captured)
     assert str(captured / SITE) in said and {"num_samples": "dataset"}.get(name, name) in said
     assert before == {p: p.stat().st_mtime_ns for p in captured.rglob("*.*")}
+
+
+def test_refuses_other_published_sentences_in_the_same_folder(options, tmp_path, capsys):
+    """They come without checksums: size and time of change must do."""
+    published = tmp_path / "published"
+    published.mkdir()
+    write = lambda text: pq.write_table(pa.table({"text": [text] * 9}), published / "train.parquet")
+    write("the one")
+    chosen = options | {"sentences_dir": published, "sites": [SITE], "output_dir": tmp_path / "out", "num_samples": 0}
+    call(capture, **chosen)
+    call(capture, **chosen)
+    write("the two")
+    assert "was begun with sentence_files" in refusal(capsys, capture, **chosen)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("max_tokens", 0, "is too small"),
+        ("window_sentences", 0, "is too small"),
+        ("num_samples", -1, "is too small"),
+        ("seed", -1, "is too small"),
+        ("max_tokens", 10**6, "is beyond the context"),
+    ],
+)
+def test_refuses_numbers_out_of_range(options, tmp_path, capsys, name, value, said):
+    chosen = options | {"output_dir": tmp_path / "out", name: value}
+    assert f"--{name} {value} {said}" in refusal(capsys, capture, **chosen)
+    no_output(tmp_path / "out")
+
+
+def test_too_small_a_disk_leaves_nothing(options, tmp_path, capsys, monkeypatch):
+    """Not even a manifest that would refuse other options later."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    chosen = options | {"sites": [SITE], "output_dir": tmp_path / "out"}
+    assert "free some or write elsewhere" in refusal(capsys, capture, **chosen)
+    no_output(tmp_path / "out")
 
 
 def test_refuses_another_model_in_the_same_folder(options, captured, tmp_path, capsys):

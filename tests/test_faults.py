@@ -191,6 +191,27 @@ def test_capture_survives_kills_under_torchrun(tiny_model_dir, sentences_dir, tm
     survives_kills(command, tmp_path / "out", expected, N_KILLS or 1, len(expected) + 2 * len(TEXTS) // 16)
 
 
+def test_workers_end_with_a_killed_torchrun(tiny_model_dir, sentences_dir, tmp_path):
+    """kill -9 of torchrun alone: its workers do not go on holding the folder, and the command continues."""
+    options = capture_options(tiny_model_dir, sentences_dir, tmp_path / "out")
+    expected = uninterrupted(capture_activations, options)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*start, "capture_activations.py", *as_flags(options)]
+    process = subprocess.Popen(command, cwd=PROJECT_DIR, env=without_ranks(), stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while n_files(tmp_path / "out") < 8:
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.01)
+    workers = family(process.pid)[1:]
+    process.kill()
+    process.wait()
+    while any(family_state(pid) != "Z" for pid in workers):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    call(capture_activations, **options)
+    assert contents(tmp_path / "out") == expected
+
+
 @pytest.mark.parametrize("n_processes", [1, 2] if N_KILLS else [1])
 def test_preprocessing_survives_kills(activations, tmp_path, n_processes):
     options = preprocessing_options(activations, tmp_path / "out")

@@ -7,10 +7,14 @@ Also: the split by sentence, any number of processes, the same bytes after an in
 
 import json
 import math
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -581,6 +585,34 @@ def test_a_manifest_of_another_width(own_store, tmp_path, capsys):
     (own_store / "manifest.json").write_text(json.dumps(manifest | {"d_model": D + 1}))
     said = said_and_wrote_nothing(capsys, own_store, tmp_path / "out")
     assert f"the manifest says ({manifest['shards'][0]['n_tokens']}, {D + 1})" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 0), ("validation_fraction", -0.5), ("validation_fraction", float("nan")), ("seed", -1)],
+)
+def test_numbers_out_of_range(own_store, tmp_path, capsys, name, value):
+    said = said_and_wrote_nothing(capsys, own_store, tmp_path / "out", **{name: value})
+    assert f"--{name} {value} is too small" in said
+
+
+def test_too_small_a_disk_leaves_nothing(own_store, tmp_path, capsys, monkeypatch):
+    """Not even a manifest that would refuse other options later."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    assert "free some or write elsewhere" in said_and_wrote_nothing(capsys, own_store, tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_killed_worker_is_one_sentence(own_store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sae_preprocessing, "scatter_shard", end_at_once)
+    said = refusal(
+        sae_preprocessing, capsys, input_dir=own_store, output_dir=tmp_path / "out", **OPTIONS | {"num_processes": 2}
+    )
+    assert "A worker process was killed" in said and "run again to continue" in said
+
+
+def end_at_once(*_args) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_missing_shard(own_store, tmp_path, capsys):

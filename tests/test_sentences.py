@@ -252,6 +252,42 @@ def test_shards_do_not_depend_on_processes_or_interruptions(made, tmp_path, caps
     assert "begun with shard_mb = 0.0001, now it is 0.002" in said
 
 
+def test_a_lost_shard_of_a_complete_folder_is_said(made, tmp_path, capsys):
+    """Running again does not say that all is well, nor does a folder without its manifest pass for a published one."""
+    inputs, _ = made
+    options = MANY_SHARDS | {"input_path": inputs, "output_dir": tmp_path / "out"}
+    call(sentences, **options)
+    lost = tmp_path / "out" / manifest(tmp_path / "out")["shards"][1]["file"]
+    lost.unlink()
+    assert f"{lost} is missing; remove {tmp_path / 'out'} and run" in refusal(capsys, sentences, **options)
+    (tmp_path / "out" / "manifest.json").unlink()
+    with pytest.raises(InputError, match="without their manifest.json; remove it and run"):
+        sentences.SentenceDataset(tmp_path / "out")
+
+
+def test_documents_that_changed_in_a_run_are_refused(tmp_path, capsys):
+    """Others of the same size under the same name."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "One is here."}\n' * 50)
+    options = MANY_SHARDS | {"input_path": path, "output_dir": tmp_path / "out"}
+    call(sentences, **options)
+    path.write_text('{"text": "Two is here."}\n' * 50)
+    os.utime(path, ns=(0, 10**18))
+    assert "was begun with documents" in refusal(capsys, sentences, **options)
+
+
+def test_links_to_documents_are_followed(tmp_path, capsys):
+    """Also round in circles; what points to nothing is said, not left out."""
+    elsewhere = write_documents(tmp_path / "elsewhere", ["Far away."], "b.parquet")
+    inputs = write_documents(tmp_path / "in", ["Right here."])
+    (inputs / "more").symlink_to(elsewhere)
+    (inputs / "round").symlink_to(inputs)
+    assert [path.name for path in sentences.document_files(str(inputs))] == ["a.parquet", "b.parquet"]
+    (inputs / "c.parquet").symlink_to(tmp_path / "nowhere.parquet")
+    said = refusal(capsys, sentences, input_path=inputs, output_dir=tmp_path / "out", **MANY_SHARDS)
+    assert f"{inputs / 'c.parquet'} points to nothing" in said and not (tmp_path / "out").exists()
+
+
 def test_many_small_documents_keep_their_order_over_row_groups(tmp_path):
     texts = [f"Document {i}. It is short.".encode() for i in range(2500)]
     pq.write_table(pa.table({"text": pa.array(texts, pa.large_binary())}), tmp_path / "a.parquet", row_group_size=700)

@@ -446,7 +446,7 @@ def test_missing_and_truncated_shards_are_refused_by_name(tmp_path):
     with pytest.raises(InputError, match=f"{tmp_path}/s-1.bin has 4 bytes instead of 11; .* run a.py again"):
         stage.check_files(tmp_path, shards, "a.py")
     (tmp_path / "s-1.bin").unlink()
-    with pytest.raises(InputError, match=f"{tmp_path}/s-1.bin is missing; run a.py again"):
+    with pytest.raises(InputError, match=f"{tmp_path}/s-1.bin is missing; remove {tmp_path} and run a.py again"):
         stage.check_files(tmp_path, shards, "a.py")
 
 
