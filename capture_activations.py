@@ -334,6 +334,7 @@ def main() -> None:
                 stage.require_disk(output_dir, n_tokens_about * 2 * args.dim * len(sites))
             for site in sites:
                 if stage.begin_or_continue(output_dir / site, _STAGE, {**decides, "site": site}):
+                    stage.check_complete(output_dir / site, _STAGE)
                     remove_notes(output_dir / site)
                 else:
                     open_sites.append(site)

@@ -224,6 +224,7 @@ def main() -> None:
     decides = {"max_mb": config.max_mb, "installation": hashlib.sha256(sizes.encode()).hexdigest()}
     with stage.locked(config.output_dir):
         if stage.begin_or_continue(config.output_dir, _STAGE, decides):
+            stage.check_complete(config.output_dir, _STAGE)
             print(f"{config.output_dir} is complete already.")
             return
         with multiprocessing.Pool(os.cpu_count()) as pool:

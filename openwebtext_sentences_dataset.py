@@ -607,6 +607,7 @@ def main() -> None:
         flush=True,
     )
     if (folder / stage.MANIFEST).exists() and stage.begin_or_continue(folder, _STAGE, decides):
+        stage.check_complete(folder, _STAGE)
         print(f"{folder} is complete already.")
         return
     with stage.Workers(n_workers) as workers:

@@ -344,6 +344,7 @@ def main() -> None:
         if not (output_dir / stage.MANIFEST).exists():
             stage.require_disk(output_dir, 2 * n_bytes)
         if stage.begin_or_continue(output_dir, _STAGE, decides):
+            stage.check_complete(output_dir, _STAGE)
             print(f"{output_dir} is complete already.")
             shutil.rmtree(scratch_dir, ignore_errors=True)
             return

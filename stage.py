@@ -345,8 +345,7 @@ def begin_or_continue(folder: Path | str, stage: str, decides: dict[str, Any]) -
     """Check an output folder before writing to it. Returns True when its work is already complete.
 
     `decides` holds everything the result depends on. A folder begun with other values is refused by naming the first
-    difference, a complete one for a shard that it has lost; a fresh folder gets an incomplete manifest that records
-    them.
+    difference; a fresh folder gets an incomplete manifest that records them.
     """
     folder = Path(folder)
     decides = json.loads(json.dumps(decides))
@@ -362,8 +361,6 @@ def begin_or_continue(folder: Path | str, stage: str, decides: dict[str, Any]) -
                     f"{folder} was begun with {name} = {then}, now it is {now}; use the old value, remove the folder "
                     "or name another."
                 )
-        if manifest["complete"]:
-            check_files(folder, manifest.get("shards", []) + manifest.get("validation_shards", []), stage)
         return bool(manifest["complete"])
     others = [p.name for p in folder.glob("*") if not p.name.startswith(".")] if folder.is_dir() else []
     if others:
@@ -383,6 +380,12 @@ def check_files(folder: Path | str, shards: list[dict], stage: str) -> None:
                 f"{path} has {path.stat().st_size} bytes instead of {shard['bytes']}; remove {folder} and run {stage} "
                 "again."
             )
+
+
+def check_complete(folder: Path | str, stage: str) -> None:
+    """Raise InputError where a complete folder has lost a shard: to run the stage again would not mend that."""
+    manifest = read_manifest(folder, stage)
+    check_files(folder, manifest["shards"] + manifest.get("validation_shards", []), stage)
 
 
 def check_sum(folder: Path | str, shard: dict, stage: str) -> None:
