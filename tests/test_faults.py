@@ -8,6 +8,7 @@ stage by default; FAULT_KILLS=10 for ten.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -202,14 +203,22 @@ def test_workers_end_with_a_killed_torchrun(tiny_model_dir, sentences_dir, tmp_p
     while n_files(tmp_path / "out") < 8:
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.01)
-    workers = family(process.pid)[1:]
     process.kill()
     process.wait()
-    while any(family_state(pid) != "Z" for pid in workers):
+    while not all(is_free(lock) for lock in (tmp_path / "out").glob(".*lock")):
         assert time.monotonic() < until
         time.sleep(0.05)
     call(capture_activations, **options)
     assert contents(tmp_path / "out") == expected
+
+
+def is_free(lock: Path) -> bool:
+    with open(lock) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 @pytest.mark.parametrize("n_processes", [1, 2] if N_KILLS else [1])
