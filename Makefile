@@ -50,9 +50,9 @@ lock:
 
 # How the embedded model was made (about an hour on two cores; see the README) ...
 tiny: install
-	$(BIN)/python documentation_corpus.py
+	$(BIN)/python -m embedded.corpus
 	$(BIN)/python openwebtext_sentences_dataset.py --input_path data/documents --punkt corpus --punkt_train_mb 3 --shard_mb 2
-	$(BIN)/python tiny_llama_training.py --output_dir llama_3/tiny_llama
+	$(BIN)/python -m embedded.training --output_dir llama_3/tiny_llama
 
 # ... and its reference SAE: the demo's, in bfloat16, with its names.
 reference: demo
@@ -66,4 +66,4 @@ reference: demo
 	done
 	$(BIN)/python capture_top_activating_sentences.py --data_dir demo_run/activations/layers.6.attention_norm --model_path llama_3/tiny_llama/sae.pth --captured_data_output_dir demo_run/reference --top_sentences 20
 	cp demo_run/reference/sae.latents.parquet llama_3/tiny_llama/
-	$(BIN)/python -c 'from latent_index import write_places; write_places("demo_run/reference/sae.top.parquet", "demo_run/sentences", "demo_run/documents", "llama_3/tiny_llama/sae.top_places.parquet")'
+	$(BIN)/python -c 'from embedded.places import write_places; write_places("demo_run/reference/sae.top.parquet", "demo_run/sentences", "demo_run/documents", "llama_3/tiny_llama/sae.top_places.parquet")'

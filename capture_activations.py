@@ -12,31 +12,52 @@ Cost    disk: 2 bytes x d_model a token and site. Memory of a process beside the
     torchrun --standalone --nproc_per_node=4 capture_activations.py --model_dir llama_3.2-3B
 """
 
+from typing import Any, Literal, NamedTuple
+
+from pipeline.options import Count, CountOrZero, Positive, Seed, parse_constants
+from pipeline.run import run
+
+MODEL_DIR: str  # Llama folder, in Meta's or Hugging Face's format
+SENTENCES_DIR = "data/sentences"  # folder of sentences
+OUTPUT_DIR = "data/activations"  # folder for one folder per site
+NUM_SAMPLES: CountOrZero = 25_000_000  # sentences to capture, from the first of the seeded order; 0 for all
+SITES: tuple[str, ...] = ("layers.22.attention_norm",)  # where to capture; several share one pass
+MAX_TOKENS: Count = 192  # longer sentences are cut here
+BEGIN_OF_TEXT = False  # put begin-of-text before each sentence (its own activation is never stored)
+DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # of the computation; bfloat16 is stored
+BATCH_TOKENS: Count = 4096  # tokens a forward pass, padding included: about 2 % of them; a CPU is fastest at 1024
+WINDOW_SENTENCES: Count = 16_384  # sentences sorted by length together: more means less padding, and more memory
+SHARD_GB: Positive = 1.0  # size of a shard
+ROPE_SCALING_FACTOR: Positive | None = None  # overrides the checkpoint's; 8 repeats the published activations
+SEED: Seed = 42  # of the sentence order; 42 is the published one
+
+_STAGE = "capture_activations.py"
+_READERS = 4  # threads that tokenise, each a window, ahead of the model
+
+if __name__ == "__main__":
+    run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
+
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import stage
+import torch
 
-MODEL_DIR: str  # Llama folder, in Meta's or Hugging Face's format
-SENTENCES_DIR = "data/sentences"  # folder of sentences
-OUTPUT_DIR = "data/activations"  # folder for one folder per site
-NUM_SAMPLES = 25_000_000  # sentences to capture, from the first of the seeded order; 0 for all
-SITES = ("layers.22.attention_norm",)  # where to capture; several share one pass
-MAX_TOKENS = 192  # longer sentences are cut here
-BEGIN_OF_TEXT = False  # put begin-of-text before each sentence (its own activation is never stored)
-DTYPE = "bfloat16"  # of the computation: bfloat16 or float32; what is stored is bfloat16
-BATCH_TOKENS = 4096  # tokens a forward pass, padding included: about 2 % of them; a CPU is fastest at 1024
-WINDOW_SENTENCES = 16_384  # sentences sorted by length together: more means less padding, and more memory
-SHARD_GB = 1.0  # size of a shard
-ROPE_SCALING_FACTOR: float | None = None  # overrides the checkpoint's; 8 repeats the published activations
-SEED = 42  # of the sentence order; 42 is the published one
-
-_STAGE = "capture_activations.py"
-_READERS = 4  # threads that tokenise, each a window, ahead of the model
+from llama_3 import load_model, load_tokenizer
+from llama_3.checkpoint import checkpoint_identity
+from llama_3.loading import read_params
+from llama_3.model import check_site
+from llama_3.padding import make_batches
+from pipeline.activation_store import write_shard
+from pipeline.distributed import world
+from pipeline.errors import InputError
+from pipeline.files import locked, read_json, remove_leftovers, require_disk, sha256, write_json
+from pipeline.manifests import MANIFEST, begin_or_continue, check_complete, write_manifest
+from pipeline.progress import duration, gb, progress_bar
+from pipeline.sentences import SentenceDataset
+from pipeline.workers import ahead
 
 
 class Window(NamedTuple):
@@ -66,18 +87,6 @@ def read_window(sentences, tokenizer, number: int, indices: Sequence[int], max_t
     return Window(number, sentence_idx, token_ids, n_empty, n_cut)
 
 
-def make_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    """Indices grouped so that each batch, padded to its longest, has at most `batch_tokens`; longest first."""
-    batches: list[list[int]] = []
-    longest = 0
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * longest > batch_tokens:
-            batches.append([])
-            longest = lengths[i]
-        batches[-1].append(i)
-    return batches
-
-
 class Batch(NamedTuple):
     """Sentences on their way through the model."""
 
@@ -100,7 +109,6 @@ class Capturer:
 
     def window(self, window: Window, on_batch: Callable[[int, int], None] = lambda n_sentences, n_tokens: None):
         """{site: (n_tokens, d_model) bfloat16}, sentences in the window's order. Raises InputError for NaN."""
-        import torch
 
         lengths = [len(ids) + self.skip for ids in window.token_ids]
         offsets = torch.tensor([0, *map(len, window.token_ids)]).cumsum(0)
@@ -123,7 +131,7 @@ class Capturer:
                     if not running.finite[site].all():
                         bad = int(running.rows[(~running.finite[site]).nonzero()[0, 0]])
                         i = int(torch.searchsorted(offsets, bad, right=True)) - 1
-                        raise stage.InputError(
+                        raise InputError(
                             f"The model gives NaN or infinity at {site} for sentence {window.sentence_idx[i]}, token "
                             f"{bad - int(offsets[i])} (of {window.name}); check the checkpoint, or use --dtype "
                             "float32."
@@ -135,7 +143,6 @@ class Capturer:
 
     def launch(self, window: Window, members: list[int], offsets) -> Batch | None:
         """Start a batch; None when it does not fit the GPU's memory."""
-        import torch
 
         device = self.model.device
         longest = len(window.token_ids[members[0]]) + self.skip
@@ -167,10 +174,9 @@ class Capturer:
             return None
 
     def shrink(self, n_sentences: int, longest: int) -> None:
-        import torch
 
         if n_sentences == 1:
-            raise stage.InputError(
+            raise InputError(
                 f"A sentence of {longest} tokens does not fit the memory of {self.model.device}; lower --max_tokens "
                 "or use a GPU with more."
             )
@@ -182,9 +188,6 @@ class Capturer:
 
 def write_window(folder: Path, window: Window, acts, shard_bytes: int) -> int:
     """Write one site's shards of a window, then a note of them, which makes the window count as done. Returns bytes."""
-    import torch
-
-    from activation_store import write_shard
 
     row_bytes = acts.shape[1] * 2
     records: list[dict] = []
@@ -212,7 +215,7 @@ def write_window(folder: Path, window: Window, acts, shard_bytes: int) -> int:
             {
                 "file": path.name,
                 "bytes": path.stat().st_size,
-                "sha256": stage.sha256(path),
+                "sha256": sha256(path),
                 "first_sentence_idx": window.sentence_idx[first],
                 "n_sentences": last - first,
                 "n_tokens": n_tokens,
@@ -220,7 +223,7 @@ def write_window(folder: Path, window: Window, acts, shard_bytes: int) -> int:
         )
         first = last
     note = {"shards": records, "n_empty": window.n_empty, "n_cut": window.n_cut}
-    stage.write_json(window_note(folder, window.number), note)
+    write_json(window_note(folder, window.number), note)
     return sum(record["bytes"] for record in records)
 
 
@@ -237,7 +240,7 @@ def window_is_written(folder: Path, number: int) -> bool:
     note = window_note(folder, number)
     if not note.exists():
         return False
-    shards = stage.read_json(note, "delete it and run this stage again.")["shards"]
+    shards = read_json(note, "delete it and run this stage again.")["shards"]
     sizes = [(folder / s["file"]).stat().st_size if (folder / s["file"]).exists() else -1 for s in shards]
     return sizes == [s["bytes"] for s in shards]
 
@@ -252,7 +255,7 @@ def capture_windows(capturer: Capturer, windows: Iterable[Window], output_dir: P
         n_tokens += n_new
         bar.update(n_sentences)
         bar.set_postfix_str(
-            f"{n_tokens / (time.time() - started):,.0f} tokens/s, {stage.gb(n_written)} written", refresh=False
+            f"{n_tokens / (time.time() - started):,.0f} tokens/s, {gb(n_written)} written", refresh=False
         )
 
     with ThreadPoolExecutor(1) as writer:
@@ -269,21 +272,11 @@ def capture_windows(capturer: Capturer, windows: Iterable[Window], output_dir: P
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
-    if config.dtype not in ("bfloat16", "float32"):
-        raise stage.InputError(f"--dtype {config.dtype} is unknown; write bfloat16 or float32.")
-    import torch
+    config = parse_constants(globals())
 
-    from distributed import world
-    from llama_3 import load_model, load_tokenizer
-    from llama_3.loading import checkpoint_identity, read_params
-    from llama_3.model import check_site
-    from openwebtext_sentences_dataset import SentenceDataset
-
-    stage.check_at_least(config, num_samples=0, max_tokens=1, batch_tokens=1, window_sentences=1, seed=0)
     args = read_params(config.model_dir, config.rope_scaling_factor)
     if config.max_tokens > args.max_seq_len:
-        raise stage.InputError(
+        raise InputError(
             f"--max_tokens {config.max_tokens} is beyond the context of {config.model_dir}, {args.max_seq_len}; lower "
             "it."
         )
@@ -291,7 +284,7 @@ def main() -> None:
     try:
         layers = {site: check_site(site, args.n_layers) for site in sites}
     except ValueError as error:
-        raise stage.InputError(f"--sites: {error}") from None
+        raise InputError(f"--sites: {error}") from None
     tokenizer = load_tokenizer(config.model_dir)
     sentences = SentenceDataset(config.sentences_dir, config.num_samples, config.seed)
     n_windows = -(-len(sentences) // config.window_sentences)
@@ -308,7 +301,7 @@ def main() -> None:
     packed = not torch.cuda.is_available()
     model = load_model(config.model_dir, "cpu", getattr(torch, config.dtype), config.rope_scaling_factor, packed)
 
-    with world() as w, stage.locked(output_dir, w.rank, w.barrier), torch.inference_mode():
+    with world() as w, locked(output_dir, w.rank, w.barrier), torch.inference_mode():
         model.to(w.device)
         about_dataset = {
             "sentences": len(sentences),
@@ -330,15 +323,15 @@ def main() -> None:
         n_tokens_about = sum(map(len, sample.token_ids)) * step
         open_sites: list[str] = []
         if w.is_main:
-            if not any((output_dir / site / stage.MANIFEST).exists() for site in sites):
-                stage.require_disk(output_dir, n_tokens_about * 2 * args.dim * len(sites))
+            if not any((output_dir / site / MANIFEST).exists() for site in sites):
+                require_disk(output_dir, n_tokens_about * 2 * args.dim * len(sites))
             for site in sites:
-                if stage.begin_or_continue(output_dir / site, _STAGE, {**decides, "site": site}):
-                    stage.check_complete(output_dir / site, _STAGE)
+                if begin_or_continue(output_dir / site, _STAGE, {**decides, "site": site}):
+                    check_complete(output_dir / site, _STAGE)
                     remove_notes(output_dir / site)
                 else:
                     open_sites.append(site)
-                stage.remove_leftovers(output_dir / site)
+                remove_leftovers(output_dir / site)
         sites = w.gather(open_sites)[0]
         if not sites:
             w.print(f"{output_dir} is complete already.")
@@ -349,7 +342,7 @@ def main() -> None:
         todo = [i for i in mine if not all(window_is_written(output_dir / site, i) for site in sites)]
         if w.is_main:
             there = sum(f.stat().st_size for site in sites for f in (output_dir / site).glob("*.safetensors"))
-            stage.require_disk(output_dir, n_bytes - there)
+            require_disk(output_dir, n_bytes - there)
         bos_id = tokenizer.bos_id if config.begin_of_text else None
         capturer = Capturer(model, sites, config.batch_tokens, bos_id)
         n_few = 64 if w.device.type == "cpu" else 512
@@ -360,24 +353,24 @@ def main() -> None:
         rate = sum(map(len, few.token_ids)) / (time.time() - started) * w.size
         w.print(
             f"Reading {len(sentences):,} sentences, about {n_tokens_about:,} tokens, from {config.sentences_dir}; "
-            f"writing about {stage.gb(n_bytes)} to {output_dir}; about "
-            f"{stage.duration(n_tokens_about / max(rate, 1))} on {w.size} x {w.device.type}."
+            f"writing about {gb(n_bytes)} to {output_dir}; about "
+            f"{duration(n_tokens_about / max(rate, 1))} on {w.size} x {w.device.type}."
         )
 
         of_window = lambda i: range(i * config.window_sentences, min((i + 1) * config.window_sentences, len(sentences)))
         n_mine, n_todo = (sum(len(of_window(i)) for i in some) for some in (mine, todo))
         read = lambda i: read_window(sentences, tokenizer, i, of_window(i), config.max_tokens)
         label = "capture" if w.size == 1 else f"capture, process 1 of {w.size}"
-        with stage.progress(
+        with progress_bar(
             total=n_mine, initial=n_mine - n_todo, unit="sentence", desc=label, disable=not w.is_main
         ) as bar:
-            capture_windows(capturer, stage.ahead(read, todo, _READERS), output_dir, int(config.shard_gb * 1e9), bar)
+            capture_windows(capturer, ahead(read, todo, _READERS), output_dir, int(config.shard_gb * 1e9), bar)
 
         w.barrier()
         if w.is_main:
             for site in sites:
                 folder = output_dir / site
-                notes = [stage.read_json(window_note(folder, i), "run this stage again.") for i in range(n_windows)]
+                notes = [read_json(window_note(folder, i), "run this stage again.") for i in range(n_windows)]
                 shards = [record for note in notes for record in note["shards"]]
                 counts = {
                     "sentences": sum(s["n_sentences"] for s in shards),
@@ -385,7 +378,7 @@ def main() -> None:
                     "empty_sentences": sum(note["n_empty"] for note in notes),
                     "cut_sentences": sum(note["n_cut"] for note in notes),
                 }
-                stage.write_manifest(
+                write_manifest(
                     folder,
                     _STAGE,
                     complete=True,
@@ -411,4 +404,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

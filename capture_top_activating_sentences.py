@@ -20,30 +20,50 @@ Cost    reads and encodes the activations once; what fired waits on disk, 6 byte
         --data_dir data/activations/layers.22.attention_norm --model_path data/sae.pth
 """
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import stage
+from pipeline.options import Count, CountOrZero, Seed, parse_constants
+from pipeline.run import run
 
 DATA_DIR: str  # one site's captured activations
 MODEL_PATH = "data/sae.pth"  # the SAE
 CAPTURED_DATA_OUTPUT_DIR: str | None = None  # folder for the tables; beside the SAE when not given
 SENTENCES_DIR: str | None = None  # folder of sentences; the one that was captured when not given
-TOP_SENTENCES = 100  # sentences kept per latent and aggregation
-EXAMPLES_PER_TENTH = 5  # sentences sampled from each tenth of a latent's range
-SILENT_EXAMPLES = 30  # sentences sampled in which the latent does not fire; fewer where it fires nearly always
-COFIRING_TOKENS = 2**18  # tokens on which latents that fire together are counted
-COFIRING_LATENTS = 10  # of them kept per latent
-MIN_TOKENS = 3  # shorter sentences do not count, but in frequency, mean and max
-ENCODE_TOKENS = 4096  # activations encoded at once: bounds memory at 4 bytes x n_latents each
-SEED = 0  # of the samples
+TOP_SENTENCES: Count = 100  # sentences kept per latent and aggregation
+EXAMPLES_PER_TENTH: CountOrZero = 5  # sentences sampled from each tenth of a latent's range
+SILENT_EXAMPLES: CountOrZero = 30  # sentences sampled in which the latent does not fire, where there are enough
+COFIRING_TOKENS: CountOrZero = 2**18  # tokens on which latents that fire together are counted
+COFIRING_LATENTS: CountOrZero = 10  # of them kept per latent
+MIN_TOKENS: Count = 3  # shorter sentences do not count, but in frequency, mean and max
+ENCODE_TOKENS: Count = 4096  # activations encoded at once: bounds memory at 4 bytes x n_latents each
+SEED: Seed = 0  # of the samples
 
 _AGGREGATIONS = ("mean", "max", "last")
 _TENTHS = 10
 _SILENT_TRIES = 8  # sentences looked at for each silent one wanted
 _COUNTED_AT_ONCE = 2**21  # pairs of latents: this fits a cache
 _ROW_GROUP = 2**16  # rows of a table written at once
+
+if __name__ == "__main__":
+    run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline.activation_store import ActivationStore, open_shard, write_shard
+from pipeline.distributed import world
+from pipeline.errors import InputError
+from pipeline.files import atomic_path, locked, require_disk, sha256
+from pipeline.progress import gb, progress_bar
+from pipeline.sae_files import SaeFiles
+from pipeline.sentences import SentenceDataset
+from sae import load_sae_model
 
 
 class Entries(NamedTuple):
@@ -56,7 +76,6 @@ class Entries(NamedTuple):
 
 def encode_entries(sae, acts, chunk: int) -> Entries:
     """Encode raw activations (n_tokens, d_model); entries by token, values above zero only, on the SAE's device."""
-    import torch
 
     rows, latents, values = [], [], []
     for start in range(0, len(acts), chunk):
@@ -69,7 +88,6 @@ def encode_entries(sae, acts, chunk: int) -> Entries:
 
 
 def write_entries(path: Path, entries: Entries, n_tokens: int) -> None:
-    from activation_store import write_shard
 
     counts = entries.row.bincount(minlength=n_tokens)
     tensors = {"counts": counts.int(), "latent": entries.latent.int(), "value": entries.value.half()}
@@ -78,9 +96,6 @@ def write_entries(path: Path, entries: Entries, n_tokens: int) -> None:
 
 def read_entries(path: Path, device="cpu") -> Entries:
     """What `write_entries` wrote: values in float16 steps."""
-    import torch
-
-    from activation_store import open_shard
 
     file = open_shard(path, Path(__file__).name)
     counts, latent, value = (file.get_tensor(name).to(device) for name in ("counts", "latent", "value"))
@@ -90,7 +105,6 @@ def read_entries(path: Path, device="cpu") -> Entries:
 
 def aggregate(entries: Entries, offsets, n_latents: int) -> dict[str, Entries]:
     """Entries by sentence for each aggregation. The mean counts every token of the sentence, silent ones as 0."""
-    import torch
 
     offsets = offsets.to(entries.row.device)
     sentence = sentence_of_token(offsets)[entries.row]
@@ -111,14 +125,12 @@ class TopTable:
     """The highest values of each row (a latent, or a tenth of one) with their sentences; -1 where there is none yet."""
 
     def __init__(self, n_rows: int, n_top: int, device="cpu"):
-        import torch
 
         self.values = torch.full((n_rows, n_top), -torch.inf, device=device)
         self.sentences = torch.full((n_rows, n_top), -1, dtype=torch.int64, device=device)
 
     def add(self, rows, values, sentences) -> None:
         """Merge candidates, in any order; equal values go to the lower sentence index."""
-        import torch
 
         n_top = self.values.shape[1]
         if n_top == 0:
@@ -158,9 +170,6 @@ class Progress(NamedTuple):
 
 def find_top(store, sae, mine: list[int], config, partial: Callable[[Any], Path], identity: dict, bar) -> Progress:
     """Pass 1, over this process's shards: the top tables and firing statistics. What fired goes to partial(shard)."""
-    import time
-
-    import torch
 
     n, device = sae.n_latents, sae.b_pre.device
     found = Progress(
@@ -204,7 +213,7 @@ def find_top(store, sae, mine: list[int], config, partial: Callable[[Any], Path]
                 "tables": {name: (t.values, t.sentences) for name, t in found.tables.items()},
                 "statistics": (found.fired, found.total, found.highest),
             }
-            with stage.atomic_path(state_path) as temporary:
+            with atomic_path(state_path) as temporary:
                 torch.save(state, temporary)
             saved = time.time()
     return found
@@ -212,7 +221,6 @@ def find_top(store, sae, mine: list[int], config, partial: Callable[[Any], Path]
 
 def sentence_of_token(offsets):
     """(n_tokens,) each token's row among the sentences of a shard."""
-    import torch
 
     lengths = offsets.diff()
     return torch.arange(len(lengths), device=offsets.device).repeat_interleave(lengths)
@@ -240,7 +248,6 @@ class Samples:
     """
 
     def __init__(self, highest, sentences, n_tokens: int, k: int, config):
-        import torch
 
         n, device = len(highest), highest.device
         self.highest, self.k, self.config = highest, k, config
@@ -257,7 +264,6 @@ class Samples:
         self.tried = (sentences.to(device)[draws * len(sentences) // 2**32] * n + latents).unique()
 
     def add(self, shard, entries: Entries) -> None:
-        import torch
 
         n, seed, device = len(self.highest), self.config.seed, self.highest.device
         offsets, sentence_idx = shard.offsets.to(device), shard.sentence_idx.to(device)
@@ -286,7 +292,6 @@ class Samples:
 
 def of_shard(keys, shard, n_latents: int):
     """The part of ascending keys, sentence_idx * n_latents + latent, that lies between a shard's sentences."""
-    import torch
 
     bounds = torch.stack([shard.sentence_idx[0], shard.sentence_idx[-1] + 1]) * n_latents
     first, last = torch.searchsorted(keys, bounds.to(keys.device)).tolist()
@@ -295,7 +300,6 @@ def of_shard(keys, shard, n_latents: int):
 
 def is_in(values, ascending):
     """Which values stand in an ascending tensor."""
-    import torch
 
     if len(ascending) == 0:
         return torch.zeros_like(values, dtype=torch.bool)
@@ -308,7 +312,6 @@ def cofiring(tokens, n_latents: int, n_kept: int):
     tokens: (n_tokens, k) latents of each token, -1 where fewer fired. Where the index is 0 there is no companion; ties
     go to the lower latent. All pairs are counted for some latents at a time, which bounds memory.
     """
-    import torch
 
     token, slot = (tokens >= 0).nonzero(as_tuple=True)
     latent = tokens[token, slot].long()
@@ -350,7 +353,6 @@ class Pairs(NamedTuple):
 
 def collect_pairs(shard, entries: Entries, keys, n_latents: int) -> Pairs:
     """Pass 3: the per-token activations of the kept pairs that lie in a shard. keys: ascending, see Pairs."""
-    import torch
 
     keys = of_shard(keys, shard, n_latents)
     row = torch.searchsorted(shard.sentence_idx, keys // n_latents)
@@ -369,7 +371,6 @@ class Rows:
     """Writes tables of (latent, sentence) rows, with the sentence's text, token ids and per-token activations."""
 
     def __init__(self, store, sentences, pairs: list[Pairs], n_latents: int):
-        import numpy as np
 
         self.sentences, self.n_latents = sentences, n_latents
         self.keys = np.concatenate([p.keys for p in pairs])
@@ -381,14 +382,11 @@ class Rows:
 
     def write(self, path: Path, columns: dict[str, Any], sentence_idx, latent) -> None:
         """columns: pyarrow arrays that come before the sentence; the rest is looked up a part at a time."""
-        import numpy as np
-        import pyarrow as pa
-        import pyarrow.parquet as pq
 
         table = pa.table({**columns, "sentence_idx": pa.array(sentence_idx, pa.int64())})
         keys = sentence_idx * self.n_latents + latent
         writer = None
-        with stage.atomic_path(path) as temporary:
+        with atomic_path(path) as temporary:
             for start in range(0, max(1, len(keys)), _ROW_GROUP):  # an empty table too has its columns
                 some = slice(start, start + _ROW_GROUP)
                 pair = self.key_order[np.searchsorted(self.keys, keys[some], sorter=self.key_order)]
@@ -406,8 +404,6 @@ class Rows:
 
 def lists(lengths: list, values: list):
     """A column of lists from parts of their lengths and of their values, one after another (numpy)."""
-    import numpy as np
-    import pyarrow as pa
 
     offsets = np.concatenate([[0], *(part for part in lengths)]).cumsum()
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(np.concatenate(values)))
@@ -415,9 +411,6 @@ def lists(lengths: list, values: list):
 
 def write_top(rows: Rows, path: Path, tables: dict[str, TopTable]) -> None:
     """NAME.top.parquet, by latent, aggregation and rank."""
-    import numpy as np
-    import pyarrow as pa
-    import torch
 
     parts = []
     for number, table in enumerate(tables.values()):
@@ -437,8 +430,6 @@ def write_top(rows: Rows, path: Path, tables: dict[str, TopTable]) -> None:
 
 def write_examples(rows: Rows, path: Path, tenths: TopTable, silent: TopTable) -> None:
     """NAME.examples.parquet, by latent and tenth, in the order of the sample; the silent ones first, as tenth -1."""
-    import pyarrow as pa
-    import torch
 
     row, _, sentence = tenths.entries()
     silent_latent, _, silent_sentence = silent.entries()
@@ -455,9 +446,6 @@ def write_examples(rows: Rows, path: Path, tenths: TopTable, silent: TopTable) -
 
 def write_latents(path: Path, fired, total, highest, n_tokens: int, by_tenth, companions, index) -> None:
     """NAME.latents.parquet: one row a latent."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
     by_tenth, together = by_tenth.view(-1, _TENTHS), (index > 0).sum(1).numpy()
     columns = {
@@ -470,7 +458,7 @@ def write_latents(path: Path, fired, total, highest, n_tokens: int, by_tenth, co
         "cofiring_latents": lists([together], [companions[index > 0].int().numpy()]),
         "cofiring_jaccard": lists([together], [index[index > 0].float().numpy()]),
     }
-    with stage.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         pq.write_table(pa.table(columns), temporary, compression="zstd")
 
 
@@ -479,20 +467,17 @@ def write_latents(path: Path, fired, total, highest, n_tokens: int, by_tenth, co
 
 def open_inputs(config) -> tuple[Any, Any, Any]:
     """The activations, the SAE and the sentences. Raises InputError unless they belong together."""
-    from activation_store import ActivationStore
-    from openwebtext_sentences_dataset import SentenceDataset
-    from sae import load_sae_model
 
     store = ActivationStore(config.data_dir)
     sae = load_sae_model(config.model_path)
     for name in ("site", "begin_of_text"):
         if sae.info.get(name, store.manifest[name]) != store.manifest[name]:
-            raise stage.InputError(
+            raise InputError(
                 f"{config.model_path} was trained with {name} = {sae.info[name]}, {config.data_dir} has "
                 f"{store.manifest[name]}; name the activations it was trained on."
             )
     if sae.d_model != store.d_model:
-        raise stage.InputError(
+        raise InputError(
             f"{config.model_path} has d_model {sae.d_model}, the activations in {config.data_dir} {store.d_model}; "
             "name the activations it was trained on."
         )
@@ -501,7 +486,7 @@ def open_inputs(config) -> tuple[Any, Any, Any]:
         config.sentences_dir or store.manifest["sentences_dir"], dataset["sentences"], dataset["seed"]
     )
     if len(sentences.order) != dataset["sentences_in_all"]:
-        raise stage.InputError(
+        raise InputError(
             f"{sentences.folder} has {len(sentences.order)} sentences, {config.data_dir} was captured from "
             f"{dataset['sentences_in_all']}; name those with --sentences_dir."
         )
@@ -509,21 +494,17 @@ def open_inputs(config) -> tuple[Any, Any, Any]:
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
-    import torch
-
-    from distributed import world
-    from sae import beside
+    config = parse_constants(globals())
 
     store, sae, sentences = open_inputs(config)
     out_dir = Path(config.captured_data_output_dir or Path(config.model_path).parent)
-    named = lambda suffix: out_dir / beside(config.model_path, suffix).name
+    named = lambda suffix: out_dir / SaeFiles(config.model_path).beside(suffix).name
 
-    with world() as w, stage.locked(out_dir, w.rank, w.barrier), torch.inference_mode():
+    with world() as w, locked(out_dir, w.rank, w.barrier), torch.inference_mode():
         sae.to(w.device)
         n = sae.n_latents
         identity = {
-            "sae": stage.sha256(config.model_path) if Path(config.model_path).is_file() else str(config.model_path),
+            "sae": sha256(config.model_path) if Path(config.model_path).is_file() else str(config.model_path),
             "activations": [r["sha256"] for r in store.records],
             "top_sentences": config.top_sentences,
             "min_tokens": config.min_tokens,
@@ -531,14 +512,14 @@ def main() -> None:
         disk = 6 * sae.k * store.n_tokens
         w.print(
             f"Reading {store.n_tokens:,} activations from {config.data_dir}; writing the top {config.top_sentences} "
-            f"sentences of {n:,} latents to {named('top.parquet')}, and until then about {stage.gb(disk)} beside it."
+            f"sentences of {n:,} latents to {named('top.parquet')}, and until then about {gb(disk)} beside it."
         )
-        stage.require_disk(out_dir, disk)
+        require_disk(out_dir, disk)
         mine = list(range(w.rank, len(store.records), w.size))
         partial = lambda part: named(f"top-partial-{part}-{w.rank}-of-{w.size}")
         n_mine = sum(store.records[i]["n_tokens"] for i in mine)
         shown = {"unit": "act", "unit_scale": True, "disable": not w.is_main}
-        with stage.progress(total=n_mine, desc="top sentences", **shown) as bar:
+        with progress_bar(total=n_mine, desc="top sentences", **shown) as bar:
             found = find_top(store, sae, mine, config, partial, identity, bar)
         tables = {name: TopTable(n, config.top_sentences) for name in _AGGREGATIONS}
         for other in w.gather({name: table.entries() for name, table in found.tables.items()}):
@@ -549,11 +530,11 @@ def main() -> None:
         total = sum(s[1] for s in statistics)
         highest = torch.stack([s[2] for s in statistics]).amax(0)
         if not (tables["max"].sentences >= 0).any():
-            raise stage.InputError(f"No latent of {config.model_path} fires on {config.data_dir}; train it longer.")
+            raise InputError(f"No latent of {config.model_path} fires on {config.data_dir}; train it longer.")
 
         captured = torch.cat([shard.sentence_idx for shard in store.shards()])
         samples = Samples(highest.to(w.device), captured, store.n_tokens, sae.k, config)
-        for i in stage.progress(mine, unit="shard", desc="samples", disable=not w.is_main):
+        for i in progress_bar(mine, unit="shard", desc="samples", disable=not w.is_main):
             samples.add(store.shard(i), read_entries(partial(i), w.device))
         tenths, silent = TopTable(n * _TENTHS, config.examples_per_tenth), TopTable(n, config.silent_examples)
         gathered = w.gather(
@@ -570,7 +551,7 @@ def main() -> None:
             keys.append(sentence * n + latent)
         keys = torch.cat(keys).unique()
         pairs = []
-        for i in stage.progress(mine, unit="shard", desc="activations", disable=not w.is_main):
+        for i in progress_bar(mine, unit="shard", desc="activations", disable=not w.is_main):
             pairs.append(collect_pairs(store.shard(i), read_entries(partial(i)), keys, n))
         pairs = [p for part in w.gather(pairs) for p in part]
 
@@ -596,4 +577,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

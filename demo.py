@@ -6,6 +6,24 @@ Cost    minutes on two cores, no network
     make demo
 """
 
+from embedded import recipe
+from pipeline.options import Count, parse_constants
+from pipeline.run import run
+from serving.steering import DEFAULT_STRENGTH
+
+RUN_DIR = "demo_run"  # folder for everything; emptied first
+NUM_SAMPLES: Count = recipe.NUM_SAMPLES  # sentences to capture
+NUM_EPOCHS: Count = recipe.NUM_EPOCHS  # of SAE training
+REPORT_LATENTS: Count = 150  # latents in the report
+STEERING_SAMPLES: Count = 128  # completions counted, clean and steered each
+STRENGTH = DEFAULT_STRENGTH  # of steering, in multiples of the latent's highest activation
+
+_N_TRIED = 16  # latents tried for steering
+_PROMPTS = ("This is", "The", "It can be", "Note that", "When the", "A", "In this case", "The second")
+
+if __name__ == "__main__":
+    run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
+
 import os
 import shutil
 import subprocess
@@ -13,137 +31,32 @@ import sys
 import time
 from pathlib import Path
 
-import stage
-from steering import DEFAULT_MODE, DEFAULT_STRENGTH
+import pyarrow.parquet as pq
 
-RUN_DIR = "demo_run"  # folder for everything; emptied first
-NUM_SAMPLES = 32_000  # sentences to capture
-NUM_EPOCHS = 2  # of SAE training
-REPORT_LATENTS = 150  # latents in the report
-STEERING_SAMPLES = 128  # completions counted, clean and steered each
-STRENGTH = DEFAULT_STRENGTH  # of steering, in multiples of the latent's highest activation
-
-_MODEL_DIR = "llama_3/tiny_llama"
-_SITE = "layers.6.attention_norm"  # of 8 layers: about 5/6 of the depth
-_MEANING = "sae.meaning_distinctive-words_max"  # names by the highest token
-_N_TRIED = 16  # latents tried for steering
-_PROMPTS = ("This is", "The", "It can be", "Note that", "When the", "A", "In this case", "The second")
-
-
-def python(script: str, **options: object) -> list[str]:
-    return [sys.executable, script, *_flags(options)]
-
-
-def torchrun(script: str, **options: object) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        script,
-        *_flags(options),
-    ]
-
-
-def _flags(options: dict[str, object]) -> list[str]:
-    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
-
-
-def stages(run: Path, config) -> list[tuple[str, list[str]]]:
-    """(title, command) of every stage: the real scripts, with small sizes."""
-    sae = run / "sae" / "sae.pth"
-    activations = run / "activations" / _SITE
-    return [
-        (
-            "Documents: the documentation on this machine",
-            python("documentation_corpus.py", output_dir=run / "documents", max_mb=6),
-        ),
-        (
-            "Sentences",
-            python(
-                "openwebtext_sentences_dataset.py",
-                input_path=run / "documents",
-                output_dir=run / "sentences",
-                punkt="corpus",
-                punkt_train_mb=1,
-                shard_mb=2,
-            ),
-        ),
-        (
-            "Activations of the tiny Llama, two processes",
-            torchrun(
-                "capture_activations.py",
-                model_dir=_MODEL_DIR,
-                sentences_dir=run / "sentences",
-                output_dir=run / "activations",
-                num_samples=config.num_samples,
-                sites=_SITE,
-                dtype="float32",
-                batch_tokens=1024,
-                window_sentences=4000,
-            ),
-        ),
-        (
-            "Shuffled batches",
-            python("sae_preprocessing.py", input_dir=activations, output_dir=run / "batches", shard_gb=0.1),
-        ),
-        (
-            "Sparse autoencoder, two processes",
-            torchrun(
-                "sae_training.py",
-                data_dir=run / "batches",
-                model_save_path=sae,
-                checkpoint_dir=run / "checkpoints",
-                n_latents=4096,
-                k=32,
-                k_aux=128,
-                num_epochs=config.num_epochs,
-                batch_size=1024,
-                learning_rate=4e-3,
-                learning_rate_min_ratio=0.05,
-                warmup_steps=20,
-                dead_after_tokens=300_000,
-                wandb="off",
-            ),
-        ),
-        (
-            "What the SAE keeps of the model",
-            python("sae_evaluation.py", sae_model_path=sae, num_sentences=1000, batch_tokens=1024),
-        ),
-        (
-            "Top sentences of every latent",
-            python("capture_top_activating_sentences.py", data_dir=activations, model_path=sae, top_sentences=20),
-        ),
-        (
-            "Names of the latents",
-            python("interpret_top_sentences_distinctive_words.py", model_path=sae, top_sentences=20),
-        ),
-        (
-            "How well the names tell where a latent fires",
-            python(
-                "score_interpretations.py",
-                model_path=sae,
-                meaning_filepath=run / "sae" / f"{_MEANING}.yaml",
-                scorer="words",
-                shown_sentences=20,
-            ),
-        ),
-        ("Tokens that the latents promote", python("promoted_tokens.py", model_path=sae)),
-    ]
+from latents.index import LatentIndex
+from latents.interesting import interesting_latents
+from latents.promotion import promoted_logits
+from latents.words import words_of
+from llama_3 import load_model, load_tokenizer
+from llama_3.generation import complete
+from pipeline.errors import InputError
+from pipeline.files import PROJECT_DIR, locked, read_json, write_json
+from pipeline.manifests import read_manifest
+from pipeline.progress import duration, progress_bar
+from sae import load_sae_model
+from sae_report import write_report
+from serving.steering import DEFAULT_MODE, highest_activations, make_steering
 
 
 def read_scores(run: Path) -> dict[str, dict[int, float]]:
     """balanced_accuracy, and shuffled (that of another latent's name), each latent -> score."""
-    import pyarrow.parquet as pq
 
-    table = pq.read_table(run / "sae" / f"{_MEANING}.scores.parquet").to_pydict()
+    table = pq.read_table(run / "sae" / f"{recipe.MEANING}.scores.parquet").to_pydict()
     return {name: dict(zip(table["latent"], table[name], strict=True)) for name in ("balanced_accuracy", "shuffled")}
 
 
 def steering_candidates(index) -> list[dict]:
     """The interesting latents that are named by single words, as latent, words and meaning."""
-    from sae_report import interesting_latents
 
     named = [(latent, index.meaning[latent].split(", ")) for latent in interesting_latents(index)]
     return [
@@ -166,7 +79,6 @@ def marked(sentence) -> str:
 
 def count_hits(texts: list[str], words: list[str]) -> int:
     """Texts that hold one of the words."""
-    from interpret_top_sentences_distinctive_words import words_of
 
     return sum(bool(words_of(text) & set(words)) for text in texts)
 
@@ -178,10 +90,9 @@ def promotes_own_words(model, tokenizer, sae, highest, entry: dict) -> float:
     Over the 24 latents of benchmarks/steering.py its rank correlation with what strength 8 gained was 0.71, that of the
     logit in standard deviations 0.50.
     """
-    from promoted_tokens import promoted_logits
 
     latent = entry["latent"]
-    logits = promoted_logits(model, _SITE, highest[latent] * sae.decoder.weight[:, latent][None], sae.b_pre)[0]
+    logits = promoted_logits(model, recipe.SITE, highest[latent] * sae.decoder.weight[:, latent][None], sae.b_pre)[0]
     tokens = [tokenizer.encode(f" {word}") for word in entry["words"]]
     return max((float(logits[ids[0]] - logits.mean()) for ids in tokens if len(ids) == 1), default=float("-inf"))
 
@@ -189,12 +100,8 @@ def promotes_own_words(model, tokenizer, sae, highest, entry: dict) -> float:
 def steer(run: Path, candidates: list[dict], config) -> dict:
     """Try the candidates whose direction promotes their words on a few completions; then count the best one's words in
     fresh completions, clean and steered."""
-    from llama_3 import load_model, load_tokenizer
-    from llama_3_inference import complete
-    from sae import load_sae_model
-    from steering import highest_activations, make_steering
 
-    model, tokenizer = load_model(_MODEL_DIR), load_tokenizer(_MODEL_DIR)
+    model, tokenizer = load_model(recipe.MODEL_DIR), load_tokenizer(recipe.MODEL_DIR)
     sae_path = str(run / "sae" / "sae.pth")
     sae, highest = load_sae_model(sae_path), highest_activations(sae_path)
 
@@ -202,7 +109,7 @@ def steer(run: Path, candidates: list[dict], config) -> dict:
         steering = None
         if entry:
             function = make_steering(sae, {entry["latent"]: config.strength}, highest)
-            steering = (_SITE, function, (tokenizer.bos_id,))
+            steering = (recipe.SITE, function, (tokenizer.bos_id,))
         prompts = [_PROMPTS[i % len(_PROMPTS)] for i in range(n)]
         seeds = [first_seed + i for i in range(n)]
         options = {"max_new_tokens": 30, "temperature": 0.8, "top_p": 0.95, "seeds": seeds}
@@ -213,7 +120,7 @@ def steer(run: Path, candidates: list[dict], config) -> dict:
     n_try = 16
     clean = completions(n_try, 0, None)
     gain = lambda entry: count_hits(completions(n_try, 0, entry), entry["words"]) - count_hits(clean, entry["words"])
-    best = max(stage.progress(candidates, unit="latent", desc="steering"), key=gain)
+    best = max(progress_bar(candidates, unit="latent", desc="steering"), key=gain)
     n = config.steering_samples
     clean, steered = completions(n, 1_000_000, None), completions(n, 1_000_000, best)
     hits = [count_hits(clean, best["words"]), count_hits(steered, best["words"])]
@@ -222,11 +129,10 @@ def steer(run: Path, candidates: list[dict], config) -> dict:
 
 def make_report(run: Path, times: list[tuple[str, float]], config) -> str:
     """Steer, write what came of it beside the SAE for sae_report.py, and return report.md."""
-    from latent_index import LatentIndex
 
-    capture = stage.read_manifest(run / "activations" / _SITE, "capture_activations.py")
-    quality = stage.read_json(run / "sae" / "sae.evaluation.json", "run sae_evaluation.py.")
-    info = stage.read_json(run / "sae" / "sae.json", "run sae_training.py.")
+    capture = read_manifest(run / "activations" / recipe.SITE, "capture_activations.py")
+    quality = read_json(run / "sae" / "sae.evaluation.json", "run sae_evaluation.py.")
+    info = read_json(run / "sae" / "sae.json", "run sae_training.py.")
     index = LatentIndex(run / "sae" / "sae.pth")
     candidates = steering_candidates(index)
     started = time.time()
@@ -236,7 +142,7 @@ def make_report(run: Path, times: list[tuple[str, float]], config) -> str:
     facts = {name: steering[name] for name in ("latent", "meaning", "words", "n", "hits")}
     steering_path = run / "sae" / "sae.steering.json"
     facts |= {"mode": DEFAULT_MODE, "strength": config.strength, "prompts": _PROMPTS}
-    stage.write_json(steering_path, {**facts, **examples})
+    write_json(steering_path, {**facts, **examples})
     scores, others = (list(scores.values()) for scores in read_scores(run).values())
     share = sum(score > 0.7 for score in scores) / len(scores)
     (clean_hits, steered_hits), n = steering["hits"], steering["n"]
@@ -244,7 +150,7 @@ def make_report(run: Path, times: list[tuple[str, float]], config) -> str:
     lines = [
         "# What the demo found",
         "",
-        f"| measured on {_SITE} of the tiny Llama | |",
+        f"| measured on {recipe.SITE} of the tiny Llama | |",
         "|---|---|",
         f"| tokens captured | {capture['counts']['tokens']:,} of {capture['counts']['sentences']:,} sentences |",
         f"| activations trained on | {info['tokens_trained']:,} |",
@@ -267,7 +173,7 @@ def make_report(run: Path, times: list[tuple[str, float]], config) -> str:
         "| stage | time |",
         "|---|---|",
         *(f"| {title} | {seconds:.0f} s |" for title, seconds in times),
-        f"| all | {stage.duration(sum(seconds for _, seconds in times))} |",
+        f"| all | {duration(sum(seconds for _, seconds in times))} |",
         "",
         "Ten latents, with the sentence that activates each most:",
         "",
@@ -279,17 +185,16 @@ def make_report(run: Path, times: list[tuple[str, float]], config) -> str:
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
-    from sae_report import write_report
+    config = parse_constants(globals())
 
-    os.chdir(stage.PROJECT_DIR)
+    os.chdir(PROJECT_DIR)
     run = Path(config.run_dir)
-    with stage.locked(run):
+    with locked(run):
         for path in run.iterdir():
             if not path.name.endswith(".lock"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         times = []
-        todo = stages(run, config)
+        todo = recipe.stages(run, config.num_samples, config.num_epochs)
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
         for number, (title, command) in enumerate(todo, 1):
             shown = " ".join(part.replace(sys.executable, "python") for part in command)
@@ -299,7 +204,7 @@ def main() -> None:
             env = environment if "torch.distributed.run" in command else None
             code = subprocess.run(command, env=env).returncode
             if code:
-                raise stage.InputError(f"The stage {title!r} failed with exit code {code}; its message is above.")
+                raise InputError(f"The stage {title!r} failed with exit code {code}; its message is above.")
             times.append((title, time.time() - started))
             print(f"[{number}/{len(todo)}] done in {times[-1][1]:.0f} s", flush=True)
         report = make_report(run, times, config)
@@ -310,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

@@ -12,14 +12,19 @@ Cost    time is the network's; disk 2.5 GB (1B), 6.4 GB (3B), 16.1 GB (8B), 0.3 
 A download that was cut continues where it was, at the same commit, when the command is run again.
 """
 
-import hashlib
 import json
 import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import stage
+from pipeline.errors import InputError
+from pipeline.files import locked, read_json, require_disk
+from pipeline.hub import explain, is_whole
+from pipeline.manifests import MANIFEST, begin_or_continue, write_manifest
+from pipeline.options import parse_constants
+from pipeline.progress import gb, progress_bar
+from pipeline.run import run
 
 MODEL: str  # llama_3.2-1B, llama_3.2-3B, llama_3.1-8B, smollm2-135M, each also -Instruct; tinyllama-1.1B-Chat
 OUTPUT_DIR: str | None = None  # folder for the files; models/MODEL when not given
@@ -58,9 +63,9 @@ _MODELS = {
 
 def read_earlier_run(folder: Path, repo: str) -> tuple[str | None, bool]:
     """The commit at which an earlier run began to fetch `repo` to `folder`, and whether its files are all here."""
-    if not (folder / stage.MANIFEST).exists():
+    if not (folder / MANIFEST).exists():
         return None, False
-    manifest = stage.read_json(folder / stage.MANIFEST, "remove the folder or name another.")
+    manifest = read_json(folder / MANIFEST, "remove the folder or name another.")
     decided = manifest.get("decides", {})
     if decided.get("repo") != repo:
         return None, False  # begin_or_continue says what it is
@@ -90,12 +95,12 @@ def list_files(model: Model, revision: str | None) -> tuple[str, list[dict[str, 
         ]
         files.sort(key=lambda file: file["bytes"])
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise stage.InputError(
+        raise InputError(
             f"{constants.ENDPOINT} does not answer as the Hugging Face hub does; check HF_ENDPOINT and the network."
         ) from None
     for pattern in model.files:
         if not any(fnmatchcase(file["source"], pattern) for file in files):
-            raise stage.InputError(f"{model.repo} has no {pattern} at {info.sha}; fetch another model.")
+            raise InputError(f"{model.repo} has no {pattern} at {info.sha}; fetch another model.")
     return info.sha, files
 
 
@@ -144,69 +149,23 @@ def fetch_file(repo: str, revision: str, file: dict[str, Any], folder: Path) -> 
                 resume_size=out.tell(),
                 headers=build_hf_headers(headers={"Accept-Encoding": "identity"}),  # a Range counts the file's bytes
                 displayed_filename=file["file"],
-                tqdm_class=stage.progress,
+                tqdm_class=progress_bar,
             )
         out.flush()
         os.fsync(out.fileno())
     print(f"Comparing {file['file']} with the hub's checksum.", flush=True)  # takes a while with 16 GB
     if not is_whole(part, file):
         part.unlink()
-        raise stage.InputError(
+        raise InputError(
             f"{file['file']} arrived damaged (its size or checksum is not the hub's) and was removed; run again."
         )
     os.replace(part, folder / file["file"])
 
 
-def is_whole(path: Path, file: dict[str, Any]) -> bool:
-    """Whether the file at `path` has the size and the checksum that the hub states."""
-    if path.stat().st_size != file["bytes"]:
-        return False
-    if "sha256" in file:
-        return stage.sha256(path) == file["sha256"]
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == file["git_sha1"]
-
-
-def explain(error: Exception, repo: str) -> str:
-    """One sentence, with the mend, for an error of the hub, the way to it, or the disk."""
-    from huggingface_hub import constants, get_token
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HTTPError,
-        OfflineModeIsEnabled,
-        RevisionNotFoundError,
-    )
-
-    hub, page, settings = constants.ENDPOINT, f"https://huggingface.co/{repo}", "https://huggingface.co/settings/tokens"
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    token = get_token()
-    if isinstance(error, GatedRepoError) and not token:
-        return f"{repo} needs a token: accept the licence at {page}, make a token at {settings}, put it into HF_TOKEN."
-    if status == 403 and token:
-        return (
-            f"Your token may not read {repo}: accept the licence at {page} with the token's account, wait until that "
-            f"page says granted, and let the token read gated repositories ({settings})."
-        )
-    if status == 401 and token:
-        return f"{hub} refuses your token; make a new one at {settings} and put it into HF_TOKEN."
-    if isinstance(error, RevisionNotFoundError):
-        return f"{repo} no longer has the commit this folder was begun with; remove the folder and run again."
-    if status in (401, 404):
-        return f"{hub} does not have {repo} or its files ({status}); see whether {page} is still there."
-    if status is not None:
-        return f"{hub} answered {status} to the request for {repo}; run again later, it continues."
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; unset it to fetch a model."
-    if isinstance(error, HTTPError):
-        return f"No connection to {hub} ({error}); check the network and HF_ENDPOINT and run again, it continues."
-    return f"{repo} could not be written ({error}); free some disk or name another folder, and run again to continue."
-
-
 def main() -> None:
-    config = stage.parse_constants(globals())
+    config = parse_constants(globals())
     if config.model not in _MODELS:
-        raise stage.InputError(f"No model is called {config.model}; name one of {', '.join(_MODELS)}.")
+        raise InputError(f"No model is called {config.model}; name one of {', '.join(_MODELS)}.")
     model = _MODELS[config.model]
     folder = Path(config.output_dir or f"models/{config.model}")
     revision, complete = read_earlier_run(folder, model.repo)
@@ -221,20 +180,20 @@ def main() -> None:
         missing = sum(bytes_missing(folder, file) for file in files)
         print(
             f"Fetching {model.repo} at {revision} to {folder}: {len(files)} files, "
-            f"{stage.gb(sum(file['bytes'] for file in files))}, {stage.gb(missing)} of it not yet here.",
+            f"{gb(sum(file['bytes'] for file in files))}, {gb(missing)} of it not yet here.",
             flush=True,
         )
-        stage.require_disk(folder, missing)
+        require_disk(folder, missing)
         decides = {"repo": model.repo, "revision": revision}
-        with stage.locked(folder):
-            stage.begin_or_continue(folder, _STAGE, decides)
+        with locked(folder):
+            begin_or_continue(folder, _STAGE, decides)
             for file in files:
                 fetch_file(model.repo, revision, file, folder)
-            stage.write_manifest(folder, _STAGE, True, decides=decides, config=vars(config), shards=files)
+            write_manifest(folder, _STAGE, True, decides=decides, config=vars(config), shards=files)
     except (HTTPError, OSError) as error:
-        raise stage.InputError(explain(error, model.repo)) from error
+        raise InputError(explain(error, model.repo)) from error
     print(f"{folder} is complete. Its licence: https://huggingface.co/{model.repo}")
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

@@ -13,75 +13,35 @@ Cost    a minute for 4,096 latents; half an hour on one core for 65,536
     python interpret_top_sentences_distinctive_words.py --model_path data/sae.pth
 """
 
-import codecs
 import functools
 import math
-import re
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
-import stage
+import yaml
+
+from latents.tables import check_top_sentences, top_sentences
+from latents.words import WORD, features
+from llama_3 import load_tokenizer
+from pipeline.files import atomic_path, read_json
+from pipeline.options import Count, Positive, parse_constants
+from pipeline.progress import progress_bar
+from pipeline.run import run
+from pipeline.sentences import SentenceDataset
 
 MODEL_PATH = "data/sae.pth"  # the SAE
 LLAMA_MODEL_DIR: str | None = None  # Llama checkpoint folder; the one the SAE was trained on when not given
 SENTENCES_DIR: str | None = None  # folder of sentences; the one that was captured when not given
 OUTPUT_DIR: str | None = None  # folder for the files; beside the SAE when not given
-TOP_SENTENCES = 50  # sentences a latent is named by
-MIN_SENTENCES = 5  # a latent with fewer gets no name
-N_WORDS = 3  # features in a name, at most
-CORPUS_SENTENCES = 50_000  # sentences the corpus is known by
-PRIOR = 20.0  # sentences' worth of corpus that every latent is assumed to have seen
+TOP_SENTENCES: Count = 50  # sentences a latent is named by
+MIN_SENTENCES: Count = 5  # a latent with fewer gets no name
+N_WORDS: Count = 3  # features in a name, at most
+CORPUS_SENTENCES: Count = 50_000  # sentences the corpus is known by
+PRIOR: Positive = 20.0  # sentences' worth of corpus that every latent is assumed to have seen
 
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _STRONG = 0.5  # share of a sentence's highest activation at which the latent counts as firing on a token
 # A plain word stands for a sequence or a part of a word with this share of its score, in this share of its sentences.
 _WORD_SCORE, _WORD_SHARE = 0.5, 0.8
-
-
-def words_of(sentence: str) -> frozenset[str]:
-    return frozenset(word.lower() for word in _WORD.findall(sentence))
-
-
-def features(tokens: list[bytes], strong: Sequence[bool]) -> set[str]:
-    """What stands in a sentence where its tokens are strong: see Method."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character goes to the token that completes it
-    pieces = [decoder.decode(token) for token in tokens]
-    text = "".join(pieces)
-    strong_chars = bytearray(len(text))
-    found = set()
-    end = 0
-    for piece, is_strong in zip(pieces, strong, strict=True):
-        start, end = end, end + len(piece)
-        if is_strong:
-            strong_chars[start:end] = b"\1" * len(piece)
-            found.add(token_feature(text, start, end))
-    found.discard(None)
-    words = [(word[0].lower(), 1 in strong_chars[slice(*word.span())]) for word in _WORD.finditer(text)]
-    for first in range(len(words)):
-        for last in range(first + 1, min(first + 3, len(words)) + 1):
-            if any(is_strong for _, is_strong in words[first:last]):
-                found.add(" ".join(word for word, _ in words[first:last]))
-    return found
-
-
-def token_feature(text: str, start: int, end: int) -> str | None:
-    """The feature that the token text[start:end] is by itself; None when it is a whole word, or cuts a character."""
-    token = text[start:end]
-    core = token.strip()
-    if not core:
-        return "line break" if "\n" in token else None
-    if core.isdigit():
-        return "number"
-    if not any(map(str.isalpha, core)):
-        return f"“{core}”"
-    start = text.index(core, start)
-    end = start + len(core)
-    if core[0].isalpha() and text[:start][-1:].isalpha():
-        return f"…{core}"
-    if core[-1].isalpha() and text[end : end + 1].isalpha():
-        return f"{core}…"
-    return None
 
 
 def z_scores(top: Counter, n_top: int, corpus: Counter, n_corpus: int, prior: float) -> dict[str, float]:
@@ -102,7 +62,7 @@ def name_latent(sentences: list[set[str]], corpus: Counter, n_corpus: int, prior
     """(features, certainty): up to n_words, best first, each after the first adding a tenth of the sentences."""
     counts = Counter(feature for held in sentences for feature in held)
     scores = z_scores(counts, len(sentences), corpus, n_corpus, prior)
-    words = {feature for feature in scores if _WORD.fullmatch(feature)}
+    words = {feature for feature in scores if WORD.fullmatch(feature)}
     chosen: list[str] = []
     covered: set[int] = set()
     for feature in sorted(scores, key=lambda f: (-scores[f], f)):
@@ -123,15 +83,10 @@ def name_latent(sentences: list[set[str]], corpus: Counter, n_corpus: int, prior
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
-    import yaml
-
-    from interpret_top_sentences_send_batches import check_top_sentences, top_sentences
-    from llama_3 import load_tokenizer
-    from openwebtext_sentences_dataset import SentenceDataset
+    config = parse_constants(globals())
 
     name = config.model_path.removesuffix(".pth")
-    info = stage.read_json(f"{name}.json", "name an SAE that sae_training.py wrote.")
+    info = read_json(f"{name}.json", "name an SAE that sae_training.py wrote.")
     top_path = Path(f"{name}.top.parquet")
     check_top_sentences(top_path)
     sentences_dir = config.sentences_dir or info["sentences_dir"]
@@ -143,13 +98,13 @@ def main() -> None:
 
     corpus: Counter = Counter()
     sample = range(0, len(dataset), max(1, len(dataset) // config.corpus_sentences))
-    for i in stage.progress(sample, unit="sentence", desc="corpus"):
+    for i in progress_bar(sample, unit="sentence", desc="corpus"):
         tokens = [token_bytes(token) for token in tokenizer.encode(dataset[i])[: info["max_tokens"]]]
         corpus.update(features(tokens, [True] * len(tokens)))
     for aggregation in ("mean", "max", "last"):
         meanings = {}
         latents = top_sentences(top_path, aggregation, config.top_sentences, None)
-        for latent, sentences in stage.progress(latents, unit="latent", desc=f"names by {aggregation}"):
+        for latent, sentences in progress_bar(latents, unit="latent", desc=f"names by {aggregation}"):
             if len(sentences) < config.min_sentences:
                 continue
             held = []
@@ -162,7 +117,7 @@ def main() -> None:
                 meanings[latent] = {"certainty": round(certainty, 4), "common_semantic": ", ".join(parts)}
         ordered = dict(sorted(meanings.items(), key=lambda item: (-item[1]["certainty"], item[0])))
         path = out_dir / f"{Path(name).name}.meaning_distinctive-words_{aggregation}.yaml"
-        with stage.atomic_path(path) as temporary:
+        with atomic_path(path) as temporary:
             dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
             text = yaml.dump(ordered, Dumper=dumper, sort_keys=False, allow_unicode=True, width=1000)
             temporary.write_text(text, encoding="utf-8")
@@ -170,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

@@ -17,14 +17,23 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import message_batches
-import stage
+import yaml
+
+from claude import batches
+from claude.answers import Answer, Rejection, from_result, write_rejections
+from latents.meanings import Meaning, write_meanings
+from latents.tables import Aggregation
+from pipeline.errors import InputError
+from pipeline.files import locked
+from pipeline.options import parse_constants
+from pipeline.progress import progress_bar
+from pipeline.run import run
 
 RETRIEVED_RESPONSES_DIR = "data/sae.{aggregation}.responses"  # folder of answers, or one file
 PARSED_RESPONSES_OUTPUT_FILEPATH = "latent_index_meaning/latent_idx_meaning_{aggregation}-aggregated.yaml"  # meanings
-AGGREGATION = "mean"  # fills in {aggregation}: mean, max or last
+AGGREGATION: Aggregation = "mean"  # fills in {aggregation}: mean, max or last
 
 _FIELDS = ("common_semantic", "certainty")
 _REFUSAL = re.compile(
@@ -36,65 +45,27 @@ _BACKSLASH = re.compile(r'\\(u[0-9a-fA-F]{4}|["\\/bfnrt])?')
 _DECODER = json.JSONDecoder(strict=False)  # line breaks inside strings are let through
 
 
-class Answer(NamedTuple):
-    """An answer, wherever it comes from."""
-
-    custom_id: str
-    text: str
-    type: str  # succeeded, errored, expired or canceled
-    detail: str  # why it stopped, or what the error was
-
-
-class Meaning(NamedTuple):
-    certainty: float
-    common_semantic: str
-
-
-class Rejection(NamedTuple):
-    """Why an answer gives no meaning."""
-
-    status: str
-    reason: str
-
-
 # ---- reading answers
 
 
 def read_answers(path: Path) -> Iterator[Answer]:
     """The answers in a file of ours (.jsonl) or of the original (.yaml)."""
     if path.suffix == ".jsonl":
-        return map(from_result, message_batches.read_results(path))
+        return map(from_result, batches.read_results(path))
     return read_published(path)
-
-
-def from_result(line: dict) -> Answer:
-    """An answer from a line of the API's results, whatever is odd about it."""
-    custom_id, result = str(line["custom_id"]), line["result"]
-    if result["type"] != "succeeded":
-        detail = result.get("error")
-        while isinstance(detail, dict):  # {"error": {"message": ...}}, once or twice
-            detail = detail.get("error") or detail.get("message")
-        return Answer(custom_id, "", str(result["type"]), str(detail or ""))
-    message = result.get("message")
-    message = message if isinstance(message, dict) else {}
-    blocks = message.get("content")
-    blocks = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
-    text = "".join(str(block.get("text") or "") for block in blocks if block.get("type") == "text")
-    return Answer(custom_id, text, "succeeded", str(message.get("stop_reason") or ""))
 
 
 def read_published(path: Path) -> Iterator[Answer]:
     """Answers as the original stored them."""
-    import yaml
 
     mend = "it is not a file of answers, take it out of the folder."
     try:
         with open(path, encoding="utf-8") as file:
             entries = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, ValueError) as error:
-        raise stage.InputError(f"{path} cannot be read ({' '.join(str(error).split())}); {mend}") from None
+        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())}); {mend}") from None
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        raise stage.InputError(f"{path} does not map custom ids to answers; {mend}")
+        raise InputError(f"{path} does not map custom ids to answers; {mend}")
     for custom_id, entry in entries.items():
         content = entry.get("content")
         kind = next((name for name in ("canceled", "expired", "errored") if entry.get(name)), "succeeded")
@@ -151,7 +122,7 @@ def meaning_of(fields: dict[str, Any]) -> Meaning | Rejection:
     certainty = certainty_of(fields["certainty"])
     if certainty is None:
         return Rejection("bad_certainty", f"certainty is {fields['certainty']!r}, not a number from 0 to 1")
-    return Meaning(certainty, said.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return Meaning(said.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), certainty)
 
 
 def certainty_of(value: Any) -> float | None:
@@ -174,26 +145,8 @@ def certainty_of(value: Any) -> float | None:
 # ---- writing
 
 
-def write_meanings(path: Path, meanings: dict[int, Meaning]) -> None:
-    """The YAML of meanings, most certain first, ties by latent."""
-    import yaml
-
-    in_order = sorted(meanings.items(), key=lambda item: (-item[1].certainty, item[0]))
-    entries = {latent: meaning._asdict() for latent, meaning in in_order}
-    with stage.atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-        yaml.dump(entries, file, Dumper=dumper, sort_keys=False, allow_unicode=True, width=1000)
-
-
-def write_rejections(path: Path, rejected: dict[str, tuple[Rejection, str]]) -> None:
-    with stage.atomic_path(path) as temporary, open(temporary, "wb") as file:
-        for custom_id, (rejection, text) in rejected.items():
-            line = json.dumps({"custom_id": custom_id, **rejection._asdict(), "text": text}, ensure_ascii=False)
-            file.write(line.encode("utf-8", "replace") + b"\n")
-
-
 def main() -> None:
-    config = stage.parse_constants(globals())
+    config = parse_constants(globals())
     source, out_path = (
         Path(text.replace("{aggregation}", config.aggregation))
         for text in (config.retrieved_responses_dir, config.parsed_responses_output_filepath)
@@ -202,7 +155,7 @@ def main() -> None:
         [source] if source.is_file() else sorted(p for p in source.glob("*") if p.suffix in (".jsonl", ".yaml", ".yml"))
     )
     if not paths:
-        raise stage.InputError(
+        raise InputError(
             f"There are no answers in {source}; run interpret_top_sentences_retrieve_batches.py first, or name their "
             "folder with --retrieved_responses_dir."
         )
@@ -211,7 +164,7 @@ def main() -> None:
 
     meanings: dict[int, Meaning] = {}
     rejected: dict[str, tuple[Rejection, str]] = {}
-    for path in stage.progress(paths, desc="answers", unit="file"):
+    for path in progress_bar(paths, desc="answers", unit="file"):
         for answer in read_answers(path):
             found = judge(answer)
             if isinstance(found, Meaning):
@@ -219,7 +172,7 @@ def main() -> None:
             else:
                 rejected[answer.custom_id] = found, answer.text
     rejected = {i: entry for i, entry in rejected.items() if not (i.isdecimal() and int(i) in meanings)}
-    with stage.locked(out_path.parent):
+    with locked(out_path.parent):
         write_meanings(out_path, meanings)
         write_rejections(rejected_path, rejected)
     statuses = Counter(rejection.status for rejection, _ in rejected.values())
@@ -230,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

@@ -11,36 +11,40 @@ Cost    nothing; most batches end within an hour, all within 24. The API keeps a
 
 from pathlib import Path
 
-import message_batches
-import stage
+from claude import batches
+from latents.tables import Aggregation
+from pipeline.errors import InputError
+from pipeline.files import locked
+from pipeline.options import NotNegative, parse_constants
+from pipeline.run import run
 
 RESPONSE_IDS_FILEPATH = "data/sae.{aggregation}.response_ids.jsonl"  # journal of the batches
 RESPONSE_OUTPUT_DIR = "data/sae.{aggregation}.responses"  # folder for the answers
-AGGREGATION = "mean"  # fills in {aggregation}: mean, max or last
+AGGREGATION: Aggregation = "mean"  # fills in {aggregation}: mean, max or last
 WAIT = False  # look again until all batches have ended
-POLL_S = 60.0  # seconds between two looks
+POLL_S: NotNegative = 60.0  # seconds between two looks
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
+    config = parse_constants(globals())
     journal_path, response_dir = (
         Path(text.replace("{aggregation}", config.aggregation))
         for text in (config.response_ids_filepath, config.response_output_dir)
     )
     if not journal_path.is_file():
-        raise stage.InputError(f"There is no {journal_path}; run interpret_top_sentences_send_batches.py first.")
-    client = message_batches.connect()
+        raise InputError(f"There is no {journal_path}; run interpret_top_sentences_send_batches.py first.")
+    client = batches.connect()
     print(f"Reading {journal_path}; writing answers to {response_dir}.")
-    with stage.locked(response_dir), message_batches.api_errors():
-        waiting = message_batches.retrieve(client, journal_path, response_dir, config.wait, config.poll_s)
-    batches = message_batches.Journal(journal_path).batches
-    paths = [path for batch in batches if (path := response_dir / f"{batch['batch_id']}.jsonl").is_file()]
-    print(message_batches.add_up(paths).report(message_batches.BATCH_PRICE_RATIO) + f": {response_dir}")
+    with locked(response_dir), batches.api_errors():
+        waiting = batches.retrieve(client, journal_path, response_dir, config.wait, config.poll_s)
+    sent = batches.Journal(journal_path).batches
+    paths = [path for batch in sent if (path := response_dir / f"{batch['batch_id']}.jsonl").is_file()]
+    print(batches.add_up(paths).report(batches.BATCH_PRICE_RATIO) + f": {response_dir}")
     if waiting:
-        print(f"{len(waiting)} of {len(batches)} batches have not ended; run again later, or with --wait.")
-    if any(batch["batch_id"] is None for batch in batches):
+        print(f"{len(waiting)} of {len(sent)} batches have not ended; run again later, or with --wait.")
+    if any(batch["batch_id"] is None for batch in sent):
         print("It is unclear whether the last batch was created; run the send script again to find out.")
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

@@ -11,62 +11,34 @@ Method  steering.py says what each mode does; strength 1 is a latent's highest o
     python llama_3_inference_gradio.py --share --auth user:password       # a public address
 """
 
-import argparse
-import contextlib
-import difflib
-import functools
-import html
-import itertools
-import os
-import re
-import socket
-import sys
-import threading
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import stage
-from llama_3_inference import (
-    _VISIBLE,
-    Setup,
-    check_context,
-    encode_text,
-    known_highest,
-    prompts_in,
-    seeds_of,
-    set_up,
-    stream_chat,
-    stream_text,
-    strongest_latents,
-)
-from steering import DEFAULT_MODE, DEFAULT_STRENGTH, MODES, check_latents, make_steering
+from pipeline.options import Count, CountOrZero, NotNegative, Port, Positive, parse_constants
+from pipeline.run import run
 
 if TYPE_CHECKING:
     import gradio as gr
-    from torch import Tensor
 
-    from latent_index import LatentIndex
-    from llama_3.chat import Message
 
 LLAMA_MODEL_DIR: str | None = None  # Llama folder; the embedded tiny Llama when not given
 SAE_MODEL_PATH: str | None = None  # the SAE; the embedded one with the embedded model when not given
-SAE_LAYER_IDX: int | None = None  # for an SAE without a JSON: it reads attention_norm of this layer (the published: 22)
-K: int | None = None  # for an SAE without a JSON: latents kept (the published: 64)
-NORMALIZE_EPS: float | None = None  # for an SAE without a JSON (the published: 1e-6)
-ROPE_SCALING_FACTOR: float | None = None  # overrides the checkpoint's (the published SAE's activations: 8)
+SAE_LAYER_IDX: CountOrZero | None = (
+    None  # for an SAE without a JSON: it reads this layer's attention_norm (published: 22)
+)
+K: Count | None = None  # for an SAE without a JSON: latents kept (the published: 64)
+NORMALIZE_EPS: NotNegative | None = None  # for an SAE without a JSON (the published: 1e-6)
+ROPE_SCALING_FACTOR: Positive | None = None  # overrides the checkpoint's (the published SAE's activations: 8)
 DEVICE = "auto"  # auto: a GPU where there is one
-DTYPE = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
+DTYPE: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
 DATE = "auto"  # chat: today's date as in "26 Jul 2024", or none; auto: that one from Llama 3.1 on, none before
 HOST = "127.0.0.1"  # address to listen on; 0.0.0.0 lets every machine of the network in
-PORT = 7860  # port to listen on
+PORT: Port = 7860  # port to listen on
 SHARE = False  # also open a public address at gradio.live; needs --auth
 AUTH: str | None = None  # user:password that the page asks for
-MAX_PROMPTS = 8  # most prompts of one request
-MAX_PROMPT_CHARS = 4000  # longest prompt, text or message, in characters
-MAX_NEW_TOKENS = 256  # most tokens to add
-MAX_REQUESTS = 4  # requests of a tab worked on by turns; the others queue
+MAX_PROMPTS: Count = 8  # most prompts of one request
+MAX_PROMPT_CHARS: Count = 4000  # longest prompt, text or message, in characters
+MAX_NEW_TOKENS: Count = 256  # most tokens to add
+MAX_REQUESTS: Count = 4  # requests of a tab worked on by turns; the others queue
 
 _N_SLOTS = 4  # latents to steer with at once
 _N_RESULTS = 8  # latents found by a search in the steering panel
@@ -75,144 +47,44 @@ _N_STRONGEST = 12  # latents listed for a token
 _STRENGTHS = (-10.0, 10.0)  # ends of a strength slider
 _REFRESH_S = 0.08  # between two pictures of a growing text
 
+if __name__ == "__main__":
+    run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
 
-class Page(NamedTuple):
-    """What all requests share; nobody changes it."""
+import argparse
+import contextlib
+import difflib
+import functools
+import html
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
-    setup: Setup
-    limits: argparse.Namespace  # the options
-    index: "LatentIndex | None"  # None without an SAE
-    highest: "Tensor | None"  # (n_latents,) each latent's highest observed activation; ones where it is not known
-    lock: threading.Lock  # held for one step of the model: requests take turns, torch works on one at a time
-
-    @property
-    def is_embedded(self) -> bool:
-        return self.limits.llama_model_dir is None
-
-
-class Steering(NamedTuple):
-    """What a request steers with."""
-
-    strengths: Mapping[int, float] = {}
-    mode: str = DEFAULT_MODE
-    keep_error: bool = True
-
-
-class Sampling(NamedTuple):
-    n_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-
+from latents.cards import CARD_CSS, card_html
+from latents.index import SORTS, LatentIndex, pieces
+from llama_3.chat import Message, check_chat, encode_dialogue
+from llama_3.checkpoint import TINY_LLAMA_DIR
+from llama_3.generation import check_context, encode_text
+from pipeline.errors import InputError
+from serving.requests import (
+    Page,
+    Sampling,
+    Steering,
+    answers,
+    at_most_every,
+    check_length,
+    check_sampling,
+    completions,
+    prompts_of,
+)
+from serving.steered_model import _VISIBLE, known_highest, set_up, strongest_latents
+from serving.steering import DEFAULT_MODE, DEFAULT_STRENGTH, MODES, check_latents
 
 # ---- requests
-
-
-def check_sampling(page: Page, sampling: Sampling) -> None:
-    """Raise InputError for what no slider allows: a number box is empty, or a program sent something else."""
-    numbers = {"tokens": sampling.n_tokens, "temperature": sampling.temperature, "top-p": sampling.top_p}
-    most = {"tokens": page.limits.max_new_tokens, "temperature": 10, "top-p": 1}
-    least = {"tokens": 1, "temperature": 0, "top-p": 0}
-    for name, number in numbers.items():
-        if not isinstance(number, (int, float)) or not least[name] <= number <= most[name]:
-            raise stage.InputError(f"{name.capitalize()} is a number from {least[name]} to {most[name]}; correct it.")
-    if not isinstance(sampling.seed, int) or not 0 <= sampling.seed < 2**32:
-        raise stage.InputError(f"The seed is a whole number from 0 to {2**32 - 1}; correct it.")
-
-
-def check_length(page: Page, text: str, what: str) -> None:
-    if len(text) > page.limits.max_prompt_chars:
-        raise stage.InputError(
-            f"{what} has {len(text):,} characters; {page.limits.max_prompt_chars:,} is the limit here. Shorten it."
-        )
-
-
-def prompts_of(page: Page, text: str) -> list[str]:
-    """The prompts, one a line. Raises InputError where there are none, too many, or too long ones."""
-    prompts = prompts_in(text.split("\n"))
-    if not prompts:
-        raise stage.InputError("There is no prompt; write at least one line.")
-    if len(prompts) > page.limits.max_prompts:
-        raise stage.InputError(f"These are {len(prompts)} prompts; {page.limits.max_prompts} is the limit here.")
-    for number, prompt in enumerate(prompts, 1):
-        check_length(page, prompt, f"Prompt {number}")
-    return prompts
-
-
-def intervention(page: Page, steering: Steering) -> "tuple[str, Any, tuple[int, ...]] | None":
-    """`steering` of llama_3_inference.generate, or None where nothing is steered."""
-    if page.setup.sae is None or not steering.strengths:
-        return None
-    function = make_steering(
-        page.setup.sae, steering.strengths, page.highest, mode=steering.mode, keep_error=steering.keep_error
-    )
-    return page.setup.sae.info["site"], function, (page.setup.tokenizer.bos_id,)
-
-
-def by_turns(page: Page, steps: Iterator) -> Iterator:
-    """Each step computed while no other request's is."""
-    while True:
-        with page.lock:
-            step = next(steps, None)
-        if step is None:
-            return
-        yield step
-
-
-def at_most_every(seconds: float, values: Iterator) -> Iterator:
-    """The first value at once, later ones no faster than this, and the last."""
-    shown_at, waiting = 0.0, []
-    for value in values:
-        if time.monotonic() - shown_at > seconds:
-            yield value
-            shown_at, waiting = time.monotonic(), []
-        else:
-            waiting = [value]
-    yield from waiting
-
-
-def completions(
-    page: Page, prompts: Sequence[str], steering: Steering, sampling: Sampling
-) -> Iterator[dict[str, list[str]]]:
-    """The growing completions of every prompt, clean and, with latents, steered, from the same seeds."""
-    setup = page.setup
-    kinds = {"clean": None}
-    if (steered := intervention(page, steering)) is not None:
-        kinds["steered"] = steered
-    options = {
-        "max_new_tokens": sampling.n_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "seeds": seeds_of(argparse.Namespace(seed=sampling.seed), len(prompts)),
-    }
-    streams = [stream_text(setup.model, setup.tokenizer, prompts, steering=how, **options) for how in kinds.values()]
-    texts = {kind: [""] * len(prompts) for kind in kinds}
-    for steps in by_turns(page, itertools.zip_longest(*streams, fillvalue=[""] * len(prompts))):
-        for kind, step in zip(kinds, steps, strict=True):
-            texts[kind] = [text + piece for text, piece in zip(texts[kind], step, strict=True)]
-        yield texts
-
-
-def answers(
-    page: Page, messages: "Sequence[Message]", n_before: int, steering: Steering, sampling: Sampling
-) -> Iterator[str]:
-    """The growing answer to a dialogue. n_before: answers given before, so that each is another sample."""
-    setup = page.setup
-    stream = stream_chat(
-        setup.model,
-        setup.tokenizer,
-        [messages],
-        setup.date,
-        max_new_tokens=sampling.n_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seeds=seeds_of(argparse.Namespace(seed=sampling.seed), 1, n_before),
-        steering=intervention(page, steering),
-    )
-    text = ""
-    for (piece,) in by_turns(page, stream):
-        text += piece
-        yield text
 
 
 # ---- Complete and steer
@@ -226,8 +98,8 @@ def complete(page: Page, text: str, steering: Steering, sampling: Sampling) -> I
     for number, prompt in enumerate(prompts, 1):
         try:
             check_context(page.setup.model, len(encode_text(page.setup.tokenizer, prompt)), sampling.n_tokens)
-        except stage.InputError as error:
-            raise stage.InputError(f"Prompt {number}: {error}") from None
+        except InputError as error:
+            raise InputError(f"Prompt {number}: {error}") from None
     for texts in at_most_every(_REFRESH_S, completions(page, prompts, steering, sampling)):
         yield table_html(prompts, texts), status_html("Writing …")
     yield table_html(prompts, texts), status_html(f"Done in {time.monotonic() - started:.1f} s.")
@@ -298,7 +170,7 @@ def clicked(address: Any) -> tuple[str, int]:
     """What was clicked, "card" for example, and its number."""
     match = re.fullmatch(r"([a-z]+)-(\d{1,9})", str(address))
     if match is None:
-        raise stage.InputError("That is nothing to click.")
+        raise InputError("That is nothing to click.")
     return match[1], int(match[2])
 
 
@@ -306,9 +178,9 @@ def with_latent(page: Page, chosen: Sequence[int], latent: int) -> list[int]:
     """The chosen latents and this one. Raises InputError where it cannot be."""
     check_latents({latent: 1.0}, page.highest)
     if latent in chosen:
-        raise stage.InputError(f"Latent {latent} is chosen already.")
+        raise InputError(f"Latent {latent} is chosen already.")
     if len(chosen) == _N_SLOTS:
-        raise stage.InputError(f"{_N_SLOTS} latents at once are the limit here; remove one first.")
+        raise InputError(f"{_N_SLOTS} latents at once are the limit here; remove one first.")
     return [*chosen, latent]
 
 
@@ -326,10 +198,9 @@ class Look(NamedTuple):
 
 def look_at(page: Page, text: str) -> Look:
     """A text as it is looked at first. Raises InputError for an empty or too long one."""
-    from latent_index import pieces
 
     if not text.strip():
-        raise stage.InputError("There is no text; write something to look at.")
+        raise InputError("There is no text; write something to look at.")
     check_length(page, text, "The text")
     ids = encode_text(page.setup.tokenizer, text)
     check_context(page.setup.model, len(ids), 0)
@@ -390,7 +261,6 @@ def list_html(page: Page, query: str, sort: str, offset: int) -> tuple[str, str]
 
 
 def show_card(page: Page, latent: int) -> str:
-    from latent_index import card_html
 
     with page.lock:  # sentences of the embedded SAE are encoded when they are shown
         card = page.index.card(latent)
@@ -405,10 +275,9 @@ def chat(
     page: Page, dialogue: "list[Message]", message: str, system: str, steering: Steering, sampling: Sampling
 ) -> "Iterator[tuple[list[Message], str]]":
     """The dialogue with the message and its growing answer, and a line of status."""
-    from llama_3.chat import Message, encode_dialogue
 
     if not message.strip():
-        raise stage.InputError("There is no message; write one.")
+        raise InputError("There is no message; write one.")
     check_length(page, message, "The message")
     check_length(page, system, "The system message")
     check_sampling(page, sampling)
@@ -510,7 +379,7 @@ def shown_in_the_page() -> Iterator[None]:
 
     try:
         yield
-    except stage.InputError as error:
+    except InputError as error:
         raise gr.Error(html.escape(str(error)), print_exception=False) from None
 
 
@@ -759,8 +628,6 @@ def latents_tab(page: Page) -> "tuple[gr.HTML, gr.HTML]":
     """Returns the list of latents and the card."""
     import gradio as gr
 
-    from latent_index import SORTS
-
     with gr.Row():
         with gr.Column(scale=1, min_width=340):
             with gr.Row():
@@ -790,11 +657,9 @@ def latents_tab(page: Page) -> "tuple[gr.HTML, gr.HTML]":
 def chat_tab(page: Page, panel: Panel | None) -> None:
     import gradio as gr
 
-    from llama_3.chat import check_chat
-
     try:
         check_chat(page.setup.tokenizer)
-    except stage.InputError as error:
+    except InputError as error:
         markup(status_html(str(error)))
         return
     dialogue = gr.State([])
@@ -835,8 +700,6 @@ _NO_CHAT_MODEL = "The embedded model completes text; it was not trained to chat.
 
 def open_page(config: argparse.Namespace) -> Page:
     """Load everything and warm it up. Raises InputError for what does not fit together."""
-    from latent_index import LatentIndex
-    from llama_3.loading import TINY_LLAMA_DIR
 
     sae_path = config.sae_model_path
     if sae_path is None and config.llama_model_dir is None:
@@ -857,8 +720,6 @@ def open_page(config: argparse.Namespace) -> Page:
 
 def launch(page: Page, config: argparse.Namespace) -> None:
     import gradio as gr
-
-    from latent_index import CARD_CSS
 
     fonts = ["ui-sans-serif", "system-ui", "sans-serif"]  # no font is fetched
     theme = gr.themes.Base(
@@ -886,22 +747,21 @@ def launch(page: Page, config: argparse.Namespace) -> None:
 
 def check_options(config: argparse.Namespace) -> None:
     if config.auth is not None and not re.fullmatch("[^:]+:.+", config.auth):
-        raise stage.InputError("--auth has no user and password; write it as user:password.")
+        raise InputError("--auth has no user and password; write it as user:password.")
     if config.share and config.auth is None:
-        raise stage.InputError("--share lets anyone in; name a password with --auth user:password.")
-    stage.check_at_least(config, max_prompts=1, max_prompt_chars=1, max_new_tokens=1, max_requests=1)
+        raise InputError("--share lets anyone in; name a password with --auth user:password.")
     try:
         with socket.create_server((config.host, config.port)):
             pass
     except (OSError, OverflowError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
-        raise stage.InputError(
+        raise InputError(
             f"{config.host}:{config.port} cannot be listened on ({reason}); choose another --port or --host."
         ) from None
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
+    config = parse_constants(globals())
     check_options(config)
     print(f"Loading {config.llama_model_dir or 'the embedded tiny Llama'} ...", file=sys.stderr, flush=True)
     page = open_page(config)
@@ -910,4 +770,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    stage.run(main)
+    run(main)

@@ -10,53 +10,46 @@ Cost    2 x d_model x vocabulary x n_latents operations: seconds for the tiny Ll
     python promoted_tokens.py --model_path data/sae.pth
 """
 
-import stage
+from pipeline.options import Count, parse_constants
+from pipeline.run import run
 
 MODEL_PATH = "data/sae.pth"  # the SAE
 LLAMA_MODEL_DIR: str | None = None  # Llama checkpoint folder; the one the SAE was trained on when not given
-PROMOTED_TOKENS = 10  # tokens kept per latent, and as many suppressed ones
-LATENTS_AT_ONCE = 256  # bounds memory at 4 bytes x vocabulary each
+PROMOTED_TOKENS: Count = 10  # tokens kept per latent, and as many suppressed ones
+LATENTS_AT_ONCE: Count = 256  # bounds memory at 4 bytes x vocabulary each
 
+if __name__ == "__main__":
+    run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
 
-def promoted_logits(model, site: str, directions, base):
-    """What latents add to the logits of the next token, (n, vocab_size); only differences within a row mean anything.
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
 
-    directions: (n, d_model) at `site`, in the SAE's space; base: (d_model,) the SAE's b_pre.
-    At the residual stream, and for what is added to it, a direction goes through the last norm's weights and the output
-    layer; what later layers make of it is left out. At attention_norm it goes through the layer's values and output
-    first, as if every head attended to this token alone; its effect on where heads attend is left out. At ffn_norm it
-    goes through the feed-forward layer, as the difference it makes there at `base`.
-    """
-    _, layer_idx, kind = site.split(".")
-    layer = model.layers[int(layer_idx)]
-    if kind == "attention_norm":
-        values = layer.attention.wv(directions).unflatten(-1, (model.args.n_kv_heads, model.args.head_dim))
-        values = values.repeat_interleave(model.args.n_heads // model.args.n_kv_heads, dim=-2)
-        directions = layer.attention.wo(values.flatten(-2))
-    elif kind == "ffn_norm":
-        directions = layer.feed_forward(base + directions) - layer.feed_forward(base)
-    return model.output(directions * model.norm.weight)
+from latents.promotion import promoted_logits
+from llama_3 import load_model, load_tokenizer
+from pipeline.errors import InputError
+from pipeline.files import atomic_path
+from pipeline.progress import progress_bar
+from pipeline.sae_files import SaeFiles
+from sae import load_sae_model
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import torch
-
-    from llama_3 import load_model, load_tokenizer
-    from sae import beside, load_sae_model
+    config = parse_constants(globals())
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sae = load_sae_model(config.model_path, device)
     if "site" not in sae.info:
-        raise stage.InputError(f"{config.model_path} has no JSON of sae_training.py that names its site.")
-    latents_path, out_path = beside(config.model_path, "latents.parquet"), beside(config.model_path, "promoted.parquet")
+        raise InputError(f"{config.model_path} has no JSON of sae_training.py that names its site.")
+    latents_path, out_path = (
+        SaeFiles(config.model_path).beside("latents.parquet"),
+        SaeFiles(config.model_path).beside("promoted.parquet"),
+    )
     if not latents_path.is_file():
-        raise stage.InputError(f"There is no {latents_path}; run capture_top_activating_sentences.py first.")
+        raise InputError(f"There is no {latents_path}; run capture_top_activating_sentences.py first.")
     highest = torch.tensor(pq.read_table(latents_path)["max"].to_pylist(), device=device)
     if len(highest) != sae.n_latents:
-        raise stage.InputError(f"{latents_path} has {len(highest)} latents, {config.model_path} {sae.n_latents}.")
+        raise InputError(f"{latents_path} has {len(highest)} latents, {config.model_path} {sae.n_latents}.")
     model_dir = config.llama_model_dir or sae.info["model_dir"]
     model = load_model(model_dir, device, rope_scaling_factor=sae.info.get("rope_scaling_factor"))
     tokenizer = load_tokenizer(model_dir)
@@ -66,7 +59,7 @@ def main() -> None:
 
     names = {1: ("tokens", "scores"), -1: ("suppressed_tokens", "suppressed_scores")}
     found: dict[str, list[list]] = {name: [] for pair in names.values() for name in pair}
-    with torch.inference_mode(), stage.progress(total=sae.n_latents, unit="latent", desc="promoted tokens") as bar:
+    with torch.inference_mode(), progress_bar(total=sae.n_latents, unit="latent", desc="promoted tokens") as bar:
         for some in torch.arange(sae.n_latents, device=device).split(config.latents_at_once):
             directions = sae.decoder.weight.t()[some] * highest[some, None]
             logits = promoted_logits(model, sae.info["site"], directions, sae.b_pre)
@@ -81,10 +74,10 @@ def main() -> None:
     for tokens, scores in names.values():
         columns[tokens] = pa.array(found[tokens], pa.list_(pa.string()))
         columns[scores] = pa.array(found[scores], pa.list_(pa.float32()))
-    with stage.atomic_path(out_path) as temporary:
+    with atomic_path(out_path) as temporary:
         pq.write_table(pa.table(columns), temporary, compression="zstd")
     print(f"{sae.n_latents:,} latents: {out_path}")
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

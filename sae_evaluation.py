@@ -15,26 +15,45 @@ Cost    three passes of the model over the sentences and one for each SAE, a fou
     python sae_evaluation.py --sae_model_path a.pth b.pth c.pth
 """
 
-import math
-import reprlib
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import stage
+from pipeline.options import Count, parse_constants
+from pipeline.run import run
 
 SAE_MODEL_PATH: tuple[str, ...] = ("data/sae.pth",)  # the SAE, or several of one model and training set
 LLAMA_MODEL_DIR: str | None = None  # Llama checkpoint folder; the one they were trained on when not given
 SENTENCES_DIR: str | None = None  # folder of sentences; the one they were trained on when not given
-NUM_SENTENCES = 2000  # held-out sentences to use, at most
-BATCH_TOKENS = 8192  # tokens a forward pass, padding included
+NUM_SENTENCES: Count = 2000  # held-out sentences to use, at most
+BATCH_TOKENS: Count = 8192  # tokens a forward pass, padding included
 
 _ROWS = 512  # tokens whose logits or pre-activations are in memory at once: 263 MB each at a vocabulary of 128,256
 _DENSE = 0.1  # a latent that fires on a greater share of the tokens is dense
 _EPS = 1e-5  # of the normalisation, for reconstructions that are plain functions
 _BINS_A_DECADE = 3  # of the histogram of firing frequencies
 
+if __name__ == "__main__":
+    run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
+
+import math
+import reprlib
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import blobfile
+import torch
+import torch.nn.functional as F
+
+from llama_3 import load_model, load_tokenizer
+from llama_3.loading import read_params
+from llama_3.model import check_site
+from llama_3.padding import make_batches
+from pipeline.errors import InputError
+from pipeline.files import atomic_path, write_json
+from pipeline.progress import duration, progress_bar
+from pipeline.sae_files import SaeFiles
+from pipeline.sentences import SentenceDataset
+from sae import TopKSparseAutoencoder, load_sae_model
 
 # ---- measuring
 
@@ -43,9 +62,6 @@ class Quality:
     """How well an SAE reconstructs, added up over tokens in float64, in normalised space."""
 
     def __init__(self, sae: Callable, d_model: int, max_tokens: int, device: Any):
-        import torch
-
-        from sae import TopKSparseAutoencoder
 
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)
         self.sae, self.has_latents = sae, isinstance(sae, TopKSparseAutoencoder)
@@ -55,8 +71,6 @@ class Quality:
 
     def reconstruct(self, x, place):
         """Raw x (n_tokens, d_model), place (n_tokens) of each in its sentence -> its reconstruction, raw; counted."""
-        import torch
-        import torch.nn.functional as F
 
         if self.has_latents:
             z, mean, std = self.sae.normalize(x)
@@ -81,7 +95,7 @@ class Quality:
         error, count, d_model = float(self.error.sum()), int(self.tokens.sum()), len(self.z)
         variance = float(self.z_square - self.z.square().sum() / count)
         if variance <= 0:
-            raise stage.InputError("All evaluated activations are the same; evaluate more sentences.")
+            raise InputError("All evaluated activations are the same; evaluate more sentences.")
         values = {
             "fvu": error / variance,
             "mse_normalized": error / (count * d_model),
@@ -137,7 +151,6 @@ def evaluate(
     Losses and KL are nats a prediction. Without a sentence besides it, none has a mean: what is told of it is None.
     Raises InputError where a loss is not finite, nothing is predicted, or all activations are the same.
     """
-    import torch
 
     n_tokens = sum(map(len, sentences))
     n_starts = 0 if bos_id is None else 1
@@ -176,9 +189,9 @@ def evaluate(
             for variant, loss in zip(variants, sums[0].tolist(), strict=True):
                 if not math.isfinite(loss):
                     how = f"replaced by {variant[1]}" if isinstance(variant, tuple) else variant
-                    raise stage.InputError(f"The loss is {loss} with {site} {how}; check the model and the SAE.")
+                    raise InputError(f"The loss is {loss} with {site} {how}; check the model and the SAE.")
     if n_predictions == 0:
-        raise stage.InputError("No sentence has a second token to predict; evaluate longer ones.")
+        raise InputError("No sentence has a second token to predict; evaluate longer ones.")
     loss, kl = (dict(zip(variants, row, strict=True)) for row in (sums / n_predictions).tolist())
 
     def recovered(baseline: str, spliced: float) -> float | None:
@@ -215,7 +228,6 @@ def losses_and_kl(model, streams: list, targets):
 
     streams: after the last layer, (n, d_model) each; targets (n). Only _ROWS rows of logits are in memory at a time.
     """
-    import torch
 
     def log_probs(stream):
         return model.output(model.norm(stream)).float().log_softmax(-1)
@@ -234,12 +246,9 @@ def losses_and_kl(model, streams: list, targets):
 
 def batches(sentences: list[list[int]], batch_tokens: int, bos_id: int | None, device: Any, label: str):
     """Padded batches: tokens (batch, seq) int64, and where the sentences' own tokens are (batch, seq)."""
-    import torch
-
-    from capture_activations import make_batches
 
     starts = [] if bos_id is None else [bos_id]
-    with stage.progress(total=sum(map(len, sentences)), unit="token", unit_scale=True, desc=label) as bar:
+    with progress_bar(total=sum(map(len, sentences)), unit="token", unit_scale=True, desc=label) as bar:
         for batch in make_batches([len(ids) + len(starts) for ids in sentences], batch_tokens):
             rows = [torch.tensor(starts + sentences[i]) for i in batch]
             tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -394,7 +403,7 @@ def frequency_axis(axis: Any, lowest: float) -> None:
 def save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    with stage.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
 
@@ -408,17 +417,14 @@ _SHARED = ("model", "dataset", "first_validation_sentence", "max_tokens", "begin
 
 def load_saes(paths: list[str], device: str) -> dict[str, Any]:
     """Path -> SAE. Raises InputError unless each has its JSON and all are of one model and one held-out set."""
-    import blobfile
-
-    from sae import info_path, load_sae_model
 
     saes: dict[str, Any] = {}
     for path in paths:
-        no_json = blobfile.exists(path) and not blobfile.exists(info_path(path))
+        no_json = blobfile.exists(path) and not blobfile.exists(SaeFiles(path).json)
         sae = None if no_json else load_sae_model(path, device)
         missing = [name for name in _NEEDED if no_json or name not in sae.info]
         if missing:
-            raise stage.InputError(
+            raise InputError(
                 f"{path} has no JSON of sae_training.py beside it that tells what was held out ({missing[0]} is "
                 "missing); name an SAE that sae_training.py wrote."
             )
@@ -426,7 +432,7 @@ def load_saes(paths: list[str], device: str) -> dict[str, Any]:
         first = saes[paths[0]].info
         for name in _SHARED:
             if (mine := sae.info.get(name)) != (its := first.get(name)):
-                raise stage.InputError(
+                raise InputError(
                     f"{path} and {paths[0]} are not of one model and one set of held-out sentences ({name}: "
                     f"{reprlib.repr(mine)} and {reprlib.repr(its)}); evaluate each by itself."
                 )
@@ -435,7 +441,6 @@ def load_saes(paths: list[str], device: str) -> dict[str, Any]:
 
 def seconds_a_pass(model, sentences: list[list[int]]) -> float:
     """About how long one pass of the model over the sentences takes, from a few of them."""
-    import torch
 
     few = [torch.tensor(ids[: _ROWS // 8]) for ids in sentences[:: -(-len(sentences) // 8)]]  # not over _ROWS in all
     tokens = torch.nn.utils.rnn.pad_sequence(few, batch_first=True).to(model.device)
@@ -447,17 +452,7 @@ def seconds_a_pass(model, sentences: list[list[int]]) -> float:
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
-    for option in ("num_sentences", "batch_tokens"):
-        if getattr(config, option) < 1:
-            raise stage.InputError(f"--{option} must be at least 1; it is {getattr(config, option)}.")
-    import torch
-
-    from llama_3 import load_model, load_tokenizer
-    from llama_3.loading import read_params
-    from llama_3.model import check_site
-    from openwebtext_sentences_dataset import SentenceDataset
-    from sae import beside
+    config = parse_constants(globals())
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     paths = list(dict.fromkeys(config.sae_model_path))
@@ -467,11 +462,11 @@ def main() -> None:
     args = read_params(model_dir)
     for path, sae in saes.items():
         if sae.d_model != args.dim:
-            raise stage.InputError(f"{path} has d_model {sae.d_model}, {model_dir} has {args.dim}; name its own model.")
+            raise InputError(f"{path} has d_model {sae.d_model}, {model_dir} has {args.dim}; name its own model.")
         try:
             check_site(sae.info["site"], args.n_layers)
         except ValueError as error:
-            raise stage.InputError(f"{path}: {error}") from None
+            raise InputError(f"{path}: {error}") from None
     tokenizer = load_tokenizer(model_dir)
     dataset = SentenceDataset(
         config.sentences_dir or info["sentences_dir"], info["dataset"]["sentences"], info["dataset"]["seed"]
@@ -480,7 +475,7 @@ def main() -> None:
     chosen = range(first, min(len(dataset), first + config.num_sentences))
     sentences = [ids[: info["max_tokens"]] for i in chosen if len(ids := tokenizer.encode(dataset[i])) > 1]
     if not sentences:
-        raise stage.InputError(f"{dataset.folder} has no held-out sentences for {paths[0]}.")
+        raise InputError(f"{dataset.folder} has no held-out sentences for {paths[0]}.")
     model = load_model(model_dir, device, rope_scaling_factor=info.get("rope_scaling_factor"))
     stems = [Path(path).stem for path in paths]
     names = stems if len(set(stems)) == len(stems) else paths  # columns of the table
@@ -489,7 +484,7 @@ def main() -> None:
     print(
         f"Reading {len(sentences):,} held-out sentences, {sum(map(len, sentences)):,} tokens, of {dataset.folder}; "
         f"writing evaluation.json and evaluation.png for {', '.join(paths)} (under 1 MB each); {n_passes} passes of "
-        f"the model, about {stage.duration(n_passes * seconds_a_pass(model, sentences))} on {device}."
+        f"the model, about {duration(n_passes * seconds_a_pass(model, sentences))} on {device}."
     )
     shards = [shard["sha256"] for shard in dataset.manifest.get("shards", [])]
     if shards != info["dataset"].get("shards", shards):
@@ -503,16 +498,16 @@ def main() -> None:
     for path, name in zip(paths, names, strict=True):
         dead_frac = saes[path].info.get("quality", {}).get("dead_frac")
         results[path] = {"site": saes[path].info["site"], **results[path], "dead_frac": dead_frac}
-        stage.write_json(beside(path, "evaluation.json"), results[path])
-        draw(beside(path, "evaluation.png"), name, results[path])
+        write_json(SaeFiles(path).beside("evaluation.json"), results[path])
+        draw(SaeFiles(path).beside("evaluation.png"), name, results[path])
     results = {name: results[path] for path, name in zip(paths, names, strict=True)}
     if len(paths) > 1:
-        draw_comparison(beside(paths[0], "comparison.png"), results)
+        draw_comparison(SaeFiles(paths[0]).beside("comparison.png"), results)
     print(table(results))
-    print(", ".join(str(beside(path, "evaluation.png")) for path in paths))
+    print(", ".join(str(SaeFiles(path).beside("evaluation.png")) for path in paths))
     if len(paths) > 1:
-        print(beside(paths[0], "comparison.png"))
+        print(SaeFiles(paths[0]).beside("comparison.png"))
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

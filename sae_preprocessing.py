@@ -13,31 +13,44 @@ Cost    as much disk as the activations, and once more while it runs; memory: tw
     python sae_preprocessing.py --input_dir data/activations/layers.22.attention_norm --output_dir data/batches
 """
 
-import os
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-import numpy as np
-
-import stage
+from pipeline.options import Count, CountOrZero, NotNegative, Positive, Seed, ShareBelowOne, parse_constants
+from pipeline.run import run
 
 INPUT_DIR: str  # one site's captured activations
 OUTPUT_DIR = "data/batches"  # folder for batches and statistics
 MEAN_FILEPATH: str | None = None  # file for the statistics; statistics.safetensors in OUTPUT_DIR when not given
-NUM_PROCESSES = 0  # processes; 0 for one a core
-BATCH_SIZE = 1024  # activations a batch
-VALIDATION_FRACTION = 0.05  # share of the sentences, the last of the seeded order, held out
-NORMALIZE_EPS = 1e-5  # added to each activation's standard deviation when it is normalised
-B_PRE_START = "mean"  # where the SAE's b_pre starts: mean, or median: the geometric median of a sample
-SHARD_GB = 1.0  # size of an output shard
-MEMORY_GB = 16.0  # for all processes together: where it does not suffice for one a core, fewer run at once
-SEED = 0  # of the order of activations
+NUM_PROCESSES: CountOrZero = 0  # processes; 0 for one a core
+BATCH_SIZE: Count = 1024  # activations a batch
+VALIDATION_FRACTION: ShareBelowOne = 0.05  # share of the sentences, the last of the seeded order, held out
+NORMALIZE_EPS: NotNegative = 1e-5  # added to each activation's standard deviation when it is normalised
+B_PRE_START: Literal["mean", "median"] = "mean"  # where b_pre starts; median: geometric, of a sample
+SHARD_GB: Positive = 1.0  # size of an output shard
+MEMORY_GB: Positive = 16.0  # for all processes together: where it does not suffice for one a core, fewer run at once
+SEED: Seed = 0  # of the order of activations
 
 _STAGE = "sae_preprocessing.py"
 _SPLITS = ("train", "validation")
 _MEDIAN_ROWS = 2**15  # of the geometric median's sample; its error is then about 1/180 of a standard deviation
+
+if __name__ == "__main__":
+    run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.activation_store import ActivationStore, open_shard, write_shard
+from pipeline.errors import InputError
+from pipeline.files import locked, remove_leftovers, require_disk, sha256
+from pipeline.manifests import MANIFEST, begin_or_continue, check_complete, write_manifest
+from pipeline.progress import gb, progress_bar
+from pipeline.workers import Workers
 
 
 class Statistics(NamedTuple):
@@ -183,9 +196,6 @@ def rng_for(plan: Plan, split: str, side: int, shard: int) -> np.random.Generato
 
 def scatter_shard(plan: Plan, i: int) -> None:
     """Pass 1: permute an input shard's rows, so that those of each output shard lie together; take its statistics."""
-    import torch
-
-    from activation_store import ActivationStore, write_shard
 
     torch.set_num_threads(1)
     path = Path(plan.scratch_dir) / f"scattered-{i:05d}.safetensors"
@@ -207,7 +217,7 @@ def scatter_shard(plan: Plan, i: int) -> None:
             if not np.isfinite(raw.mean).all():
                 row = start + int((~torch.isfinite(chunk)).any(1).nonzero()[0, 0])
                 sentence = int(shard.sentence_idx[int(torch.searchsorted(shard.offsets, row, right=True)) - 1])
-                raise stage.InputError(
+                raise InputError(
                     f"{store.folder / store.records[i]['file']} holds NaN or infinity in sentence {sentence}; capture "
                     "it again."
                 )
@@ -227,9 +237,6 @@ def gather_shard(plan: Plan, split: str, o: int, starts: np.ndarray, counts: np.
 
     Returns the shard's record.
     """
-    import torch
-
-    from activation_store import open_shard, write_shard
 
     torch.set_num_threads(1)
     path = Path(plan.output_dir) / f"{split}-{o:05d}.safetensors"
@@ -246,7 +253,7 @@ def gather_shard(plan: Plan, split: str, o: int, starts: np.ndarray, counts: np.
             rows[goes_to[first : first + len(part)]] = part
             first += len(part)
         write_shard(path, {"acts": rows})
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": stage.sha256(path), "n_rows": n_rows}
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path), "n_rows": n_rows}
 
 
 def gather_jobs(plan: Plan, moves: dict[str, np.ndarray], n_outputs: dict[str, int]) -> Iterator[tuple]:
@@ -262,15 +269,14 @@ def processes_that_fit(wanted: int, memory_gb: float, largest_shard_bytes: int) 
     """At most `wanted`. Raises InputError when not even one fits."""
     needed = 2.2 * largest_shard_bytes  # a shard that is read and one that is written, and orders of rows
     if needed > memory_gb * 1e9:
-        raise stage.InputError(
-            f"--memory_gb {memory_gb:g} is less than the {stage.gb(needed)} that one process needs for shards of "
-            f"{stage.gb(largest_shard_bytes)}; raise it, lower --shard_gb or capture smaller shards."
+        raise InputError(
+            f"--memory_gb {memory_gb:g} is less than the {gb(needed)} that one process needs for shards of "
+            f"{gb(largest_shard_bytes)}; raise it, lower --shard_gb or capture smaller shards."
         )
     return min(wanted, int(memory_gb * 1e9 / needed))
 
 
 def merge_statistics(plan: Plan, n_train: list[int]) -> dict[str, Statistics]:
-    from activation_store import open_shard
 
     merged: dict[str, Statistics] = {}
     for i, count in enumerate(n_train):
@@ -282,15 +288,7 @@ def merge_statistics(plan: Plan, n_train: list[int]) -> dict[str, Statistics]:
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
-    if config.b_pre_start not in ("mean", "median"):
-        raise stage.InputError(f"--b_pre_start {config.b_pre_start} is unknown; write mean or median.")
-    stage.check_at_least(config, batch_size=1, validation_fraction=0, seed=0, num_processes=0, normalize_eps=0)
-    if config.validation_fraction >= 1:
-        raise stage.InputError(
-            f"--validation_fraction {config.validation_fraction} leaves nothing to train on; lower it."
-        )
-    from activation_store import ActivationStore, open_shard
+    config = parse_constants(globals())
 
     store = ActivationStore(config.input_dir)
     output_dir = Path(config.output_dir)
@@ -311,7 +309,7 @@ def main() -> None:
         n_rows["train"].append(n_train)
         n_rows["validation"].append(len(shard.acts) - n_train)
     if sum(n_rows["train"]) < config.batch_size:
-        raise stage.InputError(
+        raise InputError(
             f"{config.input_dir} has {sum(n_rows['train'])} activations to train on, fewer than one batch of "
             f"{config.batch_size}; capture more sentences or lower --batch_size."
         )
@@ -336,25 +334,25 @@ def main() -> None:
     n_workers = processes_that_fit(n_workers, config.memory_gb, largest)
     n_bytes = 2 * store.d_model * store.n_tokens
     print(
-        f"Reading {store.n_tokens:,} activations, {stage.gb(n_bytes)}, from {config.input_dir}; writing as much to "
+        f"Reading {store.n_tokens:,} activations, {gb(n_bytes)}, from {config.input_dir}; writing as much to "
         f"{output_dir}, and once more while it runs."
     )
 
-    with stage.locked(output_dir):
-        if not (output_dir / stage.MANIFEST).exists():
-            stage.require_disk(output_dir, 2 * n_bytes)
-        if stage.begin_or_continue(output_dir, _STAGE, decides):
-            stage.check_complete(output_dir, _STAGE)
+    with locked(output_dir):
+        if not (output_dir / MANIFEST).exists():
+            require_disk(output_dir, 2 * n_bytes)
+        if begin_or_continue(output_dir, _STAGE, decides):
+            check_complete(output_dir, _STAGE)
             print(f"{output_dir} is complete already.")
             shutil.rmtree(scratch_dir, ignore_errors=True)
             return
         present = sum(f.stat().st_size for f in output_dir.rglob("*.safetensors"))
-        stage.require_disk(output_dir, 2 * n_bytes - present)
+        require_disk(output_dir, 2 * n_bytes - present)
         scratch_dir.mkdir(exist_ok=True)
-        stage.remove_leftovers(scratch_dir)
+        remove_leftovers(scratch_dir)
         with (
-            stage.Workers(n_workers) as workers,
-            stage.progress(total=2 * n_bytes, unit="B", unit_scale=True, desc="shuffle") as bar,
+            Workers(n_workers) as workers,
+            progress_bar(total=2 * n_bytes, unit="B", unit_scale=True, desc="shuffle") as bar,
         ):
             for i, _ in enumerate(workers.map(scatter_shard, [(plan, i) for i in range(len(store.records))])):
                 bar.update(2 * store.d_model * store.records[i]["n_tokens"])
@@ -371,7 +369,7 @@ def main() -> None:
         write_statistics(mean_path, totals, b_pre)
         inherited = ("model", "model_dir", "sentences_dir", "site", "layer", "d_model", "dtype", "begin_of_text")
         counts = {split: sum(r["n_rows"] for r in records[split]) for split in _SPLITS}
-        stage.write_manifest(
+        write_manifest(
             output_dir,
             _STAGE,
             complete=True,
@@ -400,9 +398,6 @@ def main() -> None:
 def write_statistics(path: Path, statistics: dict[str, Statistics], b_pre: np.ndarray) -> None:
     """mean_raw, var_raw, mean_normalized, var_normalized (population variance) and b_pre (where the SAE's starts, in
     normalised space), each (d_model,) float64; count."""
-    import torch
-
-    from activation_store import write_shard
 
     tensors = {"count": torch.tensor(statistics["raw"].count), "b_pre": torch.from_numpy(b_pre.copy())}
     for name, s in statistics.items():
@@ -412,4 +407,4 @@ def write_statistics(path: Path, statistics: dict[str, Statistics], b_pre: np.nd
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

@@ -9,6 +9,20 @@ Cost    about 6 kB a latent; reads NAME.top.parquet once at most
     python sae_report.py --sae_model_path data/sae.pth
 """
 
+from pipeline.options import Count, parse_constants
+from pipeline.run import run
+
+SAE_MODEL_PATH = "data/sae.pth"  # the SAE
+LATENTS: Count = 2000  # latents with a card, the most interesting first
+CARDS_A_PAGE: Count = 200  # latents a page
+SENTENCES: Count = 6  # top sentences a card
+
+_FEATURED = 12  # cards in the report itself when there are further pages
+_CURVE_POINTS = 400  # drawn of a training curve
+
+if __name__ == "__main__":
+    run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
+
 import base64
 import difflib
 import html
@@ -17,54 +31,18 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-import stage
-
-if TYPE_CHECKING:
-    from latent_index import Card, LatentIndex
-
-SAE_MODEL_PATH = "data/sae.pth"  # the SAE
-LATENTS = 2000  # latents with a card, the most interesting first
-CARDS_A_PAGE = 200  # latents a page
-SENTENCES = 6  # top sentences a card
-
-_CERTAIN = 0.9  # of an interesting latent's meaning, at least
-_FREQUENCIES = (2e-4, 5e-3)  # of an interesting latent: neither rare nor everywhere
-_FEATURED = 12  # cards in the report itself when there are further pages
-_CURVE_POINTS = 400  # drawn of a training curve
-
+from latents.cards import CARD_CSS, Card, card_html
+from latents.index import LatentIndex
+from latents.interesting import best_first, interesting_latents
+from pipeline.errors import InputError
+from pipeline.files import atomic_path, read_json
+from pipeline.progress import gb, progress_bar
+from pipeline.sae_files import SaeFiles
 
 # ---- which latents
-
-
-def interesting_latents(index: "LatentIndex") -> list[int]:
-    """Latents worth showing, best score first: their meaning is certain and in plain words (no parts of words, signs or
-    numbers), most of them new in the list; and they fire neither rarely nor everywhere."""
-    certain = index.certainty >= _CERTAIN
-    medium = (index.frequency >= _FREQUENCIES[0]) & (index.frequency <= _FREQUENCIES[1])
-    chosen, used = [], set()
-    for latent in best_first(index):
-        meaning = index.meaning[latent]
-        if not (certain[latent] and medium[latent] and is_plain(meaning)):
-            continue
-        stems = {word[:4].lower() for word in re.findall(r"\w+", meaning) if len(word) > 3}
-        if 2 * len(stems & used) < len(stems):
-            used |= stems
-            chosen.append(latent)
-    return chosen
-
-
-def best_first(index: "LatentIndex") -> list[int]:
-    """All living latents by score, then certainty; those without a meaning last."""
-    return [row["latent"] for row in index.search(sort="score", limit=index.n_latents)]
-
-
-def is_plain(meaning: str | None) -> bool:
-    words = (meaning or "").split(", ")
-    return len(words[0]) > 3 and "number" not in words and all(c.isalpha() or c in " ,.;:'\"()-/" for c in meaning)
 
 
 def chosen_latents(index: "LatentIndex", n: int) -> list[int]:
@@ -117,7 +95,7 @@ def training_section(path: Path) -> str:
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
-        raise stage.InputError(f"{path} is not JSON lines ({error}); run sae_training.py again.") from None
+        raise InputError(f"{path} is not JSON lines ({error}); run sae_training.py again.") from None
     curve = lambda key: [(line["tokens"], line[key]) for line in lines if line.get(key) is not None]
     charts = [
         chart("Unexplained variance (FVU)", {"training": curve("train_fvu")}, {"held out": curve("val_fvu")}, log=True),
@@ -202,7 +180,7 @@ _MEASURES = [  # key of NAME.evaluation.json, what it is, its form
 def evaluation_section(json_path: Path, png_path: Path) -> str:
     if not json_path.is_file():
         return missing("Evaluation", f"No {json_path.name}: sae_evaluation.py makes it.")
-    quality = stage.read_json(json_path, "run sae_evaluation.py again.")
+    quality = read_json(json_path, "run sae_evaluation.py again.")
     rows = "".join(
         f"<tr><td>{about}</td><td class=number>{form.format(quality[key])}</td></tr>"
         for key, about, form in _MEASURES
@@ -225,7 +203,7 @@ def steering_section(path: Path) -> str:
     steered), and some of the completions: prompts, clean, steered."""
     if not path.is_file():
         return missing("Steering", f"No {path.name}: demo.py makes it for its SAE.")
-    steering = stage.read_json(path, "run demo.py again.")
+    steering = read_json(path, "run demo.py again.")
     words = " or ".join(f"“{html.escape(word)}”" for word in steering["words"])
     clean_hits, steered_hits = steering["hits"]
     mode = f" ({html.escape(steering['mode'])})" if "mode" in steering else ""
@@ -383,7 +361,6 @@ filter();
 
 
 def page(title: str, parts: Sequence[str], script: str = "") -> str:
-    from latent_index import CARD_CSS
 
     return (
         '<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width">'
@@ -394,7 +371,6 @@ def page(title: str, parts: Sequence[str], script: str = "") -> str:
 
 
 def cards_html(cards: Sequence["Card"], addresses: dict[int, str]) -> str:
-    from latent_index import card_html
 
     shown = (f"<div id=latent-{card.latent}>{card_html(card, addresses.get)}</div>" for card in cards)
     return f"<div class=cards>{''.join(shown)}</div>"
@@ -402,13 +378,13 @@ def cards_html(cards: Sequence["Card"], addresses: dict[int, str]) -> str:
 
 def read_cards(index: "LatentIndex", latents: list[int], n_sentences: int) -> list["Card"]:
     """In the order given; read in the order in which they lie on disk."""
-    bar = stage.progress(sorted(latents), unit="latent", desc="cards")
+    bar = progress_bar(sorted(latents), unit="latent", desc="cards")
     cards = {latent: index.card(latent, n_sentences) for latent in bar}
     return [cards[latent] for latent in latents]
 
 
 def write_text(path: Path, text: str) -> None:
-    with stage.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -416,12 +392,10 @@ def write_report(
     sae_path: str | Path, n_latents: int, cards_a_page: int = CARDS_A_PAGE, n_sentences: int = SENTENCES
 ) -> list[Path]:
     """Write the report and, for more latents than one page holds, its pages. Returns what was written, report first."""
-    from latent_index import LatentIndex
-    from sae import beside
 
     index = LatentIndex(sae_path)
     cards = read_cards(index, chosen_latents(index, n_latents), n_sentences)
-    report, folder = beside(sae_path, "report.html"), beside(sae_path, "report")
+    report, folder = SaeFiles(sae_path).beside("report.html"), SaeFiles(sae_path).beside("report")
     name = Path(sae_path).name.removesuffix(".pth")
     pages = [cards[i : i + cards_a_page] for i in range(0, len(cards), cards_a_page)]
     pages = pages if len(pages) > 1 else []
@@ -455,9 +429,9 @@ def write_report(
         latents.append(f"<nav>{links}</nav>")
     parts = [
         header(index, name),
-        training_section(beside(sae_path, "metrics.jsonl")),
-        evaluation_section(beside(sae_path, "evaluation.json"), beside(sae_path, "evaluation.png")),
-        steering_section(beside(sae_path, "steering.json")),
+        training_section(SaeFiles(sae_path).beside("metrics.jsonl")),
+        evaluation_section(SaeFiles(sae_path).beside("evaluation.json"), SaeFiles(sae_path).beside("evaluation.png")),
+        steering_section(SaeFiles(sae_path).beside("steering.json")),
         *latents,
     ]
     write_text(report, page(f"{name}: what its latents mean", parts, _SCRIPT))
@@ -467,15 +441,12 @@ def write_report(
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
-    for name in ("latents", "cards_a_page", "sentences"):
-        if getattr(config, name) < 1:
-            raise stage.InputError(f"--{name} {getattr(config, name)} is too small; it is at least 1.")
+    config = parse_constants(globals())
     written = write_report(config.sae_model_path, config.latents, config.cards_a_page, config.sentences)
     sizes = [path.stat().st_size for path in written]
-    pages = f", and {len(written) - 1} pages of up to {stage.gb(max(sizes[1:]))}" if len(written) > 1 else ""
-    print(f"{written[0]}: {stage.gb(sizes[0])}{pages}")
+    pages = f", and {len(written) - 1} pages of up to {gb(max(sizes[1:]))}" if len(written) > 1 else ""
+    print(f"{written[0]}: {gb(sizes[0])}{pages}")
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

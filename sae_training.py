@@ -13,6 +13,59 @@ Cost    disk: a checkpoint is three times the SAE; rates in the README's table
     torchrun --standalone --nproc_per_node=8 sae_training.py --data_dir data/batches --model_save_path data/sae.pth
 """
 
+from typing import Literal, NamedTuple
+
+from pipeline.options import Count, CountOrZero, NotNegative, Positive, Seed, Share, ShareBelowOne, parse_constants
+from pipeline.run import exit_at_once, run
+
+DATA_DIR = "data/batches"  # shuffled batches
+B_PRE_PATH: str | None = None  # statistics whose b_pre it starts with; those of DATA_DIR when not given
+MODEL_SAVE_PATH = "data/sae.pth"  # where the trained SAE goes
+MODEL_LOAD_PATH: str | None = None  # an SAE to start from instead of a fresh one
+CHECKPOINT_DIR = "data/checkpoints"  # folder for checkpoints
+
+N_LATENTS: Count = 2**16  # dictionary size
+K: Count = 64  # latents kept per activation
+K_AUX: CountOrZero = 2048  # dead latents in the auxiliary loss, a power of two near d_model / 2
+AUX_LOSS_COEFF: NotNegative = 1 / 32  # weight of the auxiliary loss
+DEAD_AFTER_TOKENS: Count = 10_000_000  # activations without firing before a latent counts as dead
+
+NUM_EPOCHS: Count = 10  # passes over the training activations
+EARLY_STOP_EPOCHS: Count | None = None  # ends after so many epochs without a better validation FVU
+BATCH_SIZE: Count = 8192  # activations a step, over all processes
+LEARNING_RATE: NotNegative = 5e-5  # peak
+LEARNING_RATE_MIN_RATIO: Share = 1 / 5  # the cosine ends at this share of the peak
+WARMUP_STEPS: CountOrZero = 0  # steps of linear warm-up
+BETAS: tuple[ShareBelowOne, ShareBelowOne] = (0.85, 0.9999)  # of AdamW; rare latents need a long second moment
+ADAM_EPS: Positive = 6.25e-10  # of AdamW
+WEIGHT_DECAY: NotNegative = 0.0  # of AdamW; the original's 0.01 shrank silent latents
+GRAD_CLIP: Positive | None = None  # largest norm of the whole gradient, after projection
+ORTHOGONAL_START = False  # latents begin at right angles, d_model by d_model, instead of at random
+SEED: Seed = 0  # of the initialisation and of the order of batches
+
+LATENT_PARALLEL: Count = 1  # processes that share one SAE, a slice of its latents each
+MICRO_BATCH_SIZE: Count | None = None  # activations in one forward pass of a process; all of its share when not given
+ENCODER_DTYPE: Literal["float32", "bfloat16"] = (
+    "float32"  # of the product that chooses latents; chosen values stay float32
+)
+ALLOW_TF32 = False  # on GPUs: TF32 in float32 products
+LOGS_PER_EPOCH: Count = 1000  # lines in metrics.jsonl an epoch
+CHECKPOINTS_PER_EPOCH: Count = 1  # checkpoints an epoch
+KEEP_CHECKPOINTS: Count = 2  # newest checkpoints kept
+REPLICA_CHECK_STEPS: Count = 1000  # steps between comparisons of the parameters that processes hold in common
+EXPLOSION_FACTOR: Positive = 10.0  # a main loss above this many times its running mean stops the run
+WANDB: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online with a key, offline without
+
+_STAGE = "sae_training.py"
+_NOT_IN_THE_RESULT = [  # constants that may change between two parts of one run
+    *("data_dir", "model_save_path", "checkpoint_dir", "b_pre_path", "latent_parallel", "micro_batch_size", "wandb"),
+    *("logs_per_epoch", "checkpoints_per_epoch", "keep_checkpoints", "replica_check_steps", "explosion_factor"),
+]
+_LOSS_MEMORY = 0.98  # of the running mean of the loss: about 50 steps
+
+if __name__ == "__main__":
+    run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
+
 import contextlib
 import dataclasses
 import json
@@ -24,53 +77,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
-import stage
+import torch
 
-DATA_DIR = "data/batches"  # shuffled batches
-B_PRE_PATH: str | None = None  # statistics whose b_pre it starts with; those of DATA_DIR when not given
-MODEL_SAVE_PATH = "data/sae.pth"  # where the trained SAE goes
-MODEL_LOAD_PATH: str | None = None  # an SAE to start from instead of a fresh one
-CHECKPOINT_DIR = "data/checkpoints"  # folder for checkpoints
-
-N_LATENTS = 2**16  # dictionary size
-K = 64  # latents kept per activation
-K_AUX = 2048  # dead latents in the auxiliary loss, a power of two near d_model / 2
-AUX_LOSS_COEFF = 1 / 32  # weight of the auxiliary loss
-DEAD_AFTER_TOKENS = 10_000_000  # activations without firing before a latent counts as dead
-
-NUM_EPOCHS = 10  # passes over the training activations
-EARLY_STOP_EPOCHS: int | None = None  # ends after so many epochs without a better validation FVU; the last weights stay
-BATCH_SIZE = 8192  # activations a step, over all processes
-LEARNING_RATE = 5e-5  # peak
-LEARNING_RATE_MIN_RATIO = 1 / 5  # the cosine ends at this share of the peak
-WARMUP_STEPS = 0  # steps of linear warm-up
-BETAS = (0.85, 0.9999)  # of AdamW; rare latents need a long second moment
-ADAM_EPS = 6.25e-10  # of AdamW
-WEIGHT_DECAY = 0.0  # of AdamW; the original's 0.01 shrank silent latents
-GRAD_CLIP: float | None = None  # largest norm of the whole gradient, after projection
-ORTHOGONAL_START = False  # latents begin at right angles, d_model by d_model, instead of at random
-SEED = 0  # of the initialisation and of the order of batches
-
-LATENT_PARALLEL = 1  # processes that share one SAE, a slice of its latents each
-MICRO_BATCH_SIZE: int | None = None  # activations in one forward pass of a process; all of its share when not given
-ENCODER_DTYPE = "float32"  # of the product that chooses latents: float32, or bfloat16 (chosen values stay float32)
-ALLOW_TF32 = False  # on GPUs: TF32 in float32 products
-LOGS_PER_EPOCH = 1000  # lines in metrics.jsonl an epoch
-CHECKPOINTS_PER_EPOCH = 1  # checkpoints an epoch
-KEEP_CHECKPOINTS = 2  # newest checkpoints kept
-REPLICA_CHECK_STEPS = 1000  # steps between comparisons of the parameters that processes hold in common
-EXPLOSION_FACTOR = 10.0  # a main loss above this many times its running mean stops the run
-WANDB = "auto"  # auto: online with a key, offline without; online, offline or off
-
-_STAGE = "sae_training.py"
-_NOT_IN_THE_RESULT = [  # constants that may change between two parts of one run
-    *("data_dir", "model_save_path", "checkpoint_dir", "b_pre_path", "latent_parallel", "micro_batch_size", "wandb"),
-    *("logs_per_epoch", "checkpoints_per_epoch", "keep_checkpoints", "replica_check_steps", "explosion_factor"),
-]
-_LOSS_MEMORY = 0.98  # of the running mean of the loss: about 50 steps
-
+from autoencoder.checkpoints import Slice, checkpoint_files, delete_checkpoints, load_checkpoint, whole_checkpoints
+from autoencoder.curves import plot_curves, plot_frequencies, start_wandb
+from autoencoder.losses import LatentGroup, loss_sums
+from pipeline.activation_batches import Batches, Reader, open_rows
+from pipeline.activation_store import open_shard
+from pipeline.distributed import grid, noted_signals, world
+from pipeline.errors import InputError
+from pipeline.files import locked, require_disk
+from pipeline.manifests import begin_or_continue, check_files, git_commit, read_manifest, verifying, write_manifest
+from pipeline.progress import gb, progress_bar
+from pipeline.sae_files import SaeFiles
+from sae import TopKSparseAutoencoder, load_sae_model, rows_at_once, save_sae, save_tensors
 
 # ---- validation, schedule
 
@@ -142,16 +163,13 @@ class Training:
     """A run: this process's slice of the SAE, its moments and counters, and where they are kept."""
 
     def __init__(self, config, batches, sae, variance: float, w, data, latents):
-        import torch
-
-        from sae import LatentGroup, beside
 
         self.config, self.batches, self.variance = config, batches, variance
         self.w, self.data, self.latents = w, data, latents
         self.latent_group = LatentGroup(latents.group, latents.rank, latents.size)
         self.folder = Path(config.checkpoint_dir)
         self.metrics_path, self.curves_path, self.frequencies_path = (
-            beside(config.model_save_path, name) for name in ("metrics.jsonl", "curves.png", "frequencies.png")
+            SaeFiles(config.model_save_path).beside(name) for name in ("metrics.jsonl", "curves.png", "frequencies.png")
         )
         self.sae = sae.to(w.device)
         self.parameters = dict(sae.named_parameters())
@@ -174,7 +192,6 @@ class Training:
         return (self.silent_tokens >= self.config.dead_after_tokens).nonzero().flatten() if any(n_dead) else None
 
     def losses(self, z, n_dead: list[int], dead, encoder_dtype):
-        from sae import loss_sums
 
         return loss_sums(self.sae, z, dead, self.config.k_aux, self.latent_group, encoder_dtype, n_dead)
 
@@ -183,7 +200,6 @@ class Training:
 
         Returns the losses of these rows (2,), and how often each latent of the slice fired on the whole batch.
         """
-        import torch
 
         config = self.config
         scale = 1 / (config.batch_size * self.sae.d_model)
@@ -209,7 +225,6 @@ class Training:
 
     def agree(self, losses, silent_tokens) -> Agreed:
         """The one exchange between all processes in a step, and the point where the CPU waits for the GPU."""
-        import torch
 
         width = self.latents.size
         numbers = torch.zeros(3 + 2 * width, dtype=torch.float64, device=self.w.device)
@@ -224,7 +239,6 @@ class Training:
 
     def apply(self, fired, silent_tokens, main: float) -> float:
         """The step itself: only here does anything change, with nothing to wait for. Returns the learning rate."""
-        import torch
         from torch.optim.adamw import adamw
 
         config, progress = self.config, self.progress
@@ -263,7 +277,6 @@ class Training:
 
     def check_loss(self, agreed: Agreed) -> None:
         """Raise InputError before a bad step changes anything."""
-        from sae_checkpoints import whole_checkpoints
 
         progress, mean = self.progress, self.progress.mean_loss
         exploded = mean is not None and agreed.main > self.config.explosion_factor * mean
@@ -273,7 +286,7 @@ class Training:
         rows = self.batches.stored_batches(*divmod(progress.step, self.batches.steps_per_epoch))
         shards = sorted({self.batches.names[shard] for shard, _ in rows})
         good = whole_checkpoints(self.folder)
-        raise stage.InputError(
+        raise InputError(
             f"The loss is {what if exploded else agreed.main + agreed.aux} at step {progress.step + 1} (activations of "
             f"{', '.join(shards)} in {self.config.data_dir}); the last good checkpoint is "
             f"{good[-1][0] if good else 'none'}: look at these activations, or begin again in another --checkpoint_dir "
@@ -291,7 +304,6 @@ class Training:
 
     def check_replicas(self) -> None:
         """Compare sums over the bits of what processes hold in common."""
-        import torch
 
         if self.w.size == 1:
             return
@@ -301,7 +313,7 @@ class Training:
         wrong = [rank for rank, sums in enumerate(every) if sums != every[rank % width] or sums[0] != every[0][0]]
         if wrong:
             others = "rank 0" if width == 1 else f"ranks 0 to {width - 1}"
-            raise stage.InputError(
+            raise InputError(
                 f"The parameters of rank {', '.join(map(str, wrong))} differ at step {self.progress.step} from "
                 f"those of {others}, which should hold the same; look for a faulty device, and run the same command "
                 "again to continue from the last checkpoint."
@@ -309,9 +321,6 @@ class Training:
 
     def validate(self, data_dir: str, manifest: dict, n_dead: list[int]) -> Validation | None:
         """Measure the SAE on all held-out activations, shared out over the data ranks; None where there are none."""
-        import torch
-
-        from activation_batches import open_rows
 
         d = self.sae.d_model
         n_rows = self.config.micro_batch_size or self.config.batch_size // self.data.size
@@ -349,14 +358,13 @@ class Training:
                 with open(self.metrics_path, "a") as file:
                     file.write(line + "\n")
             except OSError as error:
-                raise stage.InputError(
+                raise InputError(
                     f"Could not write {self.metrics_path} ({error}); free some disk and run again to continue."
                 ) from error
             if self.wandb_run:
                 self.wandb_run.log(values, step=step)
 
     def draw(self, firing) -> None:
-        from training_watch import plot_curves, plot_frequencies
 
         progress = self.progress
         plot_curves(progress.metrics, self.curves_path)
@@ -368,8 +376,6 @@ class Training:
     def save(self, by_whoever_comes_first: bool = False) -> None:
         """Write this process's slice, without a word to the others. Processes with the same slice leave it to the first
         of them, or, where that one may be gone, to whoever comes first."""
-        from sae import save_tensors
-        from sae_checkpoints import Slice
 
         path = Slice(self.progress.step, self.latents.rank, self.latents.size).path(self.folder)
         if self.progress.step == 0 or path.exists():
@@ -382,7 +388,7 @@ class Training:
         elif not self.data.is_main:
             return
         if not all(p.isfinite().all() for p in self.parameters.values()):
-            raise stage.InputError(
+            raise InputError(
                 f"The weights are not finite after step {self.progress.step}, no checkpoint of them was written; begin "
                 "again in another --checkpoint_dir with a lower --learning_rate or a --grad_clip."
             )
@@ -394,13 +400,12 @@ class Training:
     @contextlib.contextmanager
     def saved_when_left_alone(self) -> Iterator[None]:
         """For what waits for other processes and changes nothing: where one of them is gone, the state is saved."""
-        import torch
 
         try:
             yield
         except torch.OutOfMemoryError as error:
             rows = self.config.micro_batch_size or self.config.batch_size // self.data.size
-            raise stage.InputError(
+            raise InputError(
                 f"{self.w.device} has too little memory for {rows} activations at a time; give a smaller "
                 "--micro_batch_size, or a larger --latent_parallel."
             ) from error
@@ -414,11 +419,11 @@ class Training:
         said = None
         try:
             self.verified()
-        except stage.InputError as error:
+        except InputError as error:
             said = str(error)
         for message in self.w.gather(said):
             if message:
-                raise stage.InputError(message)
+                raise InputError(message)
 
     def checkpoint(self) -> None:
         """A checkpoint that all processes come to: checked, written, older ones deleted, figures drawn."""
@@ -428,16 +433,11 @@ class Training:
         # Behind this all have written.
         firing = self.w.gather(self.firing.cpu() if self.data.is_main else None)
         if self.w.is_main:
-            import torch
-
-            from sae_checkpoints import delete_checkpoints
-
             delete_checkpoints(self.folder, self.config.keep_checkpoints)
             if self.goes_on():  # else they are drawn at the end
                 self.draw(torch.cat([part for part in firing if part is not None]))
 
     def load(self, paths: list[Path]) -> None:
-        from sae_checkpoints import load_checkpoint
 
         state = load_checkpoint(paths, self.latents.rank, self.latents.size)
         self.progress = Progress(**state["progress"])
@@ -451,17 +451,13 @@ class Training:
 
 def train(t: Training, manifest: dict) -> int:
     """Train to the end; returns 0. A signal stops it at a checkpoint of the last whole step; returns its number."""
-    import torch
-
-    from activation_batches import Reader
-    from distributed import noted_signals
 
     config, progress, w, batches = t.config, t.progress, t.w, t.batches
     log_every = max(1, batches.steps_per_epoch // config.logs_per_epoch)
     with (
         noted_signals() as t.stop_signal,
         Reader(batches, range(progress.step, t.n_steps), t.data.rank, t.data.size, w.device) as reader,
-        stage.progress(
+        progress_bar(
             total=t.n_steps * config.batch_size,
             initial=progress.step * config.batch_size,
             unit="act",
@@ -520,40 +516,30 @@ def train(t: Training, manifest: dict) -> int:
 
 def check_options(config, manifest: dict, size: int) -> None:
     """size: processes. Raises InputError."""
-    for name, value in vars(config).items():
-        count = name.endswith(("_steps", "_epoch", "_epochs", "_size", "_parallel", "_checkpoints", "k_aux"))
-        if count and name != "warmup_steps" and value is not None and value < 1:
-            raise stage.InputError(f"--{name} {value} must be at least 1.")
     width = config.latent_parallel
     if size % width or config.n_latents % width:
-        raise stage.InputError(
+        raise InputError(
             f"--latent_parallel {width} must divide the {size} processes and --n_latents {config.n_latents}; choose "
             "another."
         )
     if config.batch_size % manifest["batch_size"] or config.batch_size % (size // width):
-        raise stage.InputError(
+        raise InputError(
             f"--batch_size {config.batch_size} must be a multiple of the stored batches of {manifest['batch_size']} in "
             f"{config.data_dir} and of the {size // width} processes that share it out; choose another."
         )
     if config.batch_size > manifest["counts"]["train"]:
-        raise stage.InputError(
+        raise InputError(
             f"{config.data_dir} has {manifest['counts']['train']} activations to train on, fewer than --batch_size "
             f"{config.batch_size}; capture more or lower it."
         )
     if not 0 < config.k <= config.n_latents:
-        raise stage.InputError(f"--k {config.k} must lie between 1 and --n_latents {config.n_latents}.")
-    if config.encoder_dtype not in ("float32", "bfloat16"):
-        raise stage.InputError(f"--encoder_dtype {config.encoder_dtype} must be float32 or bfloat16.")
+        raise InputError(f"--k {config.k} must lie between 1 and --n_latents {config.n_latents}.")
     if config.early_stop_epochs and not manifest["validation_shards"]:
-        raise stage.InputError(f"{config.data_dir} holds nothing out, --early_stop_epochs needs that; leave it out.")
+        raise InputError(f"{config.data_dir} holds nothing out, --early_stop_epochs needs that; leave it out.")
 
 
 def starting_sae(config, manifest: dict, mean):
     """The whole SAE as training begins; its weights are left unset where checkpoints hold others."""
-    import torch
-
-    from sae import TopKSparseAutoencoder, load_sae_model
-    from sae_checkpoints import whole_checkpoints
 
     sae = TopKSparseAutoencoder(manifest["d_model"], config.n_latents, config.k, manifest["normalize_eps"])
     if whole_checkpoints(Path(config.checkpoint_dir)):
@@ -563,7 +549,7 @@ def starting_sae(config, manifest: dict, mean):
         return sae
     loaded = load_sae_model(config.model_load_path, normalize_eps=manifest["normalize_eps"], k=config.k)
     if (loaded.d_model, loaded.n_latents) != (sae.d_model, sae.n_latents):
-        raise stage.InputError(
+        raise InputError(
             f"{config.model_load_path} has d_model {loaded.d_model} and {loaded.n_latents} latents, this run "
             f"{sae.d_model} and {sae.n_latents}; load another or change --n_latents."
         )
@@ -572,13 +558,11 @@ def starting_sae(config, manifest: dict, mean):
 
 def announce(t: Training, manifest: dict) -> None:
     """What will be read, written, held in memory and sent; InputError where the disk is too small."""
-    from sae import rows_at_once
-    from sae_checkpoints import checkpoint_files
 
     config, d_model = t.config, manifest["d_model"]
     sae_bytes = 4 * (2 * config.n_latents * d_model + config.n_latents + d_model)
     present = sum(path.stat().st_size for path in checkpoint_files(t.folder))
-    stage.require_disk(t.folder, 3 * sae_bytes * (config.keep_checkpoints + 1) + sae_bytes - present)
+    require_disk(t.folder, 3 * sae_bytes * (config.keep_checkpoints + 1) + sae_bytes - present)
     n_slice, share = config.n_latents // t.latents.size, config.batch_size // t.data.size
     rows = min(config.micro_batch_size or share, share)
     block = 4 * n_slice * min(rows, rows_at_once(4 * n_slice, t.w.device))
@@ -586,19 +570,17 @@ def announce(t: Training, manifest: dict) -> None:
     memory = copies * sae_bytes // t.latents.size + block + rows * (24 * d_model + 80 * min(config.k, n_slice))
     t.w.print(
         f"Reading {manifest['counts']['train']:,} activations of {manifest['site']} from {config.data_dir}; "
-        f"writing {config.model_save_path} ({stage.gb(sae_bytes)}) and checkpoints ({stage.gb(3 * sae_bytes)} each) to "
+        f"writing {config.model_save_path} ({gb(sae_bytes)}) and checkpoints ({gb(3 * sae_bytes)} each) to "
         f"{t.folder}; {t.n_steps:,} steps of {config.batch_size} on {t.w.size} x {t.w.device.type}, about "
-        f"{stage.gb(memory)} of memory each for the weights, their gradients and moments, and {rows} activations."
+        f"{gb(memory)} of memory each for the weights, their gradients and moments, and {rows} activations."
     )
     if t.w.size > 1:
-        data, latents = map(stage.gb, bytes_sent(config, d_model, t.data.size))
+        data, latents = map(gb, bytes_sent(config, d_model, t.data.size))
         t.w.print(f"Each process sends in a step {data} of gradients and {latents} between slices of the latents.")
 
 
 def finish(t: Training, manifest: dict, decides: dict) -> None:
     """Write the SAE, its JSON and figures from the last checkpoint, which holds it whole."""
-    from sae import TopKSparseAutoencoder, save_sae
-    from sae_checkpoints import load_checkpoint, whole_checkpoints
 
     config, progress = t.config, t.progress
     state = load_checkpoint(whole_checkpoints(t.folder)[-1], 0, 1)
@@ -616,10 +598,10 @@ def finish(t: Training, manifest: dict, decides: dict) -> None:
         "tokens_trained": tokens,
         "quality": quality | cost,
         "config": vars(config),
-        "git_commit": stage.git_commit(),
+        "git_commit": git_commit(),
     }
     save_sae(sae, config.model_save_path, info)
-    stage.write_manifest(t.folder, _STAGE, complete=True, decides=decides, config=vars(config))
+    write_manifest(t.folder, _STAGE, complete=True, decides=decides, config=vars(config))
     if t.wandb_run:
         t.wandb_run.finish()
     held_out = "val_fvu" in last and f"FVU {last['val_fvu']:.4f}, L0 {last['val_l0']:.1f} on held-out activations, "
@@ -631,30 +613,24 @@ def finish(t: Training, manifest: dict, decides: dict) -> None:
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
-    manifest = stage.read_manifest(config.data_dir, "sae_preprocessing.py")
-    stage.check_files(config.data_dir, manifest["shards"] + manifest["validation_shards"], "sae_preprocessing.py")
+    config = parse_constants(globals())
+    manifest = read_manifest(config.data_dir, "sae_preprocessing.py")
+    check_files(config.data_dir, manifest["shards"] + manifest["validation_shards"], "sae_preprocessing.py")
     check_options(config, manifest, int(os.environ.get("WORLD_SIZE", 1)))
-    import torch
-
-    from activation_batches import Batches
-    from activation_store import open_shard
-    from distributed import grid, world
-    from sae_checkpoints import delete_checkpoints, whole_checkpoints
 
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     save_path, folder = Path(config.model_save_path), Path(config.checkpoint_dir)
     b_pre_path = Path(config.b_pre_path or Path(config.data_dir) / manifest["statistics"])
     if not b_pre_path.is_file():
-        raise stage.InputError(f"There are no statistics at {b_pre_path}; run sae_preprocessing.py again.")
+        raise InputError(f"There are no statistics at {b_pre_path}; run sae_preprocessing.py again.")
     statistics = open_shard(b_pre_path, "sae_preprocessing.py")
     variance = float(statistics.get_tensor("var_normalized").mean())
     decides = {name: value for name, value in vars(config).items() if name not in _NOT_IN_THE_RESULT}
     decides["batches"] = [s["sha256"] for s in manifest["shards"]]
     sae = starting_sae(config, manifest, statistics.get_tensor("b_pre").float())
 
-    with world() as w, stage.locked(folder, w.rank, w.barrier):
-        done = stage.begin_or_continue(folder, _STAGE, decides) if w.is_main else False
+    with world() as w, locked(folder, w.rank, w.barrier):
+        done = begin_or_continue(folder, _STAGE, decides) if w.is_main else False
         if w.gather(done)[0] and save_path.exists():
             w.print(f"{save_path} is complete already.")
             return
@@ -674,13 +650,11 @@ def main() -> None:
             t.metrics_path.write_text("".join(line + "\n" for line in t.progress.metrics))
         if t.goes_on():
             if w.is_main:
-                from training_watch import start_wandb
-
                 t.wandb_run = start_wandb(config.wandb, folder, vars(config), t.progress.wandb_id)
             t.progress.wandb_id = w.gather(t.wandb_run.id if t.wandb_run else t.progress.wandb_id)[0]
             shards = manifest["shards"] + manifest["validation_shards"]
             mine = shards[w.rank :: w.size]
-            with stage.verifying(config.data_dir, mine, "sae_preprocessing.py") as t.verified:
+            with verifying(config.data_dir, mine, "sae_preprocessing.py") as t.verified:
                 number = train(t, manifest)
             if number:
                 if w.is_main:
@@ -692,10 +666,10 @@ def main() -> None:
                         file=sys.stderr,
                         flush=True,
                     )
-                stage.exit_at_once(128 + number)
+                exit_at_once(128 + number)
         if w.is_main:
             finish(t, manifest, decides)
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

@@ -25,24 +25,39 @@ import re
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import stage
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
+
+from claude import batches, direct
+from claude.answers import Rejection, from_result, write_rejections
+from claude.batches import read_results, require_consent_possible
+from claude.questions import output_tokens, request
+from latents.words import features
+from llama_3 import load_tokenizer
+from pipeline.errors import InputError
+from pipeline.files import atomic_path, locked, read_json, sha256
+from pipeline.options import Count, CountOrZero, NotNegative, parse_constants
+from pipeline.progress import progress_bar
+from pipeline.run import run
 
 MEANING_FILEPATH = "latent_index_meaning/latent_idx_meaning_mean-aggregated.yaml"  # meanings to score
 MODEL_PATH = "data/sae.pth"  # the SAE
 LLAMA_MODEL_DIR: str | None = None  # Llama folder, for its tokenizer; the one the SAE was trained on when not given
-SCORER = "claude"  # claude (in batches), direct (one request at a time) or words (no model)
-SENTENCES = 20  # firing ones, and as many silent ones, at most
-MIN_SENTENCES = 5  # a latent with fewer firing or silent ones gets no score
-SHOWN_SENTENCES = 50  # top sentences the meaning was found by, of any aggregation: they are left out
+SCORER: Literal["claude", "direct", "words"] = "claude"  # Claude in batches, Claude one request at a time, or no model
+SENTENCES: Count = 20  # firing ones, and as many silent ones, at most
+MIN_SENTENCES: CountOrZero = 5  # a latent with fewer firing or silent ones gets no score
+SHOWN_SENTENCES: CountOrZero = 50  # top sentences the meaning was found by, of any aggregation: they are left out
 MODEL = "claude-haiku-5-5"  # who is asked
 EFFORT = "low"  # how much it thinks before it writes; empty for models and servers that do not know this option
-MAX_TOKENS = 2000  # of an answer, thinking included
-OUTPUT_TOKENS = 200  # of an answer on average, for the price
-REQUESTS_PER_BATCH = 10_000  # the API allows 100,000, and 256 MB
-SETTLE_S = 120.0  # after an unclear failure, seconds until a batch the API does not list counts as not created
-POLL_S = 60.0  # seconds between two looks at the batches
+MAX_TOKENS: Count = 2000  # of an answer, thinking included
+OUTPUT_TOKENS: Count = 200  # of an answer on average, for the price
+REQUESTS_PER_BATCH: Count = 10_000  # the API allows 100,000, and 256 MB
+SETTLE_S: NotNegative = 120.0  # seconds after an unclear failure until an unlisted batch counts as not created
+POLL_S: NotNegative = 60.0  # seconds between two looks at the batches
 YES = False  # send without asking
 DRY_RUN = False  # stop after the price
 SEED = 0  # of the sentences' order and the shuffled names
@@ -85,7 +100,6 @@ class Verdict(NamedTuple):
 
 def grouped(path: Path, columns: list[str], keep: Any = None) -> Iterator[tuple[int, list[tuple]]]:
     """(latent, its rows) of a table sorted by latent, a row group in memory. keep: an expression on the columns."""
-    import pyarrow.parquet as pq
 
     def entries() -> Iterator[tuple]:
         with pq.ParquetFile(path) as file:
@@ -99,13 +113,12 @@ def grouped(path: Path, columns: list[str], keep: Any = None) -> Iterator[tuple[
 
 def questions(name: str, meanings: dict[int, str], token_bytes, config) -> Iterator[tuple[int, list[Example]]]:
     """The latents of NAME that have a meaning and enough sentences, with these in the order in which they are shown."""
-    import pyarrow.compute as pc
 
     is_shown = pc.field("rank") < config.shown_sentences
     shown = grouped(Path(f"{name}.top.parquet"), ["latent", "rank", "text"], is_shown)
     shown_latent, shown_rows = -1, []
     examples = grouped(Path(f"{name}.examples.parquet"), ["latent", "tenth", "text", "token_ids"])
-    for latent, rows in stage.progress(examples, unit="latent", desc="sentences"):
+    for latent, rows in progress_bar(examples, unit="latent", desc="sentences"):
         if latent not in meanings:
             continue
         while shown_latent < latent:
@@ -131,7 +144,6 @@ def questions(name: str, meanings: dict[int, str], token_bytes, config) -> Itera
 
 def by_words(questions: Iterator[tuple[int, list[Example]]], meanings: dict[int, str], seed: int) -> Iterator[Verdict]:
     """A latent fires where a feature of its name stands; the other name is that of the next in a shuffled circle."""
-    from interpret_top_sentences_distinctive_words import features
 
     circle = sorted(meanings)
     random.Random(seed).shuffle(circle)
@@ -149,7 +161,6 @@ def by_answers(
     questions: Iterator[tuple[int, list[Example]]], answers: dict[str, Any], rejected: dict[str, Any]
 ) -> Iterator[Verdict]:
     """What Claude said. answers: custom_id -> Answer. Fills `rejected` with those that cannot be read."""
-    from interpret_top_sentences_parse_responses import Rejection
 
     for latent, examples in questions:
         answer = answers.get(str(latent))
@@ -186,37 +197,34 @@ def numbers_in(answer: str, n: int) -> set[int] | None:
 
 def ask_claude(requests: Iterator[dict], folder: Path, config) -> bool:
     """Send what has no answer yet, and wait for all answers, which come into `folder`. False when nothing was sent."""
-    import interpret_top_sentences_direct as direct
-    import message_batches
-    from interpret_top_sentences_send_batches import output_tokens
 
-    client = message_batches.connect(direct.RETRIES)
+    client = batches.connect(direct.RETRIES)
     journal_path = folder.with_name(folder.name + ".ids.jsonl")
     with (
-        message_batches.open_journal(journal_path, "scores") as journal,
-        stage.locked(folder),
-        message_batches.api_errors(),
+        batches.open_journal(journal_path, "scores") as journal,
+        locked(folder),
+        batches.api_errors(),
     ):
         if config.scorer == "claude":
-            message_batches.reconcile(client, journal, config.settle_s)
-            message_batches.retrieve(client, journal_path, folder, wait=False, poll_s=config.poll_s)
-        skip = message_batches.answered(folder) | message_batches.pending(journal, folder)
+            batches.reconcile(client, journal, config.settle_s)
+            batches.retrieve(client, journal_path, folder, wait=False, poll_s=config.poll_s)
+        skip = batches.answered(folder) | batches.pending(journal, folder)
         left = (request for request in requests if request["custom_id"] not in skip)
-        with message_batches.spooled(left, folder) as spooled:
-            price_ratio = message_batches.BATCH_PRICE_RATIO if config.scorer == "claude" else 1.0
+        with batches.spooled(left, folder) as spooled:
+            price_ratio = batches.BATCH_PRICE_RATIO if config.scorer == "claude" else 1.0
             if spooled.n:
-                message_batches.announce(client, spooled, output_tokens(folder, config.output_tokens), price_ratio)
-                if not message_batches.may_send(config.yes, config.dry_run):
+                batches.announce(client, spooled, output_tokens(folder, config.output_tokens), price_ratio)
+                if not batches.may_send(config.yes, config.dry_run):
                     return False
             if config.scorer == "claude":
-                message_batches.send(client, journal, spooled, config.requests_per_batch, config.settle_s)
+                batches.send(client, journal, spooled, config.requests_per_batch, config.settle_s)
             else:
                 each = map(json.loads, spooled.lines())
                 answers = direct.ask_all(client, each, direct.CONCURRENCY, direct.REQUESTS_PER_MINUTE)
-                answers = stage.progress(answers, total=spooled.n, desc="asking", unit="request")
+                answers = progress_bar(answers, total=spooled.n, desc="asking", unit="request")
                 direct.append_answers(folder / "direct.jsonl", answers)
         if config.scorer == "claude":
-            message_batches.retrieve(client, journal_path, folder, wait=True, poll_s=config.poll_s)
+            batches.retrieve(client, journal_path, folder, wait=True, poll_s=config.poll_s)
     return True
 
 
@@ -251,14 +259,13 @@ def draw_histogram(path: Path, scores: list[float], shuffled: list[float], title
     axes.axvline(0.5, color="grey", linewidth=1, linestyle=":")
     axes.set(xlabel="balanced accuracy of detection (a guess: 0.5)", ylabel="latents", xlim=(0, 1), title=title)
     axes.legend(frameon=False)
-    with stage.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
 
 
 def read_meanings(path: Path) -> dict[int, str]:
     """latent -> common_semantic. Raises InputError for a file that is none of meanings."""
-    import yaml
 
     mend = "name a file that a naming script wrote with --meaning_filepath."
     try:
@@ -266,36 +273,25 @@ def read_meanings(path: Path) -> dict[int, str]:
             entries = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         meanings = {int(latent): str(entry["common_semantic"]) for latent, entry in entries.items()}
     except FileNotFoundError:
-        raise stage.InputError(f"There is no {path}; {mend}") from None
+        raise InputError(f"There is no {path}; {mend}") from None
     except (yaml.YAMLError, OSError, AttributeError, TypeError, ValueError, KeyError) as error:
-        raise stage.InputError(f"{path} holds no meanings ({' '.join(str(error).split())}); {mend}") from None
+        raise InputError(f"{path} holds no meanings ({' '.join(str(error).split())}); {mend}") from None
     if not meanings:
-        raise stage.InputError(f"{path} holds no meanings; {mend}")
+        raise InputError(f"{path} holds no meanings; {mend}")
     return meanings
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    config = parse_constants(globals())
 
-    from interpret_top_sentences_parse_responses import from_result, write_rejections
-    from interpret_top_sentences_send_batches import request
-    from llama_3 import load_tokenizer
-    from message_batches import read_results, require_consent_possible
-
-    if config.scorer not in ("claude", "direct", "words"):
-        raise stage.InputError(f"--scorer {config.scorer} is not known; choose claude, direct or words.")
     if config.scorer != "words":
         require_consent_possible(config.yes, config.dry_run)
     meaning_path, name = Path(config.meaning_filepath), config.model_path.removesuffix(".pth")
     meanings = read_meanings(meaning_path)
     for table in ("top", "examples"):
         if not Path(f"{name}.{table}.parquet").is_file():
-            raise stage.InputError(
-                f"There is no {name}.{table}.parquet; run capture_top_activating_sentences.py first."
-            )
-    info = stage.read_json(f"{name}.json", "name an SAE that sae_training.py wrote.")
+            raise InputError(f"There is no {name}.{table}.parquet; run capture_top_activating_sentences.py first.")
+    info = read_json(f"{name}.json", "name an SAE that sae_training.py wrote.")
     token_bytes = functools.cache(load_tokenizer(config.llama_model_dir or info["model_dir"]).token_bytes)
     named = lambda suffix: meaning_path.with_suffix(f".{suffix}")
     print(f"Reading {meaning_path} and {name}.examples.parquet; writing {named('scores.parquet')}.")
@@ -306,7 +302,7 @@ def main() -> None:
         verdicts = by_words(ask(), meanings, config.seed)
     else:
         # Other meanings, sentences or models are other questions: their answers go elsewhere.
-        files = [stage.sha256(path) for path in (meaning_path, f"{name}.examples.parquet")]
+        files = [sha256(path) for path in (meaning_path, f"{name}.examples.parquet")]
         asked = [*files, config.sentences, config.shown_sentences, config.seed, config.model]
         folder = named(f"score_responses-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}")
         requests = (
@@ -337,13 +333,13 @@ def main() -> None:
         write_rejections(named("scores.rejected.jsonl"), rejected)
         print(f"{len(rejected):,} answers could not be read or failed: {named('scores.rejected.jsonl')}")
     if not table["latent"]:
-        raise stage.InputError(
+        raise InputError(
             f"No latent of {meaning_path} has an answer and {config.min_sentences} sentences that its meaning was not "
             "found by; lower --min_sentences or --shown_sentences."
         )
     scores, others = table["balanced_accuracy"], [value for value in table["shuffled"] if value is not None]
     types = {"latent": pa.int32(), "balanced_accuracy": pa.float32(), "shuffled": pa.float32(), "sentences": pa.int32()}
-    with stage.atomic_path(named("scores.parquet")) as temporary:
+    with atomic_path(named("scores.parquet")) as temporary:
         pq.write_table(pa.table(table, schema=pa.schema(types)), temporary, compression="zstd")
     draw_histogram(named("scores.png"), scores, others, f"{meaning_path.stem}, scored by {config.scorer}")
     print(f"{len(scores):,} of {len(meanings):,} meanings scored: balanced accuracy {describe(scores)}")
@@ -355,4 +351,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

@@ -26,9 +26,17 @@ import sys
 import time
 from pathlib import Path
 
+from embedded.recipe import command
+from llama_3.padding import make_batches
+from pipeline.errors import InputError
+from pipeline.files import PROJECT_DIR, atomic_path, write_json
+from pipeline.options import parse_constants
+from pipeline.progress import gb, progress_bar
+from pipeline.run import run
+from pipeline.workers import ahead
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import stage
 
 DATA_DIR = "data/benchmark_capture"  # folder for documents, sentences, models and activations
 INPUT_PATH: str | None = None  # documents to use instead, as openwebtext_sentences_dataset.py reads them
@@ -40,7 +48,7 @@ BATCH_TOKENS = 0  # of ours; 0: 1024 on a CPU, the script's default on a GPU
 DTYPES = ("float32", "bfloat16")  # of the computation
 REPEATS = 5  # runs of each way
 
-_TINY_DIR = stage.PROJECT_DIR / "llama_3" / "tiny_llama"
+_TINY_DIR = PROJECT_DIR / "llama_3" / "tiny_llama"
 _ORIGINAL_BATCH = 32  # sentences
 _MAX_TOKENS = 192
 # Llama 3.2's shapes (https://github.com/meta-llama/llama-models) and a site at the published share of the depth. The
@@ -56,11 +64,11 @@ _SHAPES = {
 def make_sentences(folder: Path, input_path: str | None) -> Path:
     """Documents and sentences by the scripts themselves; nothing when they are there."""
     run = lambda script, *flags: subprocess.run(
-        [sys.executable, stage.PROJECT_DIR / script, *map(str, flags)], check=True, stdout=subprocess.DEVNULL
+        [*command(script), *map(str, flags)], cwd=PROJECT_DIR, check=True, stdout=subprocess.DEVNULL
     )
     name = Path(input_path).stem if input_path else "documentation"
     if not input_path:
-        run("documentation_corpus.py", "--output_dir", folder / "documents", "--max_mb", 6)
+        run("embedded/corpus.py", "--output_dir", folder / "documents", "--max_mb", 6)
         input_path = folder / "documents"
     flags = ("--input_path", input_path, "--output_dir", folder / name, "--punkt", "corpus", "--punkt_train_mb", 1)
     run("openwebtext_sentences_dataset.py", *flags)
@@ -80,7 +88,7 @@ def make_larger_model(folder: Path, shape: str, shrink: int) -> Path:
     vocab_size = json.loads((_TINY_DIR / "params.json").read_text())["vocab_size"]
     widths, depth, _ = _SHAPES[shape]
     params = _COMMON | depth | {name: width // shrink for name, width in widths.items()} | {"vocab_size": vocab_size}
-    stage.write_json(folder / "params.json", params)
+    write_json(folder / "params.json", params)
     shutil.copy(_TINY_DIR / "tokenizer.model", folder)
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Transformer(read_params(str(folder))).state_dict().items()}
@@ -89,7 +97,7 @@ def make_larger_model(folder: Path, shape: str, shrink: int) -> Path:
     for name, shape in shapes.items():
         weight = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) / shape[-1] ** 0.5
         state[name] = weight.to(torch.bfloat16)
-    with stage.atomic_path(folder / "consolidated.00.pth") as temporary:
+    with atomic_path(folder / "consolidated.00.pth") as temporary:
         torch.save(state, temporary)
     return folder
 
@@ -179,7 +187,7 @@ def check_same(model, peer, tokenizer, sentences, layer: int) -> None:
     mine = model.activations(tokens, f"layers.{layer}.attention_norm")
     error = (mine - captured[0]).float().norm() / mine.float().norm()
     if not error < (1e-4 if model.dtype == torch.float32 else 0.05):
-        raise stage.InputError(f"transformers' activations differ by {error:.2g} of their norm; mend the benchmark.")
+        raise InputError(f"transformers' activations differ by {error:.2g} of their norm; mend the benchmark.")
 
 
 def hooked_transformers(peer, tokenizer, sentences, layer: int) -> int:
@@ -212,8 +220,8 @@ def ours(capturer, tokenizer, sentences, folder: Path, window_sentences: int, sh
         range(starts[number], min(starts[number] + window_sentences, len(sentences))),
         _MAX_TOKENS,
     )
-    windows = stage.ahead(read, range(len(starts)), capture._READERS)
-    with stage.progress(total=len(sentences), disable=True) as bar:
+    windows = ahead(read, range(len(starts)), capture._READERS)
+    with progress_bar(total=len(sentences), disable=True) as bar:
         capture.capture_windows(capturer, windows, folder, int(shard_gb * 1e9), bar)
 
 
@@ -232,7 +240,7 @@ def padding(sentences, tokenizer, n_sentences: int, batch_tokens: int) -> tuple[
     share = lambda batches: sum(len(b) * max(lengths[i] for i in b) for b in batches) / sum(lengths) - 1
     in_order = list(range(len(lengths)))
     random = [in_order[i : i + _ORIGINAL_BATCH] for i in range(0, len(lengths), _ORIGINAL_BATCH)]
-    return share(capture.make_batches(lengths, batch_tokens)), share(random)
+    return share(make_batches(lengths, batch_tokens)), share(random)
 
 
 def flops_per_token(args, layer: int) -> float:
@@ -258,7 +266,7 @@ def compare(title: str, model_dir: Path, sentences, layer: int, dtype: str, conf
     peer = as_transformers(model_dir, getattr(torch, dtype), device)
     check_same(packed, peer, tokenizer, sentences, layer)
     seconds: dict[str, list[float]] = {"ours": [], "original": [], "transformers": []}
-    for round_ in stage.progress(range(-1, config.repeats), unit="round", desc=f"{title}, {dtype}"):
+    for round_ in progress_bar(range(-1, config.repeats), unit="round", desc=f"{title}, {dtype}"):
         for way in seconds:
             out = folder / way
             shutil.rmtree(out, ignore_errors=True)
@@ -286,22 +294,22 @@ def compare(title: str, model_dir: Path, sentences, layer: int, dtype: str, conf
     return (
         f"| {title}, {site}, {dtype} | {rates['ours']:,.0f} | {rates['original']:,.0f} | {rates['transformers']:,.0f} "
         f"| {rates['ours'] / rates['original']:.1f} x, {rates['ours'] / rates['transformers']:.1f} x "
-        f"| {stage.gb(disk['ours'][0])} in {disk['ours'][1]:,.0f} | {stage.gb(disk['original'][0])} in "
+        f"| {gb(disk['ours'][0])} in {disk['ours'][1]:,.0f} | {gb(disk['original'][0])} in "
         f"{disk['original'][1]:,.0f} | {len(sentences):,} sentences, {n_tokens:,} tokens, slowest / fastest run "
         f"{spread:.2f}{mfu} |"
     )
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
+    config = parse_constants(globals())
     if config.shape not in _SHAPES:
-        raise stage.InputError(f"--shape {config.shape} is unknown; write {' or '.join(_SHAPES)}.")
+        raise InputError(f"--shape {config.shape} is unknown; write {' or '.join(_SHAPES)}.")
     folder = Path(config.data_dir)
     sentences_dir = make_sentences(folder, config.input_path)
     import torch
 
     from llama_3 import load_tokenizer
-    from openwebtext_sentences_dataset import SentenceDataset
+    from pipeline.sentences import SentenceDataset
 
     larger = make_larger_model(
         folder / f"llama_3.2-{config.shape}_widths_over_{config.shrink}", config.shape, config.shrink
@@ -337,4 +345,4 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

@@ -16,9 +16,12 @@ import time
 from pathlib import Path
 from statistics import median
 
+from pipeline.files import PROJECT_DIR
+from pipeline.options import parse_constants
+from pipeline.run import run
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import stage
 
 ROUNDS = 5  # measurements of each, interleaved; the median counts
 PROMPT_TOKENS = 256  # of each prompt
@@ -113,7 +116,7 @@ def measure_loading(folder: Path, dtype: str, rounds: int) -> dict[str, list[flo
     for _ in range(rounds):
         for kind, found in results.items():
             command = [sys.executable, "-c", _LOAD, str(folder), dtype, kind]
-            run = subprocess.run(command, cwd=stage.PROJECT_DIR, capture_output=True, text=True, check=True)
+            run = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, check=True)
             found.append([float(x) for x in run.stdout.split("RESULT")[1].split()])
     return {kind: [median(column) for column in zip(*found, strict=True)] for kind, found in results.items()}
 
@@ -124,7 +127,7 @@ def measure_rates(folder: Path, dtype: str, batch_size: int, config) -> dict[str
     from transformers import LlamaForCausalLM
 
     from llama_3 import load_model
-    from llama_3_inference import generate
+    from llama_3.generation import generate
 
     theirs = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(config.device)
     ours = load_model(folder, config.device, getattr(torch, dtype), packed=True)
@@ -161,7 +164,7 @@ def measure_rates(folder: Path, dtype: str, batch_size: int, config) -> dict[str
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
+    config = parse_constants(globals())
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -197,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

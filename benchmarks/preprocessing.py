@@ -17,9 +17,14 @@ import sys
 import time
 from pathlib import Path
 
+from pipeline.files import PROJECT_DIR, require_disk, sha256
+from pipeline.manifests import begin_or_continue, write_manifest
+from pipeline.options import parse_constants
+from pipeline.progress import gb, progress_bar
+from pipeline.run import run
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import stage
 
 DATA_DIR = "data/benchmark_preprocessing"  # folder for activations, batches and the copy
 SIZE_GB = 4.0  # of activations
@@ -35,14 +40,14 @@ def make_activations(folder: Path, size_gb: float, d_model: int, shard_gb: float
     """Shards and manifest as capture_activations.py writes them; nothing when they are there."""
     import torch
 
-    from activation_store import CAPTURE_STAGE, write_shard
+    from pipeline.activation_store import CAPTURE_STAGE, write_shard
 
     decides = {"size_gb": size_gb, "d_model": d_model, "shard_gb": shard_gb}
-    if stage.begin_or_continue(folder, CAPTURE_STAGE, decides):
+    if begin_or_continue(folder, CAPTURE_STAGE, decides):
         return folder
     sentences = max(1, int(shard_gb * 1e9 / (2 * d_model * _TOKENS)))  # of a shard
     records = []
-    for i in stage.progress(range(max(1, round(size_gb / shard_gb))), unit="shard", desc="activations"):
+    for i in progress_bar(range(max(1, round(size_gb / shard_gb))), unit="shard", desc="activations"):
         generator = torch.Generator().manual_seed(i)
         acts = torch.empty(sentences * _TOKENS, d_model).normal_(generator=generator).to(torch.bfloat16)
         path = folder / f"acts-{i:05d}-00.safetensors"
@@ -53,11 +58,11 @@ def make_activations(folder: Path, size_gb: float, d_model: int, shard_gb: float
             "offsets": torch.arange(0, len(acts) + 1, _TOKENS),
         }
         write_shard(path, tensors)
-        about = {"file": path.name, "bytes": path.stat().st_size, "sha256": stage.sha256(path)}
+        about = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
         records.append(about | {"first_sentence_idx": i * sentences, "n_sentences": sentences, "n_tokens": len(acts)})
     inherited = ("model", "model_dir", "sentences_dir", "site", "layer", "bos_id", "max_tokens", "rope_scaling_factor")
     n = len(records) * sentences
-    stage.write_manifest(
+    write_manifest(
         folder,
         CAPTURE_STAGE,
         complete=True,
@@ -76,7 +81,7 @@ def make_activations(folder: Path, size_gb: float, d_model: int, shard_gb: float
 def preprocess(source: Path, target: Path, config) -> None:
     options = {"shard_gb": config.shard_gb, "num_processes": config.num_processes, "batch_size": 1024}
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, stage.PROJECT_DIR / "sae_preprocessing.py", "--input_dir", source]
+    command = [sys.executable, PROJECT_DIR / "sae_preprocessing.py", "--input_dir", source]
     subprocess.run([*command, "--output_dir", target, *flags], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -92,13 +97,13 @@ def timed(function, *args) -> float:
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
+    config = parse_constants(globals())
     folder = Path(config.data_dir)
-    stage.require_disk(folder, int(3.1e9 * config.size_gb))
+    require_disk(folder, int(3.1e9 * config.size_gb))
     source = make_activations(folder / "activations", config.size_gb, config.d_model, config.shard_gb)
     n_bytes = sum(f.stat().st_size for f in source.glob("*.safetensors"))
     seconds: dict[str, list[float]] = {"preprocess": [], "copy": []}
-    for _ in stage.progress(range(config.repeats), unit="round", desc="benchmark"):
+    for _ in progress_bar(range(config.repeats), unit="round", desc="benchmark"):
         for way in (preprocess, copy):
             target = folder / way.__name__
             shutil.rmtree(target, ignore_errors=True)
@@ -110,7 +115,7 @@ def main() -> None:
     print("| bytes | sae_preprocessing.py | cp and sync | ratio | slowest / fastest run | machine |")
     print("|---|---|---|---|---|---|")
     print(
-        f"| {stage.gb(n_bytes)}, d_model {config.d_model} | {rate['preprocess'] / 1e9:.3f} GB/s "
+        f"| {gb(n_bytes)}, d_model {config.d_model} | {rate['preprocess'] / 1e9:.3f} GB/s "
         f"| {rate['copy'] / 1e9:.3f} GB/s | {rate['preprocess'] / rate['copy']:.2f} | {spread:.2f} | {machine} |"
     )
 
@@ -121,4 +126,4 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

@@ -31,7 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sae_step import WAYS, Size, missing
 
-import stage
+from embedded.recipe import command
+from pipeline.errors import InputError
+from pipeline.files import PROJECT_DIR, atomic_path, write_json
+from pipeline.manifests import git_commit, read_manifest
+from pipeline.options import parse_constants
+from pipeline.progress import progress_bar
 
 DATA_DIR = "data/benchmark_sae_quality"  # folder for everything
 SITES = ("layers.6.attention_norm", "layers.6.resid_post")  # two kinds of input to an SAE
@@ -50,7 +55,7 @@ LEARNING_RATE_MIN_RATIO = 0.05  # ours: the cosine ends at this share of the pea
 OUR_WARM_UP_STEPS = 20  # ours
 K_AUX = 128  # ours: dead latents in the auxiliary loss, d_model / 2
 
-_MODEL_DIR = stage.PROJECT_DIR / "llama_3" / "tiny_llama"
+_MODEL_DIR = PROJECT_DIR / "llama_3" / "tiny_llama"
 _CURVE_POINTS = 60
 _BATCH_TOKENS = 2048  # a forward pass of the tiny Llama
 
@@ -65,13 +70,13 @@ def run(script: str, **options: object) -> None:
     flags: list[str] = []
     for name, value in options.items():
         flags += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    if subprocess.run([sys.executable, stage.PROJECT_DIR / script, *flags]).returncode:
-        raise stage.InputError(f"{script} failed; its message is above.")
+    if subprocess.run([*command(script), *flags], cwd=PROJECT_DIR).returncode:
+        raise InputError(f"{script} failed; its message is above.")
 
 
 def make_batches(folder: Path, config) -> None:
     """Shuffled activations of every site in folder/batches, by the scripts, with the demo's options."""
-    run("documentation_corpus.py", output_dir=folder / "documents", max_mb=6)
+    run("embedded/corpus.py", output_dir=folder / "documents", max_mb=6)
     punkt = {"punkt": "corpus", "punkt_train_mb": 1, "shard_mb": 2}
     run("openwebtext_sentences_dataset.py", input_path=folder / "documents", output_dir=folder / "sentences", **punkt)
     run(
@@ -96,9 +101,9 @@ class Activations:
     def __init__(self, folder: Path):
         import torch
 
-        from activation_store import open_shard
+        from pipeline.activation_store import open_shard
 
-        self.manifest = stage.read_manifest(folder, "sae_preprocessing.py")
+        self.manifest = read_manifest(folder, "sae_preprocessing.py")
         shards = [open_shard(folder / record["file"], "sae_preprocessing.py") for record in self.manifest["shards"]]
         self.acts = torch.cat([shard.get_tensor("acts") for shard in shards])  # (n, d_model) bfloat16
         statistics = open_shard(folder / self.manifest["statistics"], "sae_preprocessing.py")
@@ -156,7 +161,7 @@ def train_peer(name: str, lr_factor: float, data: Activations, config) -> Traine
             waiting += time.perf_counter() - began
             yield z
 
-    bar = stage.progress(data.batches(config.peer_batch_size, config.num_epochs), total=n_steps, unit="step", desc=name)
+    bar = progress_bar(data.batches(config.peer_batch_size, config.num_epochs), total=n_steps, unit="step", desc=name)
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         way.train(watched())
@@ -256,31 +261,31 @@ def plot(results: dict[str, dict[str, dict]], path: Path) -> None:
         axis.yaxis.set_minor_formatter("{x:.2g}")
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=8)
-    with stage.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
     plt.close(figure)
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
+    config = parse_constants(globals())
     unknown = [name for name in config.peers if not (name in WAYS and WAYS[name].package)]
     if unknown:
         known = ", ".join(name for name, entry in WAYS.items() if entry.package)
-        raise stage.InputError(f"--peers {unknown[0]!r} is none of: {known}.")
+        raise InputError(f"--peers {unknown[0]!r} is none of: {known}.")
     absent = [name for name in config.peers if missing(name)]
     if absent:
         print(f"Not installed here, so not measured: {', '.join(absent)}; see benchmarks/requirements-peers.txt.")
     folder = Path(config.data_dir).absolute()
     make_batches(folder, config)
     from llama_3 import load_model, load_tokenizer
-    from openwebtext_sentences_dataset import SentenceDataset
+    from pipeline.sentences import SentenceDataset
 
     model, tokenizer = load_model(_MODEL_DIR), load_tokenizer(_MODEL_DIR)
     results: dict[str, dict[str, dict]] = {}
     for site in config.sites:
         data = Activations(folder / "batches" / site)
         if config.peer_batch_size % data.manifest["batch_size"]:
-            raise stage.InputError(
+            raise InputError(
                 f"--peer_batch_size {config.peer_batch_size} must be a multiple of the stored batches of "
                 f"{data.manifest['batch_size']}; choose another."
             )
@@ -294,11 +299,11 @@ def main() -> None:
                 trained[row] = train_peer(name, factor, data, config)
         results[site] = measure(trained, site, data, model, sentences, config)
         print("\n" + table({site: results[site]}), flush=True)
-        stage.write_json(folder / "results.json", {"git_commit": stage.git_commit(), "sites": results})
+        write_json(folder / "results.json", {"git_commit": git_commit(), "sites": results})
         plot(results, folder / "curves.png")
     print("\n" + table(results))
     print(f"\nCurves: {folder / 'curves.png'}")
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

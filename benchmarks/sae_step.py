@@ -29,9 +29,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from pipeline.errors import InputError
+from pipeline.files import write_json
+from pipeline.manifests import git_commit
+from pipeline.options import parse_constants
+from pipeline.progress import progress_bar
+from pipeline.run import run
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import stage
 
 DEVICE: str | None = None  # cpu or cuda; cuda where there is one, when not given
 D_MODEL: int | None = None  # width; 768 on a CPU, the published 3072 on a GPU, when not given
@@ -76,7 +82,8 @@ def ours(size: Size, device: str, encoder_dtype: str = "float32") -> Way:
     """The step of sae_training.py."""
     import torch
 
-    from sae import TopKSparseAutoencoder, loss_sums
+    from autoencoder.losses import loss_sums
+    from sae import TopKSparseAutoencoder
 
     if encoder_dtype == "tf32":
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -358,7 +365,7 @@ class Entry(NamedTuple):
     package: str | None = None  # what has to be installed
     devices: tuple[str, ...] = ("cpu", "cuda")
     has_warm_up: bool = False  # of the learning rate, by default
-    huge_pages: bool = False  # as stage.run asks of torch; others do not, and one row shows what it would give them
+    huge_pages: bool = False  # as run asks of torch; others do not, and one row shows what it would give them
 
 
 WAYS = {
@@ -499,9 +506,9 @@ class Child:
 
 def measure_in_turn(names: list[str], size: Size, device: str, config) -> dict[str, Measured]:
     children = {name: Child(name, size, device, config.threads) for name in names}
-    for child in stage.progress(children.values(), unit="way", desc="starting"):
+    for child in progress_bar(children.values(), unit="way", desc="starting"):
         child.wait()
-    for _ in stage.progress(range(config.rounds), unit="round", desc="steps"):
+    for _ in progress_bar(range(config.rounds), unit="round", desc="steps"):
         for child in children.values():
             for _ in range(config.warm_up):  # what lay idle since its last turn has lost its caches and some pages
                 child.step(counts=False)
@@ -589,14 +596,14 @@ def machine(device: str, threads: int) -> str:
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
+    config = parse_constants(globals())
     import torch
 
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     defaults = Size(768, 2**14, 32, 4096) if device == "cpu" else Size(3072, 2**16, 64, 8192)
     size = Size(*(getattr(config, name) or default for name, default in defaults._asdict().items()))
     if size.k > min([size.n_latents, *(config.growth_latents if config.growth else ())]):
-        raise stage.InputError(f"--k {size.k} is more than the latents of the smallest SAE; lower it.")
+        raise InputError(f"--k {size.k} is more than the latents of the smallest SAE; lower it.")
     names = [name for name, entry in WAYS.items() if device in entry.devices]
     absent = [name for name in names if missing(name)]
     names = [name for name in names if name not in absent]
@@ -606,7 +613,7 @@ def main() -> None:
         print(f"Not installed here, so not measured: {', '.join(absent)}; see benchmarks/requirements-peers.txt.")
     found = measure_in_turn(names, size, device, config)
     print("\n" + table(found, size.batch_size), flush=True)
-    results: dict[str, Any] = {"machine": title, "size": size._asdict(), "git_commit": stage.git_commit()}
+    results: dict[str, Any] = {"machine": title, "size": size._asdict(), "git_commit": git_commit()}
     results |= {"not_installed": absent, "steps": {name: one._asdict() for name, one in found.items()}}
 
     if device == "cuda":
@@ -625,15 +632,15 @@ def main() -> None:
         }
         for what, each in sizes.items():
             grown: dict[int, dict[str, Measured]] = {}
-            for n, s in stage.progress(each.items(), unit="size", desc=what):
+            for n, s in progress_bar(each.items(), unit="size", desc=what):
                 grown[n] = {name: measure_alone(name, s, device, config) for name in ways}
             print("\n" + growth_table(what, grown), flush=True)
             results[what] = {n: {name: one._asdict() for name, one in ways.items()} for n, ways in grown.items()}
-    stage.write_json(config.output, results)
+    write_json(config.output, results)
     if config.profile:
         for name in (name for name in names if WAYS[name].make is ours):
             print(f"\n{name}, five steps\n" + profile(size, device, WAYS[name].options))
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

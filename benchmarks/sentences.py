@@ -23,9 +23,15 @@ import sys
 import time
 from pathlib import Path
 
+from embedded.recipe import command
+from pipeline.errors import InputError
+from pipeline.files import PROJECT_DIR, read_json, write_json
+from pipeline.manifests import MANIFEST
+from pipeline.options import parse_constants
+from pipeline.progress import progress_bar
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import stage
 
 INPUT_PATH: str | None = None  # a parquet file of documents; made from the documentation when not given
 DATA_DIR = "data/benchmark_sentences"  # folder for documents and sentences
@@ -56,14 +62,13 @@ print(len(sentences))
 
 
 def run(script: str, **options: object) -> None:
-    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    subprocess.run([sys.executable, stage.PROJECT_DIR / script, *flags], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(script, **options), cwd=PROJECT_DIR, check=True, stdout=subprocess.DEVNULL)
 
 
 def make_documents(folder: Path, input_path: str | None, copies: int) -> Path:
     """A folder with the parquet file `copies` times."""
     if input_path is None:
-        run("documentation_corpus.py", output_dir=folder / "documentation")
+        run("embedded/corpus.py", output_dir=folder / "documentation")
         input_path = str(folder / "documentation" / "documents.parquet")
     documents = folder / "documents"
     shutil.rmtree(documents, ignore_errors=True)
@@ -85,8 +90,8 @@ def begin(documents: Path, begun: Path, options: dict) -> None:
     run("openwebtext_sentences_dataset.py", input_path=documents, output_dir=begun, **options)
     for shard in begun.glob("*.parquet"):
         shard.unlink()
-    manifest = stage.read_json(begun / stage.MANIFEST, "")
-    stage.write_json(begun / stage.MANIFEST, manifest | {"complete": False})
+    manifest = read_json(begun / MANIFEST, "")
+    write_json(begun / MANIFEST, manifest | {"complete": False})
 
 
 def ours(documents: Path, begun: Path, folder: Path, n_processes: int, options: dict) -> int:
@@ -95,7 +100,7 @@ def ours(documents: Path, begun: Path, folder: Path, n_processes: int, options: 
     shutil.copytree(begun, folder)
     options = options | {"input_path": documents, "output_dir": folder, "num_processes": n_processes}
     run("openwebtext_sentences_dataset.py", **options)
-    return stage.read_json(folder / stage.MANIFEST, "")["counts"]["sentences"]
+    return read_json(folder / MANIFEST, "")["counts"]["sentences"]
 
 
 def timed(function, *args) -> tuple[float, int]:
@@ -105,7 +110,7 @@ def timed(function, *args) -> tuple[float, int]:
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
+    config = parse_constants(globals())
     folder = Path(config.data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     documents = make_documents(folder, config.input_path, config.copies)
@@ -119,14 +124,14 @@ def main() -> None:
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     found: dict[str, int] = {}
-    for _ in stage.progress(range(config.repeats), unit="round", desc="benchmark"):
+    for _ in progress_bar(range(config.repeats), unit="round", desc="benchmark"):
         for way, call in ways.items():
             took, found[way] = timed(*call)
             seconds[way].append(took)
     if len(set(found.values())) > 1:
-        raise stage.InputError(f"The ways found different numbers of sentences ({found}); mend the splitting.")
+        raise InputError(f"The ways found different numbers of sentences ({found}); mend the splitting.")
     n = found["plain"]
-    n_bytes = sum(shard["text_bytes"] for shard in stage.read_json(folder / "sentences" / stage.MANIFEST, "")["shards"])
+    n_bytes = sum(shard["text_bytes"] for shard in read_json(folder / "sentences" / MANIFEST, "")["shards"])
     rate = {way: n / statistics.median(times) for way, times in seconds.items()}
     print("| sentences/s | plain NLTK loop | ours, one process | ours, two | two / one | two / loop | machine |")
     print("|---|---|---|---|---|---|---|")
@@ -143,4 +148,4 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

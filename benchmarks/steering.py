@@ -18,14 +18,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from pipeline.errors import InputError
+from pipeline.files import PROJECT_DIR, atomic_path, write_json
+from pipeline.manifests import git_commit
+from pipeline.options import parse_constants
+from pipeline.progress import progress_bar
+from pipeline.run import run
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import stage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAE_MODEL_PATH = str(stage.PROJECT_DIR / "llama_3" / "tiny_llama" / "sae.pth")  # the SAE
+SAE_MODEL_PATH = str(PROJECT_DIR / "llama_3" / "tiny_llama" / "sae.pth")  # the SAE
 OUTPUT_DIR = "data/benchmark_steering"  # folder for the results
 N_LATENTS = 24  # latents steered, one at a time
 MAX_NEW_TOKENS = 30  # of each completion
@@ -61,12 +67,12 @@ def choose_concepts(sae_path: str, n: int) -> list[Concept]:
     """Latents by the rule of the docstring, those that promote their words most first."""
     import pyarrow.parquet as pq
 
-    from llama_3_inference import latent_meanings
-    from sae import beside
+    from pipeline.sae_files import SaeFiles
+    from serving.steered_model import latent_meanings
 
-    path = beside(sae_path, "promoted.parquet")
+    path = SaeFiles(sae_path).beside("promoted.parquet")
     if not path.exists():
-        raise stage.InputError(f"There is no {path}; run promoted_tokens.py first.")
+        raise InputError(f"There is no {path}; run promoted_tokens.py first.")
     promoted = pq.ParquetFile(path).read().to_pydict()
     found = []
     for latent, name in latent_meanings(sae_path).items():
@@ -85,7 +91,7 @@ def choose_concepts(sae_path: str, n: int) -> list[Concept]:
             used |= beginnings
             chosen.append(concept)
     if not chosen:
-        raise stage.InputError(f"No latent of {sae_path} promotes a word of its name; name another SAE.")
+        raise InputError(f"No latent of {sae_path} promotes a word of its name; name another SAE.")
     return chosen[:n]
 
 
@@ -100,7 +106,7 @@ def conditions(config) -> list[Condition]:
 
 def completions(model, tokenizer, steering, config, n_times: int = 1) -> list[list[list[int]]]:
     """n_times the prompts together: each time's completions, token ids."""
-    from llama_3_inference import encode_text, generate
+    from llama_3.generation import encode_text, generate
 
     n = len(_PROMPTS)
     prompts = [encode_text(tokenizer, prompt) for prompt in _PROMPTS]
@@ -126,7 +132,7 @@ def read_again(model, tokenizer, sae, rows: list[list[int]]) -> "tuple[Tensor, T
     (n, k), -1 for none."""
     import torch
 
-    from llama_3_inference import encode_text
+    from llama_3.generation import encode_text
 
     prompts = [encode_text(tokenizer, prompt) for prompt in _PROMPTS]
     whole = [prompt + row for prompt, row in zip(prompts, rows, strict=True)]
@@ -169,7 +175,7 @@ def measure(model, tokenizer, sae, highest, concepts: list[Concept], condition: 
     """A condition's figures: means over the latents, the standard error of the first, and each latent's own."""
     from statistics import fmean, stdev
 
-    from steering import make_steering
+    from serving.steering import make_steering
 
     if condition.mode == "clean":
         parts = completions(model, tokenizer, None, config) * len(concepts)
@@ -251,18 +257,18 @@ def plot(clean: dict, rows: list[dict], best: dict | None, path: Path) -> None:
     axes[0].set_ylabel("completions with the latent's own words, %")
     axes[0].legend(fontsize=8)
     figure.suptitle("Steering: concept against fluency; numbers are strengths, about the same on the lines beside")
-    with stage.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
     plt.close(figure)
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
+    config = parse_constants(globals())
     import torch
 
     from llama_3 import load_model, load_tokenizer
     from sae import load_sae_model
-    from steering import highest_activations
+    from serving.steering import highest_activations
 
     concepts = choose_concepts(config.sae_model_path, config.n_latents)
     highest = highest_activations(config.sae_model_path)
@@ -273,16 +279,16 @@ def main() -> None:
     tokenizer = load_tokenizer(sae.info["model_dir"])
     print("Latents: " + "; ".join(f"{concept.latent} {', '.join(concept.words)}" for concept in concepts))
     everything = [Condition("clean", 0.0, True), *conditions(config)]
-    with stage.progress(everything, unit="setting", desc="steering") as bar:
+    with progress_bar(everything, unit="setting", desc="steering") as bar:
         clean, *rows = [measure(model, tokenizer, sae, highest, concepts, condition, config) for condition in bar]
     best = find_best(clean, rows, config)
     folder = Path(config.output_dir)
-    result = {"config": vars(config), "git_commit": stage.git_commit(), "clean": clean, "settings": rows, "best": best}
-    stage.write_json(folder / "steering.json", result)
+    result = {"config": vars(config), "git_commit": git_commit(), "clean": clean, "settings": rows, "best": best}
+    write_json(folder / "steering.json", result)
     plot(clean, rows, best, folder / "steering.png")
     print(table(clean, rows, best))
     print(f"{len(concepts)} latents, {len(_PROMPTS)} completions each. Figures: {folder / 'steering.png'}")
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

@@ -20,27 +20,30 @@ import sys
 import time
 from pathlib import Path
 
+from embedded.recipe import command
+from pipeline.files import PROJECT_DIR
+from pipeline.options import parse_constants
+from pipeline.progress import progress_bar
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import stage
 
 DATA_DIR = "data/benchmark_top_sentences"  # folder for documents, sentences and activations
 NUM_SAMPLES = 32_000  # sentences
 ORIGINAL_SENTENCES = 4_000  # of them for the original's way, which takes the same time for each
 REPEATS = 5  # runs of each way
 
-_MODEL_DIR = stage.PROJECT_DIR / "llama_3" / "tiny_llama"
+_MODEL_DIR = PROJECT_DIR / "llama_3" / "tiny_llama"
 _SITE = "layers.6.attention_norm"
 
 
 def run(script: str, **options: object) -> None:
-    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    subprocess.run([sys.executable, stage.PROJECT_DIR / script, *flags], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(script, **options), cwd=PROJECT_DIR, check=True, stdout=subprocess.DEVNULL)
 
 
 def make_activations(folder: Path, num_samples: int) -> Path:
     """The demo's activations of the tiny Llama, by the scripts themselves; nothing when they are there."""
-    run("documentation_corpus.py", output_dir=folder / "documents", max_mb=6)
+    run("embedded/corpus.py", output_dir=folder / "documents", max_mb=6)
     punkt = {"punkt": "corpus", "punkt_train_mb": 1, "shard_mb": 2}
     run("openwebtext_sentences_dataset.py", input_path=folder / "documents", output_dir=folder / "sentences", **punkt)
     run(
@@ -91,13 +94,13 @@ def timed(function, *args) -> float:
 
 
 def main() -> None:
-    config = stage.parse_constants(globals())
+    config = parse_constants(globals())
     folder = Path(config.data_dir)
     activations = make_activations(folder, config.num_samples)
     import torch
 
-    from activation_store import ActivationStore
-    from openwebtext_sentences_dataset import SentenceDataset
+    from pipeline.activation_store import ActivationStore
+    from pipeline.sentences import SentenceDataset
     from sae import load_sae_model
 
     sae_path = _MODEL_DIR / "sae.pth"
@@ -108,7 +111,7 @@ def main() -> None:
     options = {"data_dir": activations, "model_path": sae_path, "captured_data_output_dir": folder / "sae"}
     seconds: dict[str, list[float]] = {"original": [], "ours": [], "encoding": []}
     with torch.inference_mode():
-        for _ in stage.progress(range(config.repeats), unit="round", desc="benchmark"):
+        for _ in progress_bar(range(config.repeats), unit="round", desc="benchmark"):
             seconds["original"].append(timed(one_by_one, store, sae, texts, n_original))
             seconds["ours"].append(timed(lambda: run("capture_top_activating_sentences.py", **options)))
             seconds["encoding"].append(timed(encode_alone, store, sae))
@@ -129,4 +132,4 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    stage.run(main)
+    run(main)

@@ -3,14 +3,19 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llama_3.loading import load_model, load_tokenizer
+    from llama_3.loading import load_model
+    from llama_3.tokenizer import load_tokenizer
 
 __all__ = ["load_model", "load_tokenizer"]
 
 
 def __getattr__(name: str):
-    if name in __all__:
-        from llama_3 import loading
+    if name == "load_model":
+        from llama_3.loading import load_model
 
-        return getattr(loading, name)
+        return load_model
+    if name == "load_tokenizer":
+        from llama_3.tokenizer import load_tokenizer
+
+        return load_tokenizer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from llama_3.tokenizer import JsonTokenizer, Tokenizer
-from stage import InputError
+from pipeline.errors import InputError
 
 CHAT_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 ROLES = ("system", "user", "assistant")

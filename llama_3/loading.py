@@ -8,23 +8,22 @@ Any model of the Llama architecture will do: Llama 3.x, SmolLM2, TinyLlama. Path
 (blobfile). Local weights are mapped, not read: tensors already in the wanted dtype stay on disk until they are used.
 """
 
-import hashlib
-import json
 import pickle
 import re
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import blobfile
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from llama_3.model import ModelArgs, PackedLinear, Transformer, hidden_dim
-from llama_3.tokenizer import JsonTokenizer, Tokenizer, read_ranks
-from stage import PROJECT_DIR, InputError
-
-TINY_LLAMA_DIR = str(PROJECT_DIR / "llama_3" / "tiny_llama")  # the embedded model
+from llama_3.checkpoint import TINY_LLAMA_DIR, Checkpoint, check_files, find_checkpoint
+from llama_3.model import ModelArgs, Transformer, hidden_dim
+from llama_3.packed import PackedLinear
+from pipeline.errors import InputError
 
 # RoPE scaling of released models whose params.json only says use_scaled_rope: (dim, n_layers) -> factor.
 # Meta's statement in its model repository; everything else with scaled RoPE is Llama 3.1 and uses 8.
@@ -54,20 +53,6 @@ HF_NAMES = {
 }
 # Tables that older checkpoints carry; they follow from the parameters.
 IGNORED = re.compile(r"rope\.freqs|(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-LFS_POINTER = b"version https://git-lfs"
-
-
-class Checkpoint(NamedTuple):
-    """Where a model's files are, and what its params.json or config.json holds."""
-
-    folder: str
-    config_path: str
-    config: dict[str, Any]
-    weights: list[str]  # paths
-
-    @property
-    def is_meta(self) -> bool:
-        return self.config_path.endswith("params.json")
 
 
 class Loaded(NamedTuple):
@@ -76,68 +61,6 @@ class Loaded(NamedTuple):
     tensor: Tensor
     name: str  # its name there
     path: str
-
-
-def find_checkpoint(model_dir: str) -> Checkpoint:
-    """The files of a Llama folder of either format. Raises InputError when there is none."""
-    model_dir = str(model_dir)
-    inside = lambda *parts: blobfile.join(model_dir, *parts)
-    names = sorted(blobfile.listdir(model_dir)) if blobfile.isdir(model_dir) else []
-    safetensors = [name for name in names if re.fullmatch(r"model.*\.safetensors", name)]
-    index = "model.safetensors.index.json"
-    if "params.json" not in names and "config.json" in names and (safetensors or index in names):
-        if index in names:
-            try:
-                safetensors = sorted(set(_read_json(inside(index))["weight_map"].values()))
-            except (KeyError, TypeError, AttributeError):
-                raise InputError(f"{inside(index)} is not an index of tensors; fetch it again.") from None
-        return Checkpoint(
-            model_dir,
-            inside("config.json"),
-            _read_json(inside("config.json")),
-            [inside(name) for name in safetensors],
-        )
-    for folder in (model_dir, inside("original")):
-        if blobfile.exists(blobfile.join(folder, "params.json")):
-            params = _read_json(path := blobfile.join(folder, "params.json"))
-            if blobfile.exists(blobfile.join(folder, "consolidated.01.pth")):
-                raise InputError(f"{folder} is split for several GPUs; name a Hugging Face folder of the same model.")
-            return Checkpoint(folder, path, params, [blobfile.join(folder, "consolidated.00.pth")])
-    if "config.json" in names:
-        raise InputError(f"There is no model*.safetensors beside {inside('config.json')}; fetch the weights as well.")
-    if "consolidated.00.pth" in names:
-        raise InputError(f"There is no params.json beside {inside('consolidated.00.pth')}; fetch it as well.")
-    raise InputError(
-        f"There is no model at {model_dir}: neither params.json (Meta's format) nor config.json (Hugging Face's) is "
-        "there; name a Llama folder, or fetch one with fetch_model.py."
-    )
-
-
-def _read_json(path: str) -> dict:
-    try:
-        with blobfile.BlobFile(path, "r") as file:
-            return dict(json.load(file))
-    except (TypeError, ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error!r}); fetch it again.") from None
-
-
-def _check_files(paths: Sequence[str]) -> None:
-    for path in paths:
-        if not blobfile.exists(path):
-            raise InputError(f"There is no {blobfile.basename(path)} in {blobfile.dirname(path)}; fetch it as well.")
-        with blobfile.BlobFile(path, "rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise InputError(f"{path} is a Git LFS pointer, not the weights; run git lfs pull in its folder.")
-
-
-def checkpoint_identity(model_dir: str) -> dict:
-    """What tells one checkpoint from another without reading all of it."""
-    found = find_checkpoint(model_dir)
-    return {
-        "name": blobfile.basename(str(model_dir).rstrip("/")),
-        "params_sha256": hashlib.sha256(blobfile.read_text(found.config_path).encode()).hexdigest(),
-        "weights_bytes": sum(blobfile.stat(path).size for path in found.weights),
-    }
 
 
 # ---- parameters
@@ -231,7 +154,7 @@ def load_model(
     """
     found = find_checkpoint(str(model_dir))
     args = model_args(found, rope_scaling_factor)
-    _check_files(found.weights)
+    check_files(found.weights)
     with torch.device("meta"):
         model = Transformer(args)
     expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
@@ -284,8 +207,6 @@ def _read_meta(path: str) -> dict[str, Loaded]:
 
 def _read_safetensors(paths: Sequence[str]) -> dict[str, Loaded]:
     """The tensors of Hugging Face's files under Meta's names."""
-    import safetensors
-    import safetensors.torch
 
     loaded = {}
     for path in paths:
@@ -339,30 +260,3 @@ def _check(loaded: dict[str, Loaded], expected: dict[str, tuple[int, ...]], foun
 
 
 # ---- tokenizer
-
-
-def load_tokenizer(model_dir: str = TINY_LLAMA_DIR) -> Tokenizer | JsonTokenizer:
-    """The tokenizer of a checkpoint folder: tokenizer.model in Meta's format, tokenizer.json in Hugging Face's.
-
-    Raises InputError when it is missing, broken, or does not fit the vocabulary of the model beside it.
-    """
-    inside = lambda *parts: blobfile.join(str(model_dir), *parts)
-    configs = [inside(name) for name in ("params.json", "config.json", "original/params.json")]
-    config = next((_read_json(path) for path in configs if blobfile.exists(path)), {})
-    # TinyLlama's tokenizer.model is sentencepiece's: beside a config.json it is tokenizer.json that counts.
-    if blobfile.exists(inside("tokenizer.json")) and blobfile.exists(inside("config.json")):
-        generation = inside("generation_config.json")
-        ids = config | (_read_json(generation) if blobfile.exists(generation) else {})
-        tokenizer = JsonTokenizer(inside("tokenizer.json"), ids.get("bos_token_id"), ids.get("eos_token_id"))
-    else:
-        original = inside("original", "tokenizer.model")
-        path = original if blobfile.exists(original) else inside("tokenizer.model")
-        tokenizer = Tokenizer(read_ranks(path))
-    vocab_size = config.get("vocab_size", tokenizer.vocab_size)
-    # A model may carry rows that no token uses, to round the vocabulary up.
-    if not tokenizer.vocab_size <= vocab_size < tokenizer.vocab_size + 1024:
-        raise InputError(
-            f"The tokenizer in {model_dir} has {tokenizer.vocab_size} tokens, its model {vocab_size}; "
-            "the two belong to different models."
-        )
-    return tokenizer

@@ -13,7 +13,8 @@ from pathlib import Path
 import blobfile
 import tiktoken
 
-from stage import InputError
+from llama_3.checkpoint import TINY_LLAMA_DIR, read_json
+from pipeline.errors import InputError
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -182,3 +183,30 @@ class TextStream:
         if self.waiting:
             self.context, self.waiting = self.waiting, []
         return text
+
+
+def load_tokenizer(model_dir: str = TINY_LLAMA_DIR) -> Tokenizer | JsonTokenizer:
+    """The tokenizer of a checkpoint folder: tokenizer.model in Meta's format, tokenizer.json in Hugging Face's.
+
+    Raises InputError when it is missing, broken, or does not fit the vocabulary of the model beside it.
+    """
+    inside = lambda *parts: blobfile.join(str(model_dir), *parts)
+    configs = [inside(name) for name in ("params.json", "config.json", "original/params.json")]
+    config = next((read_json(path) for path in configs if blobfile.exists(path)), {})
+    # TinyLlama's tokenizer.model is sentencepiece's: beside a config.json it is tokenizer.json that counts.
+    if blobfile.exists(inside("tokenizer.json")) and blobfile.exists(inside("config.json")):
+        generation = inside("generation_config.json")
+        ids = config | (read_json(generation) if blobfile.exists(generation) else {})
+        tokenizer = JsonTokenizer(inside("tokenizer.json"), ids.get("bos_token_id"), ids.get("eos_token_id"))
+    else:
+        original = inside("original", "tokenizer.model")
+        path = original if blobfile.exists(original) else inside("tokenizer.model")
+        tokenizer = Tokenizer(read_ranks(path))
+    vocab_size = config.get("vocab_size", tokenizer.vocab_size)
+    # A model may carry rows that no token uses, to round the vocabulary up.
+    if not tokenizer.vocab_size <= vocab_size < tokenizer.vocab_size + 1024:
+        raise InputError(
+            f"The tokenizer in {model_dir} has {tokenizer.vocab_size} tokens, its model {vocab_size}; "
+            "the two belong to different models."
+        )
+    return tokenizer

@@ -19,16 +19,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import PROJECT_DIR, TINY_PARAMS, write_tiny_model
-from helpers_pipeline import SITE, as_flags, call, refusal, some_texts, the_sentence, torchrun, without_ranks
-from helpers_pipeline import write_sentences as write_sentences_to
 from hypothesis import given
 from hypothesis import strategies as st
+from support.pipeline_runs import SITE, as_flags, call, refusal, some_texts, the_sentence, torchrun, without_ranks
+from support.pipeline_runs import write_sentences as write_sentences_to
 
 import capture_activations as capture
-import stage
-from activation_store import ActivationStore
 from llama_3 import load_model, load_tokenizer
 from llama_3.model import Transformer
+from llama_3.padding import make_batches
+from pipeline.activation_store import ActivationStore
+from pipeline.errors import InputError
+from pipeline.files import sha256, write_json
+from pipeline.manifests import MANIFEST, write_manifest
 
 SITES = ("layers.2.mlp_out", "layers.0.resid_pre", SITE)
 MAX_TOKENS = 30
@@ -108,7 +111,7 @@ def test_shards_hold_every_sentence_once_in_order(captured, token_ids):
 
 def test_counts(captured, tiny_model_dir, token_ids):
     lengths = [len(load_tokenizer(tiny_model_dir).encode(text)) for text in TEXTS]
-    assert json.loads((captured / SITE / stage.MANIFEST).read_text())["counts"] == {
+    assert json.loads((captured / SITE / MANIFEST).read_text())["counts"] == {
         "sentences": sum(n > 0 for n in lengths),
         "tokens": sum(map(len, token_ids)),
         "empty_sentences": lengths.count(0),
@@ -122,8 +125,8 @@ def test_folder_holds_what_the_manifest_names_and_no_more(captured):
     for site in SITES:
         records = ActivationStore(captured / site).records
         names = sorted(p.name for p in (captured / site).iterdir())
-        assert names == sorted([stage.MANIFEST, *(r["file"] for r in records)])
-        assert all(stage.sha256(captured / site / r["file"]) == r["sha256"] for r in records)
+        assert names == sorted([MANIFEST, *(r["file"] for r in records)])
+        assert all(sha256(captured / site / r["file"]) == r["sha256"] for r in records)
 
 
 def test_shards_respect_shard_gb(captured):
@@ -184,7 +187,7 @@ def test_empty_sentences_at_the_edges(tiny_model_dir, tmp_path, texts):
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 200))
 def test_batches_hold_every_index_once_within_the_budget(lengths, batch_tokens):
-    batches = capture.make_batches(lengths, batch_tokens)
+    batches = make_batches(lengths, batch_tokens)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     in_order = [lengths[i] for batch in batches for i in batch]
     assert in_order == sorted(lengths, reverse=True)
@@ -215,7 +218,7 @@ def test_interrupted_run_continues(options, captured, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         call(capture, **options, sites=SITES, output_dir=tmp_path / "out")
     assert exit_.value.code == 130
-    with pytest.raises(stage.InputError, match="not complete"):
+    with pytest.raises(InputError, match="not complete"):
         ActivationStore(tmp_path / "out" / SITE)
     first = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / SITE).glob("acts-00000-*")}
     assert first
@@ -237,16 +240,16 @@ def test_a_lost_window_is_captured_again(options, captured, tmp_path):
     """The state a kill leaves: no complete manifest, no notes but of finished windows, half of a window's shards."""
     out = tmp_path / "out"
     call(capture, **options, sites=[SITE], output_dir=out)
-    manifest = json.loads((out / SITE / stage.MANIFEST).read_text())
+    manifest = json.loads((out / SITE / MANIFEST).read_text())
     records = manifest["shards"]
     for number in (0, 2):
         of_window = [r for r in records if r["file"].startswith(f"acts-{number:05d}")]
         n = sum(r["n_sentences"] for r in of_window)
         start, end = number * 16, min(number * 16 + 16, len(TEXTS))
         note = {"shards": of_window, "n_empty": end - start - n, "n_cut": 0}
-        stage.write_json(capture.window_note(out / SITE, number), note)
+        write_json(capture.window_note(out / SITE, number), note)
     (out / SITE / "acts-00001-00.safetensors").unlink()
-    stage.write_manifest(out / SITE, "capture_activations.py", complete=False, decides=manifest["decides"])
+    write_manifest(out / SITE, "capture_activations.py", complete=False, decides=manifest["decides"])
     call(capture, **options, sites=[SITE], output_dir=out)
     assert records_of(out) == records_of(captured)
 
@@ -255,7 +258,6 @@ def test_a_lost_window_is_captured_again(options, captured, tmp_path):
 def test_a_noted_window_whose_shard_is_lost_is_captured_again(options, captured, tmp_path, monkeypatch, damage):
     """What a careless `rm`, or a crash of the machine, leaves of an unfinished run."""
     out = tmp_path / "out"
-    write_manifest = stage.write_manifest
 
     def interrupted(folder, name, complete, **fields):
         if complete:
@@ -263,13 +265,13 @@ def test_a_noted_window_whose_shard_is_lost_is_captured_again(options, captured,
         return write_manifest(folder, name, complete, **fields)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(stage, "write_manifest", interrupted)
+        patch.setattr(capture, "write_manifest", interrupted)
         call(capture, **options, sites=[SITE], output_dir=out)
     shard = out / SITE / "acts-00001-01.safetensors"
     shard.unlink() if damage == "gone" else shard.write_bytes(shard.read_bytes()[:-1])
     call(capture, **options, sites=[SITE], output_dir=out)
     assert records_of(out) == records_of(captured)
-    assert all(stage.sha256(out / SITE / r["file"]) == r["sha256"] for r in records_of(out))
+    assert all(sha256(out / SITE / r["file"]) == r["sha256"] for r in records_of(out))
 
 
 def test_killed_between_the_manifest_and_the_tidying_up(options, captured, tmp_path, monkeypatch):
@@ -322,8 +324,10 @@ def test_a_sentence_that_does_not_fit_the_gpu_is_an_error(options, tmp_path, mon
 
 def test_killed_while_writing_a_shard(options, captured, tmp_path):
     source = """
-        import os, signal, stage
-        import activation_store, capture_activations
+        import os, signal
+        import capture_activations
+        from pipeline import activation_store
+        from pipeline.run import run
 
         save_file = activation_store.save_file
         def killed(tensors, path):
@@ -332,7 +336,7 @@ def test_killed_while_writing_a_shard(options, captured, tmp_path):
                 os.truncate(path, 1000)
                 os.kill(os.getpid(), signal.SIGKILL)
         activation_store.save_file = killed
-        stage.run(capture_activations.main)
+        run(capture_activations.main)
     """
     flags = as_flags({**options, "sites": [SITE], "output_dir": tmp_path / "out"})
     command = [sys.executable, "-c", "if True:" + source, *flags]
@@ -363,7 +367,6 @@ def test_another_site_later_in_the_same_folder(options, captured, tmp_path):
 
 def test_killed_between_the_manifests_of_two_sites(options, captured, tmp_path, monkeypatch):
     """Every window is written by then: continuing must compute nothing."""
-    write_manifest = stage.write_manifest
 
     def interrupted(folder, name, complete, **fields):
         if complete and folder.name == SITES[1]:
@@ -371,7 +374,7 @@ def test_killed_between_the_manifests_of_two_sites(options, captured, tmp_path, 
         return write_manifest(folder, name, complete, **fields)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(stage, "write_manifest", interrupted)
+        patch.setattr(capture, "write_manifest", interrupted)
         call(capture, **options, sites=SITES, output_dir=tmp_path / "out")
     ActivationStore(tmp_path / "out" / SITES[0])  # whole
 
@@ -507,7 +510,7 @@ def test_nan_names_the_sentence(options, tiny_model_dir, tmp_path, capsys, where
     token = len(load_tokenizer(model_dir).encode("the #")) - 1
     assert f"sentence {where}, token {token}" in said and site in said
     assert ("of a sample" if where < 64 else "of acts-00004") in said
-    with pytest.raises(stage.InputError):
+    with pytest.raises(InputError):
         ActivationStore(tmp_path / "out" / site)
 
 

@@ -15,15 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT_DIR, TINY_VOCAB_SIZE, write_tiny_model
-from helpers_pipeline import refusal
 from safetensors.torch import load_file, save_file
+from support.pipeline_runs import refusal
 from test_llama import close, hf_run
 
 import llama_3_inference as inference
 from llama_3 import load_model, load_tokenizer
-from llama_3.loading import checkpoint_identity, read_params
-from llama_3.model import SITES, PackedLinear
-from stage import InputError
+from llama_3.checkpoint import checkpoint_identity
+from llama_3.generation import generate
+from llama_3.loading import read_params
+from llama_3.model import SITES
+from llama_3.packed import PackedLinear
+from pipeline.errors import InputError
 
 LLAMA_3 = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
 # Scaled down from the released models: heads, ties and rope are theirs.
@@ -103,7 +106,7 @@ def test_greedy_generation_equals_transformers_over_200_tokens(pair):
     hf.generation_config.eos_token_id = None
     options = dict(max_new_tokens=200, do_sample=False, pad_token_id=0)
     expected = hf.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, 11:].tolist()
-    steps = inference.generate(load_model(str(folder), packed=True), prompt.tolist(), 200, stop_tokens=[])
+    steps = generate(load_model(str(folder), packed=True), prompt.tolist(), 200, stop_tokens=[])
     assert [token for (token,) in steps] == expected
     assert len(set(expected)) > 20
 

@@ -9,14 +9,15 @@ import json
 import time
 
 import pytest
-from fake_anthropic import NO_CREDIT, Fail, FakeAnthropic, meaning
-from helpers_claude import asking_options, kill_when
-from helpers_pipeline import call, refusal
+from support.claude_runs import asking_options, kill_when
+from support.fake_anthropic import NO_CREDIT, Fail, FakeAnthropic, meaning
+from support.pipeline_runs import call, refusal
 
 import interpret_top_sentences_direct as script
 import interpret_top_sentences_parse_responses as parse_script
 import interpret_top_sentences_send_batches as send_script
-import message_batches
+from claude import batches
+from claude.direct import end_last_line
 
 SENTENCES = {latent: [f"the {latent} ring", f"hello {latent}"] for latent in range(12)}
 
@@ -96,7 +97,7 @@ def test_killed_in_the_middle_and_run_again(server, options, capsys):
 def test_a_last_line_is_whole_or_gone(tmp_path, text, kept):
     path = tmp_path / "direct.jsonl"
     path.write_text(text)
-    script.end_last_line(path)
+    end_last_line(path)
     assert path.read_text() == kept
 
 
@@ -105,7 +106,7 @@ def test_latents_in_a_batch_are_left_out_and_sending_meanwhile_is_refused(server
     call(send_script, **batch_options, latents="0-9")
     call(script, **options)
     assert asked(server) == ["10", "11"]
-    with message_batches.open_journal(options["response_ids_filepath"], "meanings by mean"):
+    with batches.open_journal(options["response_ids_filepath"], "meanings by mean"):
         assert "in use" in refusal(capsys, script, **options)
 
 

@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import PROJECT_DIR
-from helpers_pipeline import call, refusal, write_sentences
 from hypothesis import given
 from hypothesis import strategies as st
+from support.pipeline_runs import call, refusal, write_sentences
 
 import interpret_top_sentences_distinctive_words as distinctive
-import stage
+from latents.words import features
 from llama_3 import load_tokenizer
+from pipeline.files import write_json
 
 TOKENIZER_DIR = PROJECT_DIR / "llama_3/tiny_llama"
 TOKENIZER = load_tokenizer(TOKENIZER_DIR)
@@ -74,7 +75,7 @@ def sae_path(tmp_path):
     table = pa.Table.from_pylist(rows)
     kinds = table.column("aggregation").dictionary_encode()
     pq.write_table(table.set_column(1, "aggregation", kinds), tmp_path / "sae.top.parquet")
-    stage.write_json(
+    write_json(
         tmp_path / "sae.json",
         {
             "sentences_dir": str(sentences_dir),
@@ -207,7 +208,7 @@ def test_a_word_comes_before_parts_and_sequences_that_add_nothing():
 def held(*marked: str) -> set[str]:
     """The features of tokens, those between * being strong."""
     tokens = [token.strip("*").encode() for token in marked]
-    return distinctive.features(tokens, [token.startswith("*") for token in marked])
+    return features(tokens, [token.startswith("*") for token in marked])
 
 
 @pytest.mark.parametrize(
@@ -237,9 +238,9 @@ def test_features(tokens, expected):
 
 def test_a_character_of_several_tokens_goes_to_the_last():
     tokens = [b"caf", b"\xc3", b"\xa9", b"s"]
-    assert distinctive.features(tokens, [False, False, True, False]) == {"cafés", "…é"}
-    assert distinctive.features(tokens, [False, True, False, False]) == set()
-    assert distinctive.features(tokens[:2], [True, True]) == {"caf"}  # cut in the middle of a character
+    assert features(tokens, [False, False, True, False]) == {"cafés", "…é"}
+    assert features(tokens, [False, True, False, False]) == set()
+    assert features(tokens[:2], [True, True]) == {"caf"}  # cut in the middle of a character
 
 
 @given(st.text(st.sampled_from("abé再 .,(1\n’"), max_size=30), st.randoms(use_true_random=False))
@@ -248,12 +249,12 @@ def test_all_tokens_strong_give_every_word_and_pair(text, rng):
     data = text.encode()
     cuts = sorted({0, len(data), *(rng.randint(0, len(data)) for _ in range(5))})
     tokens = [data[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
-    found = distinctive.features(tokens, [True] * len(tokens))
-    words = [word.lower() for word in distinctive._WORD.findall(text)]
+    found = features(tokens, [True] * len(tokens))
+    words = [word.lower() for word in distinctive.WORD.findall(text)]
     sequences = {" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words) - n + 1)}
     signs = {feature for feature in found if feature[0] in "…“" or feature[-1] == "…"} | {"number", "line break"}
     assert found - signs == sequences - signs
-    assert not distinctive.features(tokens, [False] * len(tokens))
+    assert not features(tokens, [False] * len(tokens))
 
 
 # ---- refusals

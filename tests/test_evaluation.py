@@ -13,15 +13,15 @@ import statistics
 import pytest
 import torch
 from conftest import TINY_PARAMS
-from helpers_pipeline import SITE, call, refusal, some_texts, write_sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.pipeline_runs import SITE, call, refusal, some_texts, write_sentences
 from torch.distributions import Categorical, kl_divergence
 
 import llama_3
 import sae_evaluation
-import stage
 from llama_3 import load_model, load_tokenizer
+from pipeline.errors import InputError
 from sae import TopKSparseAutoencoder, save_sae
 
 D_MODEL, N_LATENTS, K = TINY_PARAMS["dim"], 90, 5
@@ -266,11 +266,11 @@ def test_one_sentence_has_no_mean_of_others(model, sae):
 
 
 def test_what_cannot_be_measured_is_said(model, sae, sentences):
-    with pytest.raises(stage.InputError, match=f"nan with {SITE} replaced by it"):
+    with pytest.raises(InputError, match=f"nan with {SITE} replaced by it"):
         run(model, lambda x: x * math.nan, sentences)
-    with pytest.raises(stage.InputError, match="All evaluated activations are the same"):
+    with pytest.raises(InputError, match="All evaluated activations are the same"):
         run(model, lambda x: x, [[5]], bos_id=BOS_ID)
-    with pytest.raises(stage.InputError, match="second token"):
+    with pytest.raises(InputError, match="second token"):
         run(model, lambda x: x, [[5], [6]])
 
 

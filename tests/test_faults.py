@@ -26,13 +26,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import PROJECT_DIR, TINY_PARAMS
-from helpers_pipeline import SITE, as_flags, call, refusal, some_texts, without_ranks, write_sentences
-from helpers_sae import write_store
+from support.pipeline_runs import SITE, as_flags, call, refusal, some_texts, without_ranks, write_sentences
+from support.sae_runs import write_store
 
 import capture_activations
 import openwebtext_sentences_dataset
 import sae_preprocessing
-import stage
+from pipeline.manifests import MANIFEST, read_manifest
+from pipeline.sentences import SentenceDataset
 
 N_KILLS = int(os.environ.get("FAULT_KILLS", 0))  # 0: a few
 TEXTS = some_texts(400)
@@ -47,7 +48,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".lock")):
         data = path.read_bytes()
-        if path.name == stage.MANIFEST:
+        if path.name == MANIFEST:
             manifest = json.loads(data)
             assert manifest.pop("written_at") and "git_commit" in manifest
             del manifest["git_commit"]
@@ -144,7 +145,7 @@ def sentences_options(documents: Path, out: Path) -> dict:
 @pytest.fixture(scope="module")
 def sentences_dir(tmp_path_factory) -> Path:
     folder = write_sentences(tmp_path_factory.mktemp("faults") / "sentences", TEXTS)
-    openwebtext_sentences_dataset.SentenceDataset(folder)  # makes what a first reader makes
+    SentenceDataset(folder)  # makes what a first reader makes
     return folder
 
 
@@ -225,9 +226,9 @@ def is_free(lock: Path) -> bool:
 def test_preprocessing_survives_kills(activations, tmp_path, n_processes):
     options = preprocessing_options(activations, tmp_path / "out")
     expected = uninterrupted(sae_preprocessing, options)
-    changed = json.loads(expected[stage.MANIFEST])
+    changed = json.loads(expected[MANIFEST])
     changed["config"]["num_processes"] = n_processes
-    expected[stage.MANIFEST] = json.dumps(changed).encode()
+    expected[MANIFEST] = json.dumps(changed).encode()
     command = [sys.executable, "sae_preprocessing.py", *as_flags(options | {"num_processes": n_processes})]
     survives_kills(command, tmp_path / "out", expected, N_KILLS or 2, 40 + len(expected))
 
@@ -264,7 +265,7 @@ def test_a_full_disk_stops_with_a_sentence_and_the_run_continues(
     assert f"Could not write {out}" in said and "free some disk and run again to continue" in said
     left = contents(out)
     assert left and not [path for path in left if path.endswith(".tmp")]
-    finished = {path: data for path, data in left.items() if path in expected and stage.MANIFEST not in path}
+    finished = {path: data for path, data in left.items() if path in expected and MANIFEST not in path}
     assert finished.items() <= expected.items()
     call(script, **options)
     assert contents(out) == expected
@@ -291,12 +292,12 @@ def test_a_disk_that_is_really_full(activations, tmp_path, capsys):
         options = preprocessing_options(activations, tmp_path / "out")
         with_room: Callable[..., None] = lambda folder, needed: None  # it would say so beforehand
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stage, "require_disk", with_room)
+            patch.setattr(sae_preprocessing, "require_disk", with_room)
             said = refusal(capsys, sae_preprocessing, **options)
         assert "No space left" in said and "free some disk" in said
         assert list((tmp_path / "out").glob("train-*")) and not list((tmp_path / "out").rglob("*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=8m", tmp_path / "."], check=True)
         call(sae_preprocessing, **options)
-        assert stage.read_manifest(tmp_path / "out", "sae_preprocessing.py")["complete"]
+        assert read_manifest(tmp_path / "out", "sae_preprocessing.py")["complete"]
     finally:
         subprocess.run(["umount", "-l", tmp_path / "."], check=True)

@@ -18,13 +18,17 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT_DIR
-from fake_hub import FakeHub, Fault, Repo
-from helpers_pipeline import the_sentence
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fake_hub import FakeHub, Fault, Repo
+from support.pipeline_runs import the_sentence
 
 import fetch_model
-import stage
+from pipeline.errors import InputError
+from pipeline.files import sha256
+from pipeline.hub import is_whole
+from pipeline.manifests import MANIFEST, check_files
+from pipeline.progress import gb
 
 LLAMA, LLAMA_REPO = "llama_3.2-1B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"
 SMOL, SMOL_REPO = "smollm2-135M", "HuggingFaceTB/SmolLM2-135M"
@@ -112,7 +116,7 @@ def start_and_kill(hub: FakeHub, tmp_path: Path, folder: Path, part: Path, at_le
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The files that are not hidden, without the manifest."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".") and p.name != stage.MANIFEST}
+    return {p.name: p.read_bytes() for p in folder.iterdir() if not p.name.startswith(".") and p.name != MANIFEST}
 
 
 # ---- whole models
@@ -133,14 +137,14 @@ def test_a_gated_model_in_metas_format_loads(hub: FakeHub, tmp_path: Path, tiny_
     printed = fetch(hub, tmp_path, LLAMA, folder, HF_TOKEN="hf_accepted")
 
     assert contents(folder) == files
-    assert f"{LLAMA_REPO} at {commit} to {folder}: 3 files, {stage.gb(sum(map(len, files.values())))}" in printed
+    assert f"{LLAMA_REPO} at {commit} to {folder}: 3 files, {gb(sum(map(len, files.values())))}" in printed
     assert f"https://huggingface.co/{LLAMA_REPO}" in printed  # the licence
     assert {r.path for r in hub.requests if r.sent} == {f"original/{name}" for name in files}
-    manifest = json.loads((folder / stage.MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text())
     assert manifest["complete"] and manifest["decides"] == {"repo": LLAMA_REPO, "revision": commit}
-    stage.check_files(folder, manifest["shards"], "fetch_model.py")
+    check_files(folder, manifest["shards"], "fetch_model.py")
     assert {s["file"]: s["sha256"] for s in manifest["shards"] if "sha256" in s} == {
-        name: stage.sha256(tiny_model_dir / name) for name in ("consolidated.00.pth", "tokenizer.model")
+        name: sha256(tiny_model_dir / name) for name in ("consolidated.00.pth", "tokenizer.model")
     }
     assert not (tmp_path / "hf_home").exists()  # no second copy in a cache
     tokens = torch.tensor([load_tokenizer(folder).encode("hello there")])
@@ -190,13 +194,13 @@ def test_a_killed_download_continues_at_its_commit(hub: FakeHub, tmp_path: Path)
     hub.faults["model.safetensors"] = Fault(stop_at=CHUNK + 2**20, stall=True)
     start_and_kill(hub, tmp_path, folder, folder / ".model.safetensors.part", CHUNK)
     assert "model.safetensors" not in contents(folder)
-    assert not json.loads((folder / stage.MANIFEST).read_text())["complete"]
+    assert not json.loads((folder / MANIFEST).read_text())["complete"]
 
     hub.repos[SMOL_REPO].commit(SMOL_FILES)  # the repository has moved on meanwhile
     printed = fetch(hub, tmp_path, SMOL, folder)
     assert contents(folder) == files
-    assert f"{stage.gb(len(BIG) - CHUNK)} of it not yet here" in printed
-    assert json.loads((folder / stage.MANIFEST).read_text())["decides"]["revision"] == commit
+    assert f"{gb(len(BIG) - CHUNK)} of it not yet here" in printed
+    assert json.loads((folder / MANIFEST).read_text())["decides"]["revision"] == commit
     first, second = hub.sent("model.safetensors")
     assert second.range == f"bytes={CHUNK}-" and first.sent + second.sent == len(BIG) + 2**20  # what was not written
     assert all(len(hub.sent(name)) == 1 for name in SMOL_FILES if name != "model.safetensors")
@@ -242,8 +246,8 @@ def test_git_blob_ids_are_gits(tmp_path: Path):
         ),
     ):
         (tmp_path / "file").write_bytes(content)
-        assert fetch_model.is_whole(tmp_path / "file", {"bytes": len(content), "git_sha1": blob_id})
-        assert not fetch_model.is_whole(tmp_path / "file", {"bytes": len(content), "git_sha1": blob_id[::-1]})
+        assert is_whole(tmp_path / "file", {"bytes": len(content), "git_sha1": blob_id})
+        assert not is_whole(tmp_path / "file", {"bytes": len(content), "git_sha1": blob_id[::-1]})
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +295,7 @@ def test_whatever_part_is_here_only_the_rest_is_sent(
         assert contents(folder) == {name: content}
         assert sum(r.sent for r in hub.requests) == (len(content) if ignore_range and missing else missing)
     else:
-        with pytest.raises(stage.InputError, match="arrived damaged"):
+        with pytest.raises(InputError, match="arrived damaged"):
             fetch_model.fetch_file(SMOL_REPO, commit, file, folder)
         assert contents(folder) == {}
     assert not part.exists()

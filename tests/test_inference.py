@@ -11,16 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TINY_PARAMS, TINY_VOCAB_SIZE, write_tiny_model
-from helpers_pipeline import SITE, call, refusal
 from hypothesis import given
 from hypothesis import strategies as st
+from support.pipeline_runs import SITE, call, refusal
 
 import llama_3_inference as inference
 from llama_3 import load_model, load_tokenizer
 from llama_3.chat import Message
+from llama_3.generation import complete, generate, sample, stream_chat, stream_text
+from pipeline.errors import InputError
 from sae import TopKSparseAutoencoder, save_sae
-from stage import InputError
-from steering import DEFAULT_STRENGTH, make_steering
+from serving.steered_model import set_up
+from serving.steering import DEFAULT_STRENGTH, make_steering
 
 N_LATENTS, K = 50, 4
 PROMPTS = [
@@ -78,15 +80,15 @@ def greedy(model, prompt: list[int], n: int, *steering) -> list[int]:
 def test_temperature_0_takes_the_largest():
     logits = torch.randn(20, 31, generator=torch.Generator().manual_seed(0))
     uniform = torch.rand(20, generator=torch.Generator().manual_seed(1))
-    assert inference.sample(logits, 0.0, 0.5, uniform).equal(logits.argmax(-1))
-    assert inference.sample(logits, 1e-6, 1.0, uniform).equal(logits.argmax(-1))
+    assert sample(logits, 0.0, 0.5, uniform).equal(logits.argmax(-1))
+    assert sample(logits, 1e-6, 1.0, uniform).equal(logits.argmax(-1))
 
 
 def test_the_smallest_nucleus_is_the_likeliest_token():
     logits = torch.randn(20, 31, generator=torch.Generator().manual_seed(0))
     uniform = torch.rand(20, generator=torch.Generator().manual_seed(1))
     for top_p in (1e-9, 0.0):
-        assert inference.sample(logits, 1.0, top_p, uniform).equal(logits.argmax(-1))
+        assert sample(logits, 1.0, top_p, uniform).equal(logits.argmax(-1))
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.7, 0.8), (1.0, 0.35), (1.0, 0.999)])
@@ -94,7 +96,7 @@ def test_frequencies_equal_the_nucleus_of_softmax(temperature, top_p):
     n = 40_000
     logits = 1.5 * torch.randn(13, generator=torch.Generator().manual_seed(2))
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(3))
-    counts = inference.sample(logits.expand(n, -1), temperature, top_p, uniform).bincount(minlength=13)
+    counts = sample(logits.expand(n, -1), temperature, top_p, uniform).bincount(minlength=13)
     probs = (logits.double() / temperature).softmax(-1).tolist()
     kept, total = {}, 0.0
     for token in sorted(range(13), key=lambda t: -probs[t]):  # the smallest set whose probability reaches top_p
@@ -113,7 +115,7 @@ def test_frequencies_equal_the_nucleus_of_softmax(temperature, top_p):
 )
 def test_a_sample_is_always_in_the_nucleus(logits, top_p, uniform):
     logits = torch.tensor([logits])
-    token = int(inference.sample(logits, 1.0, top_p, torch.tensor([uniform], dtype=torch.float64)))
+    token = int(sample(logits, 1.0, top_p, torch.tensor([uniform], dtype=torch.float64)))
     probs = logits[0].double().softmax(-1)
     assert probs[probs > probs[token]].sum() <= top_p + 1e-9
 
@@ -122,24 +124,24 @@ def test_a_sample_is_always_in_the_nucleus(logits, top_p, uniform):
 
 
 def test_greedy_equals_full_forward_passes(model):
-    found = rows_of(inference.generate(model, PROMPTS, 12, stop_tokens=[]))
+    found = rows_of(generate(model, PROMPTS, 12, stop_tokens=[]))
     assert found == [greedy(model, prompt, 12) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 2.0}])
 def test_prompts_together_equal_each_alone(model, sampling):
     seeds = [11, 12, 13, 14]
-    together = rows_of(inference.generate(model, PROMPTS, 10, [], seeds=seeds, **sampling))
+    together = rows_of(generate(model, PROMPTS, 10, [], seeds=seeds, **sampling))
     alone = []
     for prompt, seed in zip(PROMPTS, seeds, strict=True):
-        alone += rows_of(inference.generate(model, [prompt], 10, [], seeds=[seed], **sampling))
+        alone += rows_of(generate(model, [prompt], 10, [], seeds=[seed], **sampling))
     assert together == alone
     assert all(len(row) == 10 for row in together)
 
 
 def test_samples_depend_on_the_seed(model):
     options = {"temperature": 2.0, "stop_tokens": [], "max_new_tokens": 10}
-    same = rows_of(inference.generate(model, [[7]] * 3, seeds=[1, 1, 2], **options))
+    same = rows_of(generate(model, [[7]] * 3, seeds=[1, 1, 2], **options))
     assert same[0] == same[1] != same[2]
 
 
@@ -148,11 +150,11 @@ def test_stop_tokens_end_a_row(model):
     free = [greedy(model, prompt, n) for prompt in PROMPTS]
     stop = free[0][3]
     expected = [row[: row.index(stop)] if stop in row else row for row in free]
-    assert rows_of(inference.generate(model, PROMPTS, n, stop_tokens=[stop])) == expected
+    assert rows_of(generate(model, PROMPTS, n, stop_tokens=[stop])) == expected
     assert len({len(row) for row in expected}) > 1  # one goes on after another has stopped
-    alone = list(inference.generate(model, PROMPTS[:1], n, stop_tokens=[stop, 531]))
+    alone = list(generate(model, PROMPTS[:1], n, stop_tokens=[stop, 531]))
     assert alone == [[token] for token in expected[0]]  # and the stream ends
-    assert list(inference.generate(model, PROMPTS, n, stop_tokens=[row[0] for row in free])) == []
+    assert list(generate(model, PROMPTS, n, stop_tokens=[row[0] for row in free])) == []
 
 
 def test_complete_decodes_whole_characters_and_stops(model, tokenizer, monkeypatch):
@@ -165,8 +167,8 @@ def test_complete_decodes_whole_characters_and_stops(model, tokenizer, monkeypat
         seen.update(prompts=prompts, stop_tokens=stop_tokens)
         yield from map(list, zip_longest(*ids))
 
-    monkeypatch.setattr(inference, "generate", generate)
-    assert inference.complete(model, tokenizer, ["the", ""]) == texts
+    monkeypatch.setattr("llama_3.generation.generate", generate)
+    assert complete(model, tokenizer, ["the", ""]) == texts
     assert seen["prompts"] == [[tokenizer.bos_id, *tokenizer.encode("the")], [tokenizer.bos_id]]
     assert tokenizer.eos_id in seen["stop_tokens"]
 
@@ -188,20 +190,18 @@ DIALOGUES = [
 def test_chats_of_unequal_length_equal_each_alone(model, tokenizer, sampling, date):
     """Stop tokens stand inside the longer ones' prompts and must not end their answers."""
     options = {"max_new_tokens": 25, "date": date, **sampling}
-    together = inference.stream_chat(model, tokenizer, DIALOGUES, seeds=[4, 5, 6], **options)
+    together = stream_chat(model, tokenizer, DIALOGUES, seeds=[4, 5, 6], **options)
     answers = ["".join(pieces) for pieces in zip(*together, strict=True)]
     alone = []
     for dialogue, seed in zip(DIALOGUES, [4, 5, 6], strict=True):
-        alone.append(
-            "".join(piece for (piece,) in inference.stream_chat(model, tokenizer, [dialogue], seeds=[seed], **options))
-        )
+        alone.append("".join(piece for (piece,) in stream_chat(model, tokenizer, [dialogue], seeds=[seed], **options)))
     assert answers == alone
     assert all(len(tokenizer.encode(answer)) > 3 for answer in answers) and len(set(answers)) == 3
 
 
 def test_a_stream_gives_the_whole_completion_piece_by_piece(model, tokenizer):
     prompts = ["hello", "the ring on the"]
-    steps = list(inference.stream_text(model, tokenizer, prompts, max_new_tokens=9))
+    steps = list(stream_text(model, tokenizer, prompts, max_new_tokens=9))
     assert len(steps) == 10 and sum(bool(step[1]) for step in steps) > 3
     for prompt, pieces in zip(prompts, zip(*steps, strict=True), strict=True):
         ids = tokenizer.encode(prompt, bos=True)
@@ -210,9 +210,9 @@ def test_a_stream_gives_the_whole_completion_piece_by_piece(model, tokenizer):
 
 def test_more_than_the_context_is_refused_before_anything_is_computed(tmp_path):
     model = load_model(write_tiny_model(tmp_path, max_seq_len=12))
-    assert len(list(inference.generate(model, [[1], list(range(7))], 5, stop_tokens=[]))) == 5
+    assert len(list(generate(model, [[1], list(range(7))], 5, stop_tokens=[]))) == 5
     with pytest.raises(InputError, match="prompt of 7 tokens and 6 new ones exceed the model's context of 12"):
-        next(inference.generate(model, [[1], list(range(7))], 6, stop_tokens=[]))
+        next(generate(model, [[1], list(range(7))], 6, stop_tokens=[]))
 
 
 @pytest.mark.parametrize(("scaled", "expected"), [(True, 131072), (False, 8192)])
@@ -233,8 +233,8 @@ def test_strength_0_changes_nothing(model, sae):
         steered = model(torch.tensor(PROMPTS[2:3]))
     assert steered.equal(model(torch.tensor(PROMPTS[2:3])))  # not a bit
     options = {"temperature": 1.5, "stop_tokens": [], "max_new_tokens": 15}
-    clean = list(inference.generate(model, PROMPTS, **options))
-    assert list(inference.generate(model, PROMPTS, **options, steering=steering)) == clean
+    clean = list(generate(model, PROMPTS, **options))
+    assert list(generate(model, PROMPTS, **options, steering=steering)) == clean
 
 
 @pytest.mark.parametrize("latent", [0, 17, N_LATENTS - 1])
@@ -256,25 +256,25 @@ def test_steering_raises_the_latent(model, sae, latent):
 
 def test_steered_generation_equals_full_forward_passes(model, sae):
     steering = steering_of(sae, 9, STRONG, skip=(PROMPTS[0][0],))
-    found = rows_of(inference.generate(model, PROMPTS, 10, [], steering=steering))
+    found = rows_of(generate(model, PROMPTS, 10, [], steering=steering))
     assert found == [greedy(model, prompt, 10, *steering) for prompt in PROMPTS]
-    assert found != rows_of(inference.generate(model, PROMPTS, 10, []))  # it does something
+    assert found != rows_of(generate(model, PROMPTS, 10, []))  # it does something
 
 
 def test_steering_does_not_reach_another_request(model, sae):
     steering = steering_of(sae, 9, STRONG)
     options = {"temperature": 1.0, "stop_tokens": [], "max_new_tokens": 12}
-    clean_alone = list(inference.generate(model, PROMPTS, **options))
-    steered_alone = list(inference.generate(model, PROMPTS, **options, steering=steering))
+    clean_alone = list(generate(model, PROMPTS, **options))
+    steered_alone = list(generate(model, PROMPTS, **options, steering=steering))
     assert clean_alone != steered_alone
-    steered = inference.generate(model, PROMPTS, **options, steering=steering)
-    clean = inference.generate(model, PROMPTS, **options)
+    steered = generate(model, PROMPTS, **options, steering=steering)
+    clean = generate(model, PROMPTS, **options)
     together = list(zip(steered, clean, strict=True))  # step by step, in turn
     assert [step for step, _ in together] == steered_alone
     assert [step for _, step in together] == clean_alone
-    abandoned = inference.generate(model, PROMPTS, **options, steering=steering)
+    abandoned = generate(model, PROMPTS, **options, steering=steering)
     next(abandoned)  # left open in the middle
-    assert list(inference.generate(model, PROMPTS, **options)) == clean_alone
+    assert list(generate(model, PROMPTS, **options)) == clean_alone
 
 
 def test_begin_of_text_keeps_its_value(model, sae, tokenizer):
@@ -332,8 +332,8 @@ def test_script_prints_clean_and_steered(tiny_model_dir, sae_path, model, tokeni
     [
         ({"latents": [9, 4], "strengths": [1, 2, 3]}, "--latents names 2, --strengths 3"),
         ({"latents": [9, 4, 9]}, "names a latent twice"),
-        ({"latents": 9, "mode": "boost"}, "'boost'"),
-        ({"latents": 9, "strengths": "nan"}, "strength nan"),
+        ({"latents": 9, "mode": "boost"}, "--mode boost"),
+        ({"latents": 9, "strengths": "nan"}, "--strengths nan"),
     ],
 )
 def test_refuses_what_is_no_steering(tiny_model_dir, sae_path, capsys, flags, said):
@@ -362,7 +362,7 @@ def test_published_sae(tiny_model_dir, sae, sae_path, tokenizer, capsys, monkeyp
     assert "give k" in refusal(capsys, inference, **options, rope_scaling_factor=8)
     options |= {"k": K, "normalize_eps": 1e-5, "rope_scaling_factor": 8}
     assert "name its layer with --sae_layer_idx" in refusal(capsys, inference, **options)
-    real, models = inference.set_up, []
+    real, models = set_up, []
     monkeypatch.setattr(inference, "set_up", lambda config: (setup := real(config), models.append(setup.model))[0])
     call(inference, **options, sae_layer_idx=SITE.split(".")[1])
     printed = capsys.readouterr()

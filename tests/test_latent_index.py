@@ -14,17 +14,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers_latents import DEAD, MEANINGS, N_LATENTS, TEXTS, known, write_latents, write_meanings
-from helpers_pipeline import call
 from hypothesis import given
 from hypothesis import strategies as st
+from support.latent_files import DEAD, MEANINGS, N_LATENTS, TEXTS, known, write_latents, write_meanings
+from support.pipeline_runs import call
 
-import documentation_corpus
 import openwebtext_sentences_dataset
-import stage
-from latent_index import SORTS, LatentIndex, card_html, pieces, read_meanings, tokens_html, write_places
+from embedded import corpus as documentation_corpus
+from embedded.places import write_places
+from latents.cards import card_html, tokens_html
+from latents.index import SORTS, LatentIndex, pieces
+from latents.meanings import best_meanings
 from llama_3 import load_tokenizer
-from llama_3.loading import TINY_LLAMA_DIR
+from llama_3.checkpoint import TINY_LLAMA_DIR
+from pipeline.errors import InputError
+from pipeline.files import PROJECT_DIR
+from pipeline.sentences import SentenceDataset
 
 REFERENCE = f"{TINY_LLAMA_DIR}/sae.pth"
 
@@ -55,7 +60,7 @@ def test_of_several_meanings_the_best_scored_wins(tmp_path):
     second = {0: ("worse", 1.0), 1: ("not scored", 0.1), 2: ("less sure", 0.8), 3: ("surer", 0.6), 5: ("guessed", 1.0)}
     write_meanings(tmp_path / "sae.meaning_b.yaml", second, {0: 0.6, 3: 0.7})
     write_meanings(tmp_path / "other.meaning_a.yaml", {6: ("of another SAE", 1.0)})
-    found = read_meanings(tmp_path / "sae.pth")
+    found = best_meanings(tmp_path / "sae.pth")
     texts = {latent: meaning.text for latent, meaning in found.items()}
     assert texts == {0: "good", 1: "not scored", 2: "sure", 3: "surer", 4: "only", 5: "proved"}
     assert found[0].score == pytest.approx(0.8) and found[1].score is None
@@ -69,8 +74,8 @@ def test_of_several_meanings_the_best_scored_wins(tmp_path):
 def test_a_broken_file_of_meanings_is_named(tmp_path, text):
     path = tmp_path / "sae.meaning_a.yaml"
     path.write_text(text)
-    with pytest.raises(stage.InputError, match="sae.meaning_a.yaml holds no meanings"):
-        read_meanings(tmp_path / "sae.pth")
+    with pytest.raises(InputError, match="sae.meaning_a.yaml holds no meanings"):
+        best_meanings(tmp_path / "sae.pth")
 
 
 # ---- the list
@@ -154,7 +159,7 @@ def test_a_latents_rows_lie_in_several_row_groups(sae_path):
 
 def test_there_is_no_such_latent(index):
     for latent in (-1, N_LATENTS):
-        with pytest.raises(stage.InputError, match=f"no latent {latent}: .* has 0 to {N_LATENTS - 1}"):
+        with pytest.raises(InputError, match=f"no latent {latent}: .* has 0 to {N_LATENTS - 1}"):
             index.card(latent)
 
 
@@ -181,7 +186,7 @@ def test_missing_files_make_missing_fields(tmp_path):
         "promoted_tokens.py",
         "interpret_top_sentences_parse_responses.py",
     ):
-        assert script in said and (stage.PROJECT_DIR / script).exists()
+        assert script in said and (PROJECT_DIR / script).exists()
     write_meanings(tmp_path / "sae.meaning_a.yaml", {1: ("one", 0.5)})
     assert "score_interpretations.py" in "\n".join(LatentIndex(tmp_path / "sae.pth").missing)
 
@@ -208,22 +213,22 @@ def test_cards_opened_at_once_are_each_their_own(index):
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path, tiny_model_dir, tokenizer):
-    with pytest.raises(stage.InputError, match="how many latents"):
+    with pytest.raises(InputError, match="how many latents"):
         LatentIndex(tmp_path / "sae.pth")
     path = write_latents(tmp_path, tiny_model_dir, tokenizer)
     write_meanings(tmp_path / "sae.meaning_b.yaml", {N_LATENTS: ("beyond", 1.0)})
-    with pytest.raises(stage.InputError, match=f"names latent {N_LATENTS} of {N_LATENTS}"):
+    with pytest.raises(InputError, match=f"names latent {N_LATENTS} of {N_LATENTS}"):
         LatentIndex(path)
     (tmp_path / "sae.meaning_b.yaml").unlink()
     (tmp_path / "sae.promoted.parquet").write_bytes(b"PAR1 not at all")
-    with pytest.raises(stage.InputError, match="sae.promoted.parquet cannot be read"):
+    with pytest.raises(InputError, match="sae.promoted.parquet cannot be read"):
         LatentIndex(path)
     (tmp_path / "sae.promoted.parquet").unlink()
 
     class Sae:
         n_latents = 41
 
-    with pytest.raises(stage.InputError, match="sae.latents.parquet has 40 latents"):
+    with pytest.raises(InputError, match="sae.latents.parquet has 40 latents"):
         LatentIndex(path, sae=Sae())
 
 
@@ -352,9 +357,9 @@ def test_a_sentence_that_another_version_changed_is_left_out(monkeypatch, refere
     changed = "".join(whole[1].tokens)
     read = documentation_corpus.read_source
     other = lambda name: [p.replace(changed, changed.replace("the", "thy", 1).upper()) for p in read(name)]
-    monkeypatch.setattr(documentation_corpus, "read_source", other)
+    monkeypatch.setattr("embedded.places.read_source", other)
     assert reference.card(1279).sentences == [whole[0], *whole[2:]]
-    monkeypatch.setattr(documentation_corpus, "read_source", lambda name: [])
+    monkeypatch.setattr("embedded.places.read_source", lambda name: [])
     assert reference.card(1279).sentences == []
 
 
@@ -385,7 +390,7 @@ def test_places_lead_back_to_the_sentences(tmp_path):
     pq.write_table(pa.table({"text": texts, "source": names}), tmp_path / "documents" / "documents.parquet")
     options = {"input_path": tmp_path / "documents", "output_dir": tmp_path / "sentences", "punkt": "corpus"}
     call(openwebtext_sentences_dataset, **options, num_processes=1)
-    dataset = openwebtext_sentences_dataset.SentenceDataset(tmp_path / "sentences")
+    dataset = SentenceDataset(tmp_path / "sentences")
     rows = [
         {"latent": i // 8, "aggregation": a, "rank": i % 8, "activation": 1.0, "sentence_idx": i, "text": dataset[i]}
         for i in range(len(dataset))

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from llama_3 import load_model, load_tokenizer
 from llama_3.loading import read_params
 from llama_3.model import SITES, ModelArgs, Transformer, check_site, hidden_dim, rope_frequencies, rope_tables
-from stage import InputError
+from pipeline.errors import InputError
 
 BOS = 7  # any id serves as the token to skip
 

@@ -10,12 +10,12 @@ import json
 from pathlib import Path
 
 import pytest
-from fake_anthropic import NO_CREDIT, Fail, FakeAnthropic, meaning
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fake_anthropic import NO_CREDIT, Fail, FakeAnthropic, meaning
 
-import message_batches as mb
-import stage
+from claude import batches as mb
+from pipeline.errors import InputError
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_an_unclear_failure_stays_unclear_until_the_list_was_read(server, tmp_pa
     path = tmp_path / "ids.jsonl"
     server.plan["create"] += ["create then 500"]
     server.plan["list"] += [None, Fail(500), Fail(500), Fail(500)]  # the client asks thrice
-    with pytest.raises(stage.InputError, match="out of order"):
+    with pytest.raises(InputError, match="out of order"):
         send(path, ids(3))
     assert mb.Journal(path).unclear()
     send(path, ids(3))
@@ -133,7 +133,7 @@ def test_two_batches_that_both_fit_are_left_to_the_user(server, tmp_path):
     server.plan["create"] += ["create then 500"]
     create = server.create
     server.create = lambda requests: (create([a_request(f"9{i}") for i in range(3)]), create(requests))[1]
-    with pytest.raises(stage.InputError, match="could each be"):
+    with pytest.raises(InputError, match="could each be"):
         send(path, ids(3))
     assert len(server.batches) == 2
     for batch in server.batches:  # when they have ended, their custom_ids tell them apart
@@ -157,7 +157,7 @@ def test_two_batches_that_both_fit_are_left_to_the_user(server, tmp_path):
 )
 def test_what_the_api_refuses_is_one_sentence_and_nothing_is_pending(server, tmp_path, fail, words):
     server.plan["create"] += [fail]
-    with pytest.raises(stage.InputError, match=words) as error:
+    with pytest.raises(InputError, match=words) as error:
         send(tmp_path / "ids.jsonl", ids(3))
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
     assert mb.Journal(tmp_path / "ids.jsonl").batches == [] and server.batches == []
@@ -165,7 +165,7 @@ def test_what_the_api_refuses_is_one_sentence_and_nothing_is_pending(server, tmp
 
 def test_a_busy_api_is_given_up_after_some_attempts(server, tmp_path):
     server.plan["create"] += [Fail(529)] * mb.CREATE_ATTEMPTS
-    with pytest.raises(stage.InputError, match="busy"):
+    with pytest.raises(InputError, match="busy"):
         send(tmp_path / "ids.jsonl", ids(3))
     assert server.calls("create") == mb.CREATE_ATTEMPTS and mb.Journal(tmp_path / "ids.jsonl").batches == []
 
@@ -173,14 +173,14 @@ def test_a_busy_api_is_given_up_after_some_attempts(server, tmp_path):
 def test_no_server_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("ANTHROPIC_API_KEY", "x")
     monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://127.0.0.1:9")
-    with pytest.raises(stage.InputError, match="does not answer"), mb.api_errors():
+    with pytest.raises(InputError, match="does not answer"), mb.api_errors():
         mb.connect(max_retries=0).messages.batches.list()
 
 
 def test_no_key_is_one_sentence(monkeypatch):
     monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
     monkeypatch.delenv("ANTHROPIC_AUTH_TOKEN", raising=False)
-    with pytest.raises(stage.InputError, match="ANTHROPIC_API_KEY"):
+    with pytest.raises(InputError, match="ANTHROPIC_API_KEY"):
         mb.connect()
 
 
@@ -191,16 +191,16 @@ def test_a_second_process_and_another_purpose_are_refused(tmp_path):
     path = tmp_path / "ids.jsonl"
     with mb.open_journal(path, "one") as journal:
         journal.intend(["1"], [])
-        with pytest.raises(stage.InputError, match="in use"), mb.open_journal(path, "one"):
+        with pytest.raises(InputError, match="in use"), mb.open_journal(path, "one"):
             pass
-    with pytest.raises(stage.InputError, match="'one'"), mb.open_journal(path, "two"):
+    with pytest.raises(InputError, match="'one'"), mb.open_journal(path, "two"):
         pass
 
 
 @pytest.mark.parametrize("text", ["{", "[]\n", '{"batch_id": "a"}\n', "\n"])
 def test_a_broken_journal_is_refused(tmp_path, text):
     (tmp_path / "ids.jsonl").write_text(text)
-    with pytest.raises(stage.InputError, match="not a journal"):
+    with pytest.raises(InputError, match="not a journal"):
         mb.Journal(tmp_path / "ids.jsonl")
 
 
@@ -253,7 +253,7 @@ def test_a_server_that_does_not_count_tokens_gets_a_guess(server, tmp_path, caps
 def test_an_unknown_model_is_refused_before_anything_is_sent(server, tmp_path):
     request = a_request("1")
     request["params"]["model"] = "claude-nobody"
-    refused = pytest.raises(stage.InputError, match="claude-nobody")
+    refused = pytest.raises(InputError, match="claude-nobody")
     with mb.spooled([request], tmp_path) as requests, refused, mb.api_errors():
         mb.announce(mb.connect(), requests, 100, 1.0)
 
@@ -307,7 +307,7 @@ def test_answers_are_stored_whole_and_as_the_api_gives_them(server, tmp_path, pl
 def test_a_batch_that_never_comes_whole_leaves_no_file_and_the_others_are_stored(server, tmp_path):
     sent(server, tmp_path / "ids.jsonl")
     server.plan["results"] += ["cut at a line end"] * mb.RESULTS_ATTEMPTS
-    with pytest.raises(stage.InputError, match="msgbatch_0001 do not come whole"):
+    with pytest.raises(InputError, match="msgbatch_0001 do not come whole"):
         mb.retrieve(mb.connect(), tmp_path / "ids.jsonl", tmp_path / "answers", wait=False, poll_s=0)
     assert sorted(results_on_disk(tmp_path / "answers")) == ["3", "4", "5"]
     mb.retrieve(mb.connect(), tmp_path / "ids.jsonl", tmp_path / "answers", wait=False, poll_s=0)
@@ -337,13 +337,13 @@ def test_gone_results_and_foreign_batches_are_told_in_a_sentence(server, tmp_pat
     sent(server, path)
     server.end(server.batches[0])
     server.batches[0].results_gone = True
-    with pytest.raises(stage.InputError, match="29 days"):
+    with pytest.raises(InputError, match="29 days"):
         mb.retrieve(mb.connect(), path, tmp_path / "answers", wait=False, poll_s=0)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[0]["batch_id"], lines[1]["custom_ids"] = "msgbatch_none", ["7", "8", "9"]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "answers" / "msgbatch_0002.jsonl").unlink()
-    with pytest.raises(stage.InputError, match=r"does not know batch msgbatch_none.*\(1 more batch"):
+    with pytest.raises(InputError, match=r"does not know batch msgbatch_none.*\(1 more batch"):
         mb.retrieve(mb.connect(), path, tmp_path / "answers", wait=False, poll_s=0)
     assert list((tmp_path / "answers").iterdir()) == []
 
@@ -354,5 +354,5 @@ def test_a_line_that_a_kill_cut_short_is_left_out_but_no_other(tmp_path):
     path.write_bytes(good.encode() + '{"custom_id": "é'.encode()[:-1])
     assert len(list(mb.read_results(path))) == 1
     path.write_text("{}\n" + good)
-    with pytest.raises(stage.InputError, match="Line 1"):
+    with pytest.raises(InputError, match="Line 1"):
         list(mb.read_results(path))

@@ -18,16 +18,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT_DIR, write_tiny_model
-from helpers_pipeline import as_flags, refusal
+from support.pipeline_runs import as_flags, refusal
 
-import llama_3_inference as inference
 import llama_3_inference_gradio as page_script
-from latent_index import LatentIndex
-from llama_3 import load_model, load_tokenizer
+from latents.index import LatentIndex
+from llama_3 import generation, load_model, load_tokenizer
 from llama_3.chat import Message
-from llama_3.loading import TINY_LLAMA_DIR
+from llama_3.checkpoint import TINY_LLAMA_DIR
+from llama_3.generation import stream_chat
 from sae import load_sae_model
-from steering import DEFAULT_STRENGTH, highest_activations, make_steering
+from serving.steering import DEFAULT_STRENGTH, highest_activations, make_steering
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -59,7 +59,7 @@ class Alone:
         options = {"max_new_tokens": n, "temperature": temperature, "top_p": top_p, "steering": steering}
         seeds = [seed * 1_000_003 + i for i in range(len(prompts))]
         return [
-            prompt + inference.complete(self.model, self.tokenizer, [prompt], seeds=[s], **options)[0].rstrip("\ufffd")
+            prompt + generation.complete(self.model, self.tokenizer, [prompt], seeds=[s], **options)[0].rstrip("\ufffd")
             for prompt, s in zip(prompts, seeds, strict=True)
         ]
 
@@ -378,7 +378,7 @@ def test_chat(visit, address, alone):
     field(window, "System message").fill(dialogue[0].content)
     for turn, question in enumerate(("What is a file?", "And <b>why</b>?")):
         dialogue.append(Message("user", question))
-        pieces = inference.stream_chat(
+        pieces = stream_chat(
             alone.model, alone.tokenizer, [dialogue], None, max_new_tokens=12, temperature=0.7, top_p=0.95,
             seeds=[turn], steering=steering,
         )  # fmt: skip
@@ -501,7 +501,7 @@ def test_plain_page_with_a_password(visit, tmp_path):
         assert window.get_by_label("Find a latent to steer with").count() == 0
         model, tokenizer = load_model(folder, packed=True), load_tokenizer(folder)
         options = {"max_new_tokens": 8, "temperature": 0.7, "top_p": 0.95, "seeds": [0]}
-        expected = "hello" + inference.complete(model, tokenizer, ["hello"], **options)[0].rstrip("\ufffd")
+        expected = "hello" + generation.complete(model, tokenizer, ["hello"], **options)[0].rstrip("\ufffd")
         assert complete(window, ["hello"], 8)() == {"clean": [page_script.visible(expected)]}
 
 
@@ -531,7 +531,7 @@ def test_sae_without_a_json(capsys, tmp_path):
     assert "says rope_scaling_factor = 1.0, not 8.0" in refused(rope_scaling_factor=8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["page", *as_flags({"sae_model_path": path, **told})])
-        config = page_script.stage.parse_constants(vars(page_script))
+        config = page_script.parse_constants(vars(page_script))
     page = page_script.open_page(config)
     assert page.setup.sae.info["site"] == "layers.6.attention_norm"
     assert page.setup.sae.k == 32 and page.index.n_latents == 4096

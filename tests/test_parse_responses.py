@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fake_anthropic import message
-from helpers_claude import in_a_process
-from helpers_pipeline import call, refusal
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.claude_runs import in_a_process
+from support.fake_anthropic import message
+from support.pipeline_runs import call, refusal
 
 import interpret_top_sentences_parse_responses as script
-from interpret_top_sentences_parse_responses import Answer, Meaning, Rejection, certainty_of, judge
+from claude.answers import Answer, Rejection, from_result
+from interpret_top_sentences_parse_responses import Meaning, certainty_of, judge
 
 
 def judged(text: str, detail: str = "end_turn") -> Meaning | Rejection:
@@ -60,7 +61,7 @@ PLAIN = '{"common_semantic": "rain in spring", "certainty": 0.8}'
     ],
 )
 def test_however_it_is_wrapped_the_last_object_counts(text):
-    assert judged(text) == Meaning(0.8, "rain in spring")
+    assert judged(text) == Meaning("rain in spring", 0.8)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_however_it_is_wrapped_the_last_object_counts(text):
     ],
 )
 def test_braces_backslashes_and_line_breaks_inside_the_text(inside, meaning):
-    assert judged(f'So:\n{{"common_semantic": "{inside}", "certainty": 0.5}}\n') == Meaning(0.5, meaning)
+    assert judged(f'So:\n{{"common_semantic": "{inside}", "certainty": 0.5}}\n') == Meaning(meaning, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_any_meaning_in_any_wrapping_comes_back(meaning, certainty, wrapping, as
     if swapped:
         fields = dict(reversed(fields.items()))
     text = before + wrapping.format(json.dumps(fields, ensure_ascii=ascii_only))
-    assert judged(text) == Meaning(float(certainty), meaning)
+    assert judged(text) == Meaning(meaning, float(certainty))
 
 
 @given(
@@ -254,7 +255,7 @@ JSON = st.recursive(
 def test_no_result_raises(kind, first, second):
     result = {"type": kind, "error": first, "message": {"content": [{"type": "text", "text": second}, first]}}
     for odd in (result, result | {"message": first}, result | {"message": {"content": second}}):
-        assert isinstance(judge(script.from_result({"custom_id": "1", "result": odd})), Rejection | Meaning)
+        assert isinstance(judge(from_result({"custom_id": "1", "result": odd})), Rejection | Meaning)
 
 
 def test_half_of_a_surrogate_pair_is_written(tmp_path):
@@ -270,7 +271,7 @@ def test_half_of_a_surrogate_pair_is_written(tmp_path):
 @given(meanings=st.dictionaries(st.integers(0, 70_000), st.tuples(st.floats(0, 1), st.text(min_size=1))))
 def test_the_yaml_gives_back_every_meaning_in_order(tmp_path_factory, meanings):
     path = tmp_path_factory.getbasetemp() / "m.yaml"
-    script.write_meanings(path, {latent: Meaning(*entry) for latent, entry in meanings.items()})
+    script.write_meanings(path, {latent: Meaning(text, certainty) for latent, (certainty, text) in meanings.items()})
     loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert {latent: (entry["certainty"], entry["common_semantic"]) for latent, entry in loaded.items()} == meanings
     order = [(-entry["certainty"], latent) for latent, entry in loaded.items()]

@@ -17,7 +17,8 @@ import yaml
 from conftest import PROJECT_DIR, write_tiny_model
 
 import demo
-import stage
+from embedded import recipe
+from pipeline.manifests import read_manifest
 
 SITE = "layers.1.attention_norm"
 TEXTS = [
@@ -123,8 +124,8 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_manifests_carry_what_was_decided_to_the_sae(run):
-    capture = stage.read_manifest(run / "activations" / SITE, "capture_activations.py")
-    batches = stage.read_manifest(run / "batches", "sae_preprocessing.py")
+    capture = read_manifest(run / "activations" / SITE, "capture_activations.py")
+    batches = read_manifest(run / "batches", "sae_preprocessing.py")
     info = json.loads((run / "sae" / "sae.json").read_text())
     assert capture["site"] == batches["site"] == info["site"] == SITE
     assert info["model"] == capture["model"] and info["begin_of_text"] is False
@@ -187,7 +188,7 @@ def test_completion_with_a_steered_latent(run):
 
 
 def test_the_demo_marks_the_strongest_token(run):
-    from latent_index import LatentIndex
+    from latents.index import LatentIndex
 
     index = LatentIndex(run / "sae" / "sae.pth")
     assert [line for line in index.missing if "score" not in line and "promoted" not in line] == []
@@ -217,9 +218,9 @@ def test_count_hits_counts_texts_with_a_whole_word():
 
 @pytest.mark.parametrize("number", range(10))
 def test_the_demo_passes_only_options_that_exist(tmp_path, number):
-    config = type("Config", (), {"num_samples": 10, "num_epochs": 1})
-    _, command = demo.stages(tmp_path, config)[number]
-    name = next(part for part in command if part.endswith(".py"))
+    _, command = recipe.stages(tmp_path, 10, 1)[number]
+    script = next(part for part in command[1:] if part.endswith(".py") or part.startswith("embedded."))
+    name = script if script.endswith(".py") else script.replace(".", "/") + ".py"
     source = (PROJECT_DIR / name).read_text()
-    for flag in (part[2:] for part in command[command.index(name) :] if part.startswith("--")):
+    for flag in (part[2:] for part in command[command.index(script) :] if part.startswith("--")):
         assert f"\n{flag.upper()} = " in source or f"\n{flag.upper()}: " in source, f"{name} has no {flag.upper()}"

@@ -7,9 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers_pipeline import call, refusal
+from support.pipeline_runs import call, refusal
 
 import promoted_tokens
+from latents.promotion import promoted_logits
 from llama_3 import load_model, load_tokenizer
 from llama_3.model import SITES
 from sae import TopKSparseAutoencoder, save_sae
@@ -35,7 +36,7 @@ def test_logits_are_what_the_sublayer_adds(model, kind):
 
     added = torch.stack([output(base + direction) - output(base) for direction in directions])
     expected = (added * model.norm.weight) @ model.output.weight.t()
-    found = promoted_tokens.promoted_logits(model, site, directions, base)
+    found = promoted_logits(model, site, directions, base)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 

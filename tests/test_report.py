@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_latents import DEAD, MEANINGS, N_LATENTS, write_latents
-from helpers_pipeline import call, refusal
 from hypothesis import given
 from hypothesis import strategies as st
+from support.latent_files import DEAD, MEANINGS, N_LATENTS, write_latents
+from support.pipeline_runs import call, refusal
 
 import sae_report
-from latent_index import LatentIndex
+from latents.index import LatentIndex
+from latents.interesting import interesting_latents
 from llama_3 import load_tokenizer
 
 LIVING = N_LATENTS - len(DEAD)
@@ -197,7 +198,7 @@ def test_interesting_latents_by_hand(tmp_path):
             self.certainty, self.frequency, self.score = (np.array([row[i] for row in rows]) for i in (1, 2, 3))
             self.highest = self.frequency
 
-    assert sae_report.interesting_latents(Index()) == [1, 0, 10, 11]
+    assert interesting_latents(Index()) == [1, 0, 10, 11]
     assert sae_report.chosen_latents(Index(), 6) == [1, 0, 10, 11, 3, 4]
     assert sorted(sae_report.chosen_latents(Index(), 99)) == list(range(13))
 

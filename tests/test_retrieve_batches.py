@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 
 import pytest
-from fake_anthropic import Fail, FakeAnthropic, meaning
-from helpers_claude import in_a_process, kill_when
-from helpers_pipeline import call, refusal
+from support.claude_runs import in_a_process, kill_when
+from support.fake_anthropic import Fail, FakeAnthropic, meaning
+from support.pipeline_runs import call, refusal
 
 import interpret_top_sentences_retrieve_batches as script
 

@@ -15,13 +15,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import PROJECT_DIR
-from helpers_sae import random_sae
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.sae_runs import random_sae
 
 import sae as sae_module
-from sae import TopKSparseAutoencoder, beside, info_path, load_sae_model, loss_sums, save_sae, top_k
-from stage import InputError
+from autoencoder.losses import loss_sums
+from pipeline.errors import InputError
+from pipeline.sae_files import SaeFiles
+from sae import TopKSparseAutoencoder, load_sae_model, save_sae, top_k
 
 D, N, K = 6, 20, 3
 KEYS = {"b_pre": (D,), "encoder.weight": (N, D), "encoder.bias": (N,), "decoder.weight": (D, N)}
@@ -246,8 +248,8 @@ def test_encoder_in_bfloat16():
 _SLICES = """
 import torch, torch.distributed as dist
 from conftest import PROJECT_DIR
-from helpers_sae import random_sae
-from sae import LatentGroup, loss_sums
+from support.sae_runs import random_sae
+from autoencoder.losses import LatentGroup, loss_sums
 
 
 def main():
@@ -482,7 +484,7 @@ def test_save_and_load(tmp_path, dtype):
         expected, _ = reference_forward(state, x, K, 1e-4)
         np.testing.assert_allclose(loaded(x).numpy(), expected, atol=2e-5)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["layer1.v2.json", "layer1.v2.pth"]
-    assert info_path(path) == str(beside(path, "json")) == str(tmp_path / "layer1.v2.json")
+    assert SaeFiles(path).json == str(SaeFiles(path).beside("json")) == str(tmp_path / "layer1.v2.json")
 
 
 def test_weights_kept_in_bfloat16_reconstruct(tmp_path):

@@ -16,11 +16,11 @@ import torch
 PROJECT_DIR = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT_DIR / "benchmarks"))
 
-import sae_quality  # noqa: E402
-import sae_step  # noqa: E402
-from sae_step import Measured, Size  # noqa: E402
+import sae_quality
+import sae_step
+from sae_step import Measured, Size
 
-from sae import TopKSparseAutoencoder  # noqa: E402
+from sae import TopKSparseAutoencoder
 
 SIZE = Size(d_model=7, n_latents=20, k=3, batch_size=11)
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import PROJECT_DIR
-from helpers_sae import (
+from support.sae_runs import (
     BATCH,
     N_LATENTS,
     TRAINING,
@@ -41,9 +41,9 @@ from helpers_sae import (
     train,
     write_batches,
 )
-from training_with_mishaps import run
+from support.training_with_mishaps import train_with
 
-from sae_checkpoints import load_checkpoint, whole_checkpoints
+from autoencoder.checkpoints import load_checkpoint, whole_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def run_in(n_processes: int, *runs: dict) -> subprocess.CompletedProcess:
         for one, free in zip(runs, sockets, strict=True):
             free.bind(("127.0.0.1", 0))
             one["port"] = free.getsockname()[1]
-    return torchrun(n_processes, "tests/training_with_mishaps.py", json.dumps(runs))
+    return torchrun(n_processes, "tests/support/training_with_mishaps.py", json.dumps(runs))
 
 
 # ---- several processes
@@ -221,7 +221,7 @@ def forked(data: Path, folder: Path, mishap: dict | None = None, limit: int | No
     def child() -> None:
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        run(**one_run(data, folder, mishap, **options))
+        train_with(**one_run(data, folder, mishap, **options))
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()

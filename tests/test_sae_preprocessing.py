@@ -20,14 +20,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROJECT_DIR
-from helpers_sae import arguments, is_complete, refusal, run_script, write_store
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from support.sae_runs import arguments, is_complete, refusal, run_script, write_store
 
 import sae_preprocessing
-import stage
 from llama_3 import load_model
+from pipeline.errors import InputError
+from pipeline.files import locked, sha256
 from sae_preprocessing import (
     Statistics,
     consecutive_groups,
@@ -132,7 +133,7 @@ def test_shards_hold_whole_batches_and_match_their_records(batches):
     for record in records:
         acts = load_file(batches / record["file"])["acts"]
         assert acts.dtype == torch.bfloat16 and acts.shape == (record["n_rows"], D)
-        assert stage.sha256(batches / record["file"]) == record["sha256"]
+        assert sha256(batches / record["file"]) == record["sha256"]
     names = {record["file"] for record in records} | {"statistics.safetensors", "manifest.json"}
     assert {path.name for path in batches.iterdir() if path.suffix != ".lock" and path.name != ".lock"} == names
 
@@ -386,7 +387,7 @@ def test_statistics_of_parts_merge_to_those_of_the_whole(parts, offset, seed):
 
 def test_processes_that_fit():
     assert processes_that_fit(8, 22.0, 10**9) == 8 and processes_that_fit(8, 5.0, 10**9) == 2
-    with pytest.raises(stage.InputError, match="--memory_gb 2 is less than the 2.20 GB"):
+    with pytest.raises(InputError, match="--memory_gb 2 is less than the 2.20 GB"):
         processes_that_fit(1, 2.0, 10**9)
 
 
@@ -466,7 +467,7 @@ def test_changed_options_are_refused_by_name(store, batches, capsys):
 
 
 def test_a_second_process_on_the_same_folder_is_refused(store, tmp_path, capsys):
-    with stage.locked(tmp_path / "out"):
+    with locked(tmp_path / "out"):
         said = refusal(sae_preprocessing, capsys, input_dir=store, output_dir=tmp_path / "out", **OPTIONS)
     assert "in use by another process" in said
 
@@ -593,7 +594,8 @@ def test_a_manifest_of_another_width(own_store, tmp_path, capsys):
 )
 def test_numbers_out_of_range(own_store, tmp_path, capsys, name, value):
     said = said_and_wrote_nothing(capsys, own_store, tmp_path / "out", **{name: value})
-    assert f"--{name} {value} is too small" in said
+    reason = "is not a finite number" if value != value else "is too small"
+    assert f"--{name} {value} {reason}" in said
 
 
 def test_too_small_a_disk_leaves_nothing(own_store, tmp_path, capsys, monkeypatch):

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_sae import (
+from safetensors.torch import load_file
+from support.sae_runs import (
     BATCH,
     N_LATENTS,
     STORED,
@@ -32,15 +33,14 @@ from helpers_sae import (
     train,
     write_batches,
 )
-from safetensors.torch import load_file
 
 import sae_training
-import stage
-from activation_batches import Batches, Reader
+from autoencoder.checkpoints import delete_checkpoints, whole_checkpoints
+from autoencoder.curves import plot_curves, plot_frequencies
+from pipeline.activation_batches import Batches, Reader
+from pipeline.files import locked
 from sae import TopKSparseAutoencoder, load_sae_model, save_sae
-from sae_checkpoints import delete_checkpoints, whole_checkpoints
 from sae_training import learning_rate, stops_early
-from training_watch import plot_curves, plot_frequencies
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 
@@ -362,7 +362,7 @@ def test_changed_constant_is_refused_by_name(data, trained, capsys, name, value)
 
 
 def test_a_second_process_on_the_checkpoints_is_refused(data, tmp_path, capsys):
-    with stage.locked(tmp_path / "checkpoints"):
+    with locked(tmp_path / "checkpoints"):
         said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **TRAINING)
     assert f"{tmp_path / 'checkpoints'} is in use by another process" in said
     assert not (tmp_path / "sae.pth").exists()
@@ -374,10 +374,10 @@ def test_a_second_process_on_the_checkpoints_is_refused(data, tmp_path, capsys):
         ({"batch_size": 80}, "--batch_size 80 must be a multiple of the stored batches of 32"),
         ({"batch_size": 32 * 1000}, "fewer than --batch_size 32000"),
         ({"k": 97}, "--k 97 must lie between 1 and --n_latents 96"),
-        ({"k": 0}, "--k 0 must lie between 1 and"),
+        ({"k": 0}, "--k 0 is too small; it is at least 1."),
         ({"latent_parallel": 2}, "--latent_parallel 2 must divide the 1 processes and --n_latents 96"),
-        ({"micro_batch_size": 0}, "--micro_batch_size 0 must be at least 1."),
-        ({"encoder_dtype": "float16"}, "--encoder_dtype float16 must be float32 or bfloat16."),
+        ({"micro_batch_size": 0}, "--micro_batch_size 0 is too small; it is at least 1."),
+        ({"encoder_dtype": "float16"}, "--encoder_dtype float16 is unknown; write float32 or bfloat16."),
         ({"b_pre_path": "/nowhere/statistics.safetensors"}, "no statistics at /nowhere/statistics.safetensors"),
         ({"model_load_path": "/nowhere/sae.pth"}, "no SAE at /nowhere/sae.pth"),
         ({"data_dir": "/nowhere"}, "There is no folder /nowhere; run sae_preprocessing.py to make it."),
@@ -459,7 +459,7 @@ def test_too_little_memory_on_a_device(data, tmp_path, capsys, monkeypatch):
     def too_much(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("sae.loss_sums", too_much)
+    monkeypatch.setattr(sae_training, "loss_sums", too_much)
     said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **TRAINING, micro_batch_size=48)
     assert "too little memory for 48 activations at a time; give a smaller --micro_batch_size" in said
 

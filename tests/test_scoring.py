@@ -13,15 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import PROJECT_DIR
-from fake_anthropic import Fail, FakeAnthropic, message
-from helpers_pipeline import call, refusal
 from hypothesis import given
 from hypothesis import strategies as st
+from support.fake_anthropic import Fail, FakeAnthropic, message
+from support.pipeline_runs import call, refusal
 
-import message_batches
 import score_interpretations as scoring
-import stage
+from claude import batches
 from llama_3 import load_tokenizer
+from pipeline.files import write_json
 
 TOKENIZER_DIR = PROJECT_DIR / "llama_3/tiny_llama"
 TOKENIZER = load_tokenizer(TOKENIZER_DIR)
@@ -48,7 +48,7 @@ def folder(tmp_path):
             top += rows_of(latent, [text], aggregation="max", rank=rank, token_activations=[])
     pq.write_table(pa.Table.from_pylist(examples), tmp_path / "sae.examples.parquet")
     pq.write_table(pa.Table.from_pylist(top), tmp_path / "sae.top.parquet")
-    stage.write_json(tmp_path / "sae.json", {"model_dir": str(TOKENIZER_DIR)})
+    write_json(tmp_path / "sae.json", {"model_dir": str(TOKENIZER_DIR)})
     entries = {latent: {"certainty": 1.0, "common_semantic": name} for latent, name in NAMES.items()}
     (tmp_path / "sae.meaning_max.yaml").write_text(yaml.safe_dump(entries))
     return tmp_path
@@ -154,7 +154,7 @@ def test_numbers_in_any_wrapping(numbers, before, after):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(message_batches, "LONGEST_WAIT_S", 0.01)
+    monkeypatch.setattr(batches, "LONGEST_WAIT_S", 0.01)
     with FakeAnthropic() as fake:
         fake.set_environment(monkeypatch)
         fake.answer = detect
@@ -214,7 +214,7 @@ def test_killed_while_waiting(folder, server, monkeypatch):
     server.looks_until_ended = 1
     chosen = options(folder, scorer="claude", yes=True, poll_s=0.01)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(message_batches.time, "sleep", kill)
+        patch.setattr(batches.time, "sleep", kill)
         call(scoring, **chosen)
     assert len(server.sent_ids()) == 3 and not list(folder.glob("*.scores.*"))
     call(scoring, **chosen)

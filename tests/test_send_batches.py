@@ -8,17 +8,19 @@ Compares the requests the server received with the sentences in the file, and ma
 import sys
 from pathlib import Path
 
-import helpers_claude
 import pytest
-from fake_anthropic import NO_CREDIT, Fail, FakeAnthropic, meaning
-from helpers_claude import TOKENIZER, asking_options, kill_when
-from helpers_pipeline import call, refusal
 from hypothesis import given
 from hypothesis import strategies as st
+from support import claude_runs
+from support.claude_runs import TOKENIZER, asking_options, kill_when
+from support.fake_anthropic import NO_CREDIT, Fail, FakeAnthropic, meaning
+from support.pipeline_runs import call, refusal
 
 import interpret_top_sentences_retrieve_batches as retrieve_script
 import interpret_top_sentences_send_batches as script
-import message_batches
+from claude import batches
+from claude.questions import with_marks
+from latents.tables import top_sentences
 
 SENTENCES = {latent: [f"the {latent} ring", f"hello {latent}", "12 aaaa\n\nllo"] for latent in (0, 3, 4, 17, 90, 101)}
 
@@ -75,7 +77,7 @@ def test_marks_are_put_around_whole_characters_of_strong_tokens(data, text, shar
     cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(raw) - 1)), max_size=8)))
     bounds = [(a, b) for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True) if a < b]
     activations = [data.draw(st.sampled_from([0.0, 1.0, 2.0, 4.0])) for _ in bounds]
-    marked = script.with_marks([raw[a:b] for a, b in bounds], activations, share)
+    marked = with_marks([raw[a:b] for a, b in bounds], activations, share)
     assert marked.replace("<<", "").replace(">>", "") == text.strip()
 
     # Tokens between two cuts that fall between characters are marked together, or not at all.
@@ -150,7 +152,7 @@ def test_bad_choices_are_refused_in_a_sentence(server, options, capsys):
     refused = lambda **changes: refusal(capsys, script, **options | changes)
     assert "write it like 0-99,512" in refused(latents="9-3")
     assert "write it like 0-99,512" in refused(latents="a")
-    assert "has no sentences by median" in refused(aggregation="median")
+    assert "--aggregation median is unknown; write mean, max or last." in refused(aggregation="median")
     assert "choose others" in refused(latents="5000")
     assert "claude-nobody" in refused(model="claude-nobody")
     without_json = {name: value for name, value in options.items() if name != "model_dir"}
@@ -187,7 +189,7 @@ def test_what_has_an_answer_or_is_under_way_is_left_out_and_what_failed_is_sent_
     assert sorted(r["custom_id"] for r in server.batches[1].requests) == ["0", "3", "4"]
     retrieve(options)
     call(script, **options)
-    assert len(server.batches) == 2 and message_batches.answered(options["response_output_dir"]) == set(all_ids())
+    assert len(server.batches) == 2 and batches.answered(options["response_output_dir"]) == set(all_ids())
 
 
 @pytest.mark.parametrize("moment", ["hang", "create then hang"])
@@ -200,15 +202,15 @@ def test_killed_while_a_batch_is_created_and_run_again(server, options, moment):
     assert sorted(server.sent_ids()) == all_ids()
     assert [len(batch.requests) for batch in server.batches] == [2, 2, 2]
     retrieve(options)
-    assert message_batches.answered(options["response_output_dir"]) == set(all_ids())
+    assert batches.answered(options["response_output_dir"]) == set(all_ids())
 
 
 def test_two_processes_do_not_send_together(server, options, capsys):
-    with message_batches.open_journal(options["response_ids_filepath"], "meanings by mean"):
+    with batches.open_journal(options["response_ids_filepath"], "meanings by mean"):
         assert "in use by another process" in refusal(capsys, script, **options)
 
 
 def test_the_files_are_read_as_the_tokenizer_reads(tmp_path):
-    path = helpers_claude.write_top_sentences(tmp_path, {5: ["é hello“"], 6: ["in"]})
-    ((latent, (sentence,)),) = script.top_sentences(Path(path), "mean", 10, [range(5, 6)])
+    path = claude_runs.write_top_sentences(tmp_path, {5: ["é hello“"], 6: ["in"]})
+    ((latent, (sentence,)),) = top_sentences(Path(path), "mean", 10, [range(5, 6)])
     assert latent == 5 and TOKENIZER.decode(sentence.token_ids) == "é hello“" and sentence.activations[:2] == [8, 7]

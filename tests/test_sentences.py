@@ -25,13 +25,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import PROJECT_DIR
-from fake_hub import FakeHub, Fault, Repo
-from helpers_pipeline import call, refusal
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.fake_hub import FakeHub, Fault, Repo
+from support.pipeline_runs import call, refusal
 
 import openwebtext_sentences_dataset as sentences
-from stage import InputError
+from pipeline.documents import document_files
+from pipeline.errors import InputError
+from pipeline.sentences import SentenceDataset
 
 PROSE = (
     "Dr. Smith went home at 5 p.m. yesterday. He slept. Prof. Miller did not; she wrote to Dr. Brown, who lives in the "
@@ -238,7 +240,7 @@ def test_shards_do_not_depend_on_processes_or_interruptions(made, tmp_path, caps
     broken = {name: broken[name] for name in ("format_version", "stage", "decides")} | {"complete": False}
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(broken))
     with pytest.raises(InputError, match="is not complete; run openwebtext_sentences_dataset.py again"):
-        sentences.SentenceDataset(tmp_path / "out")
+        SentenceDataset(tmp_path / "out")
     before = (tmp_path / "out" / kept).stat().st_mtime_ns
     assert run(inputs, tmp_path / "out", "--num_processes", "2").returncode == 0
     assert manifest(tmp_path / "out")["shards"] == manifest(expected)["shards"]
@@ -262,7 +264,7 @@ def test_a_lost_shard_of_a_complete_folder_is_said(made, tmp_path, capsys):
     assert f"{lost} is missing; remove {tmp_path / 'out'} and run" in refusal(capsys, sentences, **options)
     (tmp_path / "out" / "manifest.json").unlink()
     with pytest.raises(InputError, match="without their manifest.json; remove it and run"):
-        sentences.SentenceDataset(tmp_path / "out")
+        SentenceDataset(tmp_path / "out")
 
 
 def test_documents_that_changed_in_a_run_are_refused(tmp_path, capsys):
@@ -282,7 +284,7 @@ def test_links_to_documents_are_followed(tmp_path, capsys):
     inputs = write_documents(tmp_path / "in", ["Right here."])
     (inputs / "more").symlink_to(elsewhere)
     (inputs / "round").symlink_to(inputs)
-    assert [path.name for path in sentences.document_files(str(inputs))] == ["a.parquet", "b.parquet"]
+    assert [path.name for path in document_files(str(inputs))] == ["a.parquet", "b.parquet"]
     (inputs / "c.parquet").symlink_to(tmp_path / "nowhere.parquet")
     said = refusal(capsys, sentences, input_path=inputs, output_dir=tmp_path / "out", **MANY_SHARDS)
     assert f"{inputs / 'c.parquet'} points to nothing" in said and not (tmp_path / "out").exists()
@@ -336,7 +338,7 @@ def test_every_kind_of_file_gives_the_same_sentences(tmp_path):
         content = document.encode() if isinstance(document, str) else document or b""
         (tmp_path / "txt" / ("sub" if i > 3 else "") / f"{i:02}.txt").write_bytes(content)
     names = [f"{i:02}.txt" for i in range(4)] + [f"sub/{i:02}.txt" for i in range(4, len(DOCUMENTS))]
-    assert [f.relative_to(tmp_path / "txt").as_posix() for f in sentences.document_files(tmp_path / "txt")] == names
+    assert [f.relative_to(tmp_path / "txt").as_posix() for f in document_files(tmp_path / "txt")] == names
     shards = {}
     for kind in ("parquet", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "txt"):
         call(sentences, input_path=tmp_path / kind, output_dir=tmp_path / f"{kind}.out", **FEW_SHARDS)
@@ -347,7 +349,7 @@ def test_every_kind_of_file_gives_the_same_sentences(tmp_path):
 def test_half_a_surrogate_pair_in_json_becomes_replacement_characters(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "One \\ud83d two."}\n{"text": "\\ud83d\\ude80"}')
     call(sentences, input_path=tmp_path / "a.jsonl", output_dir=tmp_path / "out", **FEW_SHARDS)
-    assert sorted(sentences.SentenceDataset(tmp_path / "out")) == ["One \ufffd\ufffd\ufffd two.", "\U0001f680"]
+    assert sorted(SentenceDataset(tmp_path / "out")) == ["One \ufffd\ufffd\ufffd two.", "\U0001f680"]
     assert manifest(tmp_path / "out")["counts"] == {"sentences": 2, "docs": 2, "invalid_utf8": 1}
 
 
@@ -652,10 +654,10 @@ def file_bytes(folder: Path) -> dict[str, bytes]:
 def test_the_reader_gives_the_rows_in_numpys_order(made):
     texts = [row["text"] for row in read_rows(made[1])]
     order = np.random.default_rng(42).permutation(len(texts))
-    dataset = sentences.SentenceDataset(made[1])
+    dataset = SentenceDataset(made[1])
     assert len(dataset) == len(texts) and dataset.manifest["complete"]
     assert list(dataset) == [texts[i] for i in order]
-    other = sentences.SentenceDataset(made[1], seed=7)
+    other = SentenceDataset(made[1], seed=7)
     assert list(other) == [texts[i] for i in np.random.default_rng(7).permutation(len(texts))]
 
 
@@ -669,39 +671,39 @@ def published(tmp_path) -> Path:
 
 
 def test_the_published_dataset_is_read_in_its_published_order(published):
-    dataset = sentences.SentenceDataset(published)
+    dataset = SentenceDataset(published)
     order = np.random.default_rng(42).permutation(100)
     assert [dataset[i] for i in range(100)] == [f"Sentence {n}." for n in order]
     assert dataset.manifest == {}
 
 
 def test_num_samples_takes_the_first_of_the_order(published):
-    whole = list(sentences.SentenceDataset(published))
-    part = sentences.SentenceDataset(published, num_samples=13)
+    whole = list(SentenceDataset(published))
+    part = SentenceDataset(published, num_samples=13)
     assert len(part) == 13 and list(part) == whole[:13]
-    assert len(sentences.SentenceDataset(published, num_samples=1000)) == 100
+    assert len(SentenceDataset(published, num_samples=1000)) == 100
     for i in (13, 99, -1):
         with pytest.raises(IndexError, match=f"sentence {i} of 13"):
             part[i]
 
 
 def test_text_and_order_are_memory_mapped_files_made_once(published):
-    sentences.SentenceDataset(published)
+    SentenceDataset(published)
     made = {path: path.stat().st_mtime_ns for path in published.iterdir()}
     allocated = pa.total_allocated_bytes()
-    dataset = sentences.SentenceDataset(published)
+    dataset = SentenceDataset(published)
     assert {path: path.stat().st_mtime_ns for path in published.iterdir()} == made
     assert isinstance(dataset.order.base, np.memmap) and pa.total_allocated_bytes() == allocated
     for path in (published / "sentences.arrow", published / "sentences.order-42.npy"):  # cut short: made anew
         content = path.read_bytes()
         path.unlink()
         path.write_bytes(content[:-50])
-        assert list(sentences.SentenceDataset(published)) == list(dataset)
+        assert list(SentenceDataset(published)) == list(dataset)
         assert path.read_bytes() == content
 
 
 def test_readers_that_start_together_make_the_files_once(published):
-    command = "import sys, openwebtext_sentences_dataset as s; print(s.SentenceDataset(sys.argv[1])[7])"
+    command = "import sys, pipeline.sentences as s; print(s.SentenceDataset(sys.argv[1])[7])"
     readers = [
         subprocess.Popen([sys.executable, "-c", command, published], cwd=PROJECT_DIR, stdout=subprocess.PIPE)
         for _ in range(3)
@@ -712,13 +714,13 @@ def test_readers_that_start_together_make_the_files_once(published):
 
 def test_published_files_in_a_subfolder_and_with_broken_text(tmp_path):
     write_documents(tmp_path / "data", ["One.", b"Two \xff.", None])
-    assert sorted(sentences.SentenceDataset(tmp_path)) == ["", "One.", "Two \ufffd."]
+    assert sorted(SentenceDataset(tmp_path)) == ["", "One.", "Two \ufffd."]
 
 
 def test_the_reader_refuses_documents_that_are_no_sentences(tmp_path):
     (tmp_path / "a.txt").write_text("Text. More.")
     with pytest.raises(InputError, match=f"{tmp_path} holds txt files, not parquet files of sentences"):
-        sentences.SentenceDataset(tmp_path)
+        SentenceDataset(tmp_path)
 
 
 def test_an_altered_shard_is_refused_by_name(made, tmp_path):
@@ -728,20 +730,20 @@ def test_an_altered_shard_is_refused_by_name(made, tmp_path):
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     with pytest.raises(InputError, match=f"{shard} is not what its manifest says"):
-        sentences.SentenceDataset(tmp_path / "out")
+        SentenceDataset(tmp_path / "out")
     assert not (tmp_path / "out" / "sentences.arrow").exists()
 
 
 def test_a_changed_file_is_read_anew(published):
-    assert len(sentences.SentenceDataset(published)) == 100
+    assert len(SentenceDataset(published)) == 100
     pq.write_table(pa.table({"text": ["Only."]}), published / "train-00000-of-00003.parquet")
-    assert len(sentences.SentenceDataset(published)) == 61
+    assert len(SentenceDataset(published)) == 61
 
 
 def test_a_removed_file_is_read_no_longer(published):
-    assert len(sentences.SentenceDataset(published)) == 100
+    assert len(SentenceDataset(published)) == 100
     (published / "train-00002-of-00003.parquet").unlink()
-    assert len(sentences.SentenceDataset(published)) == 70
+    assert len(SentenceDataset(published)) == 70
 
 
 def test_a_damaged_folder_is_refused_by_name(made, tmp_path):
@@ -749,21 +751,21 @@ def test_a_damaged_folder_is_refused_by_name(made, tmp_path):
     shard = tmp_path / "out" / manifest(made[1])["shards"][2]["file"]
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(InputError, match=f"{shard} has .* bytes instead of"):
-        sentences.SentenceDataset(tmp_path / "out")
+        SentenceDataset(tmp_path / "out")
     shard.unlink()
     with pytest.raises(InputError, match=f"{shard} is missing"):
-        sentences.SentenceDataset(tmp_path / "out")
+        SentenceDataset(tmp_path / "out")
     with pytest.raises(InputError, match=f"nothing at {tmp_path}/nowhere"):
-        sentences.SentenceDataset(tmp_path / "nowhere")
+        SentenceDataset(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("make", [no_text_column, text_in_disguise])
 def test_the_reader_refuses_what_the_script_refuses(tmp_path, make):
     make(tmp_path)
     with pytest.raises(InputError, match=f"{tmp_path}/a.parquet"):
-        sentences.SentenceDataset(tmp_path)
+        SentenceDataset(tmp_path)
 
 
 def test_a_missing_text_is_an_empty_sentence(tmp_path):
     pq.write_table(pa.table({"text": ["One.", None]}), tmp_path / "a.parquet")
-    assert sorted(map(repr, sentences.SentenceDataset(tmp_path))) == ["''", "'One.'"]
+    assert sorted(map(repr, SentenceDataset(tmp_path))) == ["''", "'One.'"]

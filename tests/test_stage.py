@@ -18,8 +18,21 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT_DIR
 
-import stage
-from stage import InputError
+from pipeline.errors import InputError
+from pipeline.files import atomic_path, locked, read_json, require_disk, sha256, write_json
+from pipeline.manifests import (
+    FORMAT_VERSION,
+    begin_or_continue,
+    check_files,
+    check_sum,
+    read_manifest,
+    verifying,
+    write_manifest,
+)
+from pipeline.options import parse_constants
+from pipeline.progress import duration, gb
+from pipeline.run import run
+from pipeline.workers import ahead
 
 PYTHON = [sys.executable, "-c"]
 
@@ -67,7 +80,7 @@ def options(path: Path, *argv: str, script: str = SCRIPT) -> dict:
     spec = importlib.util.spec_from_file_location("script", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return vars(stage.parse_constants(vars(module), list(argv)))
+    return vars(parse_constants(vars(module), list(argv)))
 
 
 def test_constants_are_the_defaults(tmp_path):
@@ -123,8 +136,9 @@ def test_an_option_has_its_constants_type(tmp_path, argv, name, value):
 )
 def test_wrong_options_are_refused(tmp_path, capsys, argv, complaint):
     with pytest.raises(SystemExit) as caught:
-        options(tmp_path, *argv)
-    assert caught.value.code == 2 and complaint in capsys.readouterr().err
+        run(lambda: options(tmp_path, *argv))
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and complaint in said and said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_help_is_the_docstring_and_the_comments(tmp_path, capsys):
@@ -162,9 +176,7 @@ def test_help_shows_defaults_with_percent_and_hash(tmp_path, capsys):
     assert "--name NAME a name (default: #1, 50%s)" in " ".join(capsys.readouterr().out.split())
 
 
-SCRIPTS = sorted(
-    path.name for path in PROJECT_DIR.glob("*.py") if path.name != "stage.py" and "parse_constants(" in path.read_text()
-)
+SCRIPTS = sorted(path.name for path in PROJECT_DIR.glob("*.py") if "parse_constants(" in path.read_text())
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -189,11 +201,12 @@ def test_help_of_every_script_answers_within_3_seconds(script):
 def test_bad_input_is_one_sentence_and_exit_code_2():
     found = python(
         """
-        import stage
+        from pipeline.errors import InputError
+        from pipeline.run import run
         def main():
             print("begun")
-            raise stage.InputError("No a.json in b; run c.py first.")
-        stage.run(main)
+            raise InputError("No a.json in b; run c.py first.")
+        run(main)
         """
     )
     assert (found.returncode, found.stderr) == (2, "error: No a.json in b; run c.py first.\n")
@@ -205,27 +218,27 @@ def test_an_interrupt_exits_with_130_and_says_how_to_continue(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as caught:
-        stage.run(main)
+        run(main)
     assert caught.value.code == 130 and "run the same command again" in capsys.readouterr().err
 
 
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
-        stage.run(lambda: 1 / 0)
+        run(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("rank", [0, 3])
 def test_under_torchrun_rank_0_speaks_first_and_nobody_waits_for_the_group(monkeypatch, capsys, rank):
     slept = []
     monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setattr(stage.time, "sleep", slept.append)
-    monkeypatch.setattr(stage.os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(f"at once {code}")))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(f"at once {code}")))
 
     def main():
         raise InputError("Wrong.")
 
     with pytest.raises(SystemExit, match="at once 2"):
-        stage.run(main)
+        run(main)
     assert bool(slept) == (rank > 0)
     assert capsys.readouterr().err == "error: Wrong.\n"
 
@@ -239,12 +252,12 @@ def names(folder: Path) -> list[str]:
 
 def test_atomic_path_renames_when_the_block_ends_well(tmp_path):
     path = tmp_path / "new" / "a.txt"
-    with stage.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         assert temporary.parent == path.parent  # the same disk, so that renaming is atomic
         temporary.write_text("one")
         assert not path.exists()
     assert path.read_text() == "one" and names(path.parent) == ["a.txt"]
-    with stage.atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         temporary.write_text("two")
         assert path.read_text() == "one"
     assert path.read_text() == "two"
@@ -253,7 +266,7 @@ def test_atomic_path_renames_when_the_block_ends_well(tmp_path):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_atomic_path_leaves_nothing_behind_after_an_exception(tmp_path, error):
     (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(error), stage.atomic_path(tmp_path / "a.txt") as temporary:
+    with pytest.raises(error), atomic_path(tmp_path / "a.txt") as temporary:
         temporary.write_text("half")
         raise error
     assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
@@ -262,7 +275,7 @@ def test_atomic_path_leaves_nothing_behind_after_an_exception(tmp_path, error):
 def test_a_full_disk_is_bad_input(tmp_path):
     with (
         pytest.raises(InputError, match="Could not write .*a.txt .*No space left"),
-        stage.atomic_path(tmp_path / "a.txt") as temporary,
+        atomic_path(tmp_path / "a.txt") as temporary,
     ):
         temporary.write_text("half")
         raise OSError(28, "No space left on device")
@@ -271,8 +284,8 @@ def test_a_full_disk_is_bad_input(tmp_path):
 
 def test_json_round_trip(tmp_path):
     value = {"b": [None, True, 0.1, 2**70], "a": {"\u4e2d\U0001f600": '"\\\n\0'}}
-    stage.write_json(tmp_path / "a.json", value)
-    found = stage.read_json(tmp_path / "a.json", "mend.")
+    write_json(tmp_path / "a.json", value)
+    found = read_json(tmp_path / "a.json", "mend.")
     assert found == value and list(found) == ["b", "a"]
     assert "\u4e2d\U0001f600" in (tmp_path / "a.json").read_text()  # for people to read
 
@@ -281,20 +294,20 @@ def test_json_round_trip(tmp_path):
 def test_broken_json_is_refused_by_name(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(InputError, match=f"{tmp_path}/a.json cannot be read .*; make it again."):
-        stage.read_json(tmp_path / "a.json", "make it again.")
+        read_json(tmp_path / "a.json", "make it again.")
     with pytest.raises(InputError, match=f"No b.json in {tmp_path}; make it."):
-        stage.read_json(tmp_path / "b.json", "make it.")
+        read_json(tmp_path / "b.json", "make it.")
 
 
 def test_require_disk(tmp_path):
-    stage.require_disk(tmp_path / "not" / "yet", 1)
+    require_disk(tmp_path / "not" / "yet", 1)
     with pytest.raises(InputError, match="not/yet needs about 1000000000.00 GB but its disk has"):
-        stage.require_disk(tmp_path / "not" / "yet", 10**18)
+        require_disk(tmp_path / "not" / "yet", 10**18)
 
 
 def test_words_for_sizes_and_times():
-    assert [stage.gb(n) for n in (2e6, 99e6, 1e8, 3.2e12)] == ["2.00 MB", "99.00 MB", "0.10 GB", "3200.00 GB"]
-    assert [stage.duration(s) for s in (0, 59.4, 60, 3599, 3600, 90061)] == [
+    assert [gb(n) for n in (2e6, 99e6, 1e8, 3.2e12)] == ["2.00 MB", "99.00 MB", "0.10 GB", "3200.00 GB"]
+    assert [duration(s) for s in (0, 59.4, 60, 3599, 3600, 90061)] == [
         "0 s", "59 s", "1 min 0 s", "59 min 59 s", "1 h 0 min", "25 h 1 min",
     ]  # fmt: skip
 
@@ -302,12 +315,14 @@ def test_words_for_sizes_and_times():
 # ---- the lock
 
 HOLD = """
-import sys, time, stage
+import sys, time
+from pipeline.files import locked
+from pipeline.run import run
 def main():
-    with stage.locked(sys.argv[1]):
+    with locked(sys.argv[1]):
         print("held", flush=True)
         time.sleep(float(sys.argv[2]))
-stage.run(main)
+run(main)
 """
 
 
@@ -319,7 +334,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
         second = python(HOLD, str(tmp_path), "0")
         assert second.returncode == 2 and second.stdout == ""
         assert second.stderr.startswith(f"error: {tmp_path} is in use by another process;")
-        with pytest.raises(InputError, match="in use"), stage.locked(tmp_path):
+        with pytest.raises(InputError, match="in use"), locked(tmp_path):
             pass
         assert names(tmp_path) == [
             ".a.txt.1.tmp",
@@ -330,28 +345,28 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         holder.stdout.close()
-    with stage.locked(tmp_path):
+    with locked(tmp_path):
         assert names(tmp_path) == [".lock", ".workers.lock"]  # and the killed one's half file is cleared away
-    with stage.locked(tmp_path):
+    with locked(tmp_path):
         pass
 
 
 def test_the_ranks_of_one_run_share_the_lock(tmp_path):
     entered = []
-    with stage.locked(tmp_path, rank=0, barrier=lambda: entered.append("barrier")):
-        with stage.locked(tmp_path, rank=1):
+    with locked(tmp_path, rank=0, barrier=lambda: entered.append("barrier")):
+        with locked(tmp_path, rank=1):
             entered.append("rank 1")
-        with pytest.raises(InputError, match="in use"), stage.locked(tmp_path, rank=0):
+        with pytest.raises(InputError, match="in use"), locked(tmp_path, rank=0):
             pass
-    with stage.locked(tmp_path, rank=1), pytest.raises(InputError), stage.locked(tmp_path):
+    with locked(tmp_path, rank=1), pytest.raises(InputError), locked(tmp_path):
         pass  # a worker that outlived its run keeps others out
     assert entered == ["barrier", "rank 1"]
 
 
 def test_the_lock_ends_with_an_exception(tmp_path):
-    with pytest.raises(KeyError), stage.locked(tmp_path):
+    with pytest.raises(KeyError), locked(tmp_path):
         raise KeyError
-    with stage.locked(tmp_path):
+    with locked(tmp_path):
         pass
 
 
@@ -359,14 +374,14 @@ def test_the_lock_ends_with_an_exception(tmp_path):
 
 
 def test_manifest_round_trip(tmp_path):
-    written = stage.write_manifest(tmp_path / "out", "a.py", complete=True, d_model=6, name="\u4e2d")
-    found = stage.read_manifest(tmp_path / "out", "a.py")
+    written = write_manifest(tmp_path / "out", "a.py", complete=True, d_model=6, name="\u4e2d")
+    found = read_manifest(tmp_path / "out", "a.py")
     assert found == written and found["d_model"] == 6 and found["name"] == "\u4e2d"
     assert {"format_version", "stage", "complete", "git_commit", "written_at"} <= found.keys()
 
 
 def changed_manifest(**changes) -> str:
-    return json.dumps({"format_version": stage.FORMAT_VERSION, "stage": "a.py", "complete": True} | changes)
+    return json.dumps({"format_version": FORMAT_VERSION, "stage": "a.py", "complete": True} | changes)
 
 
 @pytest.mark.parametrize(
@@ -384,13 +399,13 @@ def test_a_manifest_that_does_not_fit_is_refused(tmp_path, content, complaint):
     if content is not None:
         (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(InputError) as caught:
-        stage.read_manifest(tmp_path, "a.py")
+        read_manifest(tmp_path, "a.py")
     assert str(caught.value).startswith(complaint.format(folder=tmp_path))
 
 
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match=f"no folder {tmp_path}/out; run a.py"):
-        stage.read_manifest(tmp_path / "out", "a.py")
+        read_manifest(tmp_path / "out", "a.py")
 
 
 DECIDES = {"seed": 1, "files": [("a", 3), ("b", 4)], "rate": 0.5, "model": None}
@@ -398,13 +413,13 @@ DECIDES = {"seed": 1, "files": [("a", 3), ("b", 4)], "rate": 0.5, "model": None}
 
 def test_begin_then_continue_then_complete(tmp_path):
     folder = tmp_path / "out"
-    assert stage.begin_or_continue(folder, "a.py", DECIDES) is False
+    assert begin_or_continue(folder, "a.py", DECIDES) is False
     with pytest.raises(InputError, match="not complete"):
-        stage.read_manifest(folder, "a.py")
+        read_manifest(folder, "a.py")
     (folder / "shard-00000.bin").touch()
-    assert stage.begin_or_continue(folder, "a.py", dict(reversed(DECIDES.items()))) is False
-    stage.write_manifest(folder, "a.py", complete=True, decides=DECIDES)
-    assert stage.begin_or_continue(folder, "a.py", DECIDES) is True
+    assert begin_or_continue(folder, "a.py", dict(reversed(DECIDES.items()))) is False
+    write_manifest(folder, "a.py", complete=True, decides=DECIDES)
+    assert begin_or_continue(folder, "a.py", DECIDES) is True
 
 
 @pytest.mark.parametrize(
@@ -418,22 +433,22 @@ def test_begin_then_continue_then_complete(tmp_path):
 )
 @pytest.mark.parametrize("complete", [False, True])
 def test_a_folder_begun_otherwise_is_refused_by_the_differing_field(tmp_path, change, complaint, complete):
-    stage.write_manifest(tmp_path, "a.py", complete=complete, decides=DECIDES)
+    write_manifest(tmp_path, "a.py", complete=complete, decides=DECIDES)
     before = (tmp_path / "manifest.json").read_bytes()
     with pytest.raises(InputError) as caught:
-        stage.begin_or_continue(tmp_path, "a.py", DECIDES | change)
+        begin_or_continue(tmp_path, "a.py", DECIDES | change)
     assert f"{tmp_path} was {complaint}" in str(caught.value)
     assert (tmp_path / "manifest.json").read_bytes() == before
 
 
 def test_a_folder_of_another_stage_or_of_other_files_is_refused(tmp_path):
-    stage.write_manifest(tmp_path / "theirs", "b.py", complete=False, decides=DECIDES)
+    write_manifest(tmp_path / "theirs", "b.py", complete=False, decides=DECIDES)
     with pytest.raises(InputError, match=f"{tmp_path}/theirs"):
-        stage.begin_or_continue(tmp_path / "theirs", "a.py", DECIDES)
+        begin_or_continue(tmp_path / "theirs", "a.py", DECIDES)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(InputError, match=r"holds other files \(thesis.tex, ...\) and no manifest.json"):
-        stage.begin_or_continue(tmp_path / "full", "a.py", DECIDES)
+        begin_or_continue(tmp_path / "full", "a.py", DECIDES)
     assert names(tmp_path / "full") == ["thesis.tex"]
 
 
@@ -441,13 +456,13 @@ def test_missing_and_truncated_shards_are_refused_by_name(tmp_path):
     shards = [{"file": f"s-{i}.bin", "bytes": 10 + i} for i in range(3)]
     for shard in shards:
         (tmp_path / shard["file"]).write_bytes(bytes(shard["bytes"]))
-    stage.check_files(tmp_path, shards, "a.py")
+    check_files(tmp_path, shards, "a.py")
     os.truncate(tmp_path / "s-1.bin", 4)
     with pytest.raises(InputError, match=f"{tmp_path}/s-1.bin has 4 bytes instead of 11; .* run a.py again"):
-        stage.check_files(tmp_path, shards, "a.py")
+        check_files(tmp_path, shards, "a.py")
     (tmp_path / "s-1.bin").unlink()
     with pytest.raises(InputError, match=f"{tmp_path}/s-1.bin is missing; remove {tmp_path} and run a.py again"):
-        stage.check_files(tmp_path, shards, "a.py")
+        check_files(tmp_path, shards, "a.py")
 
 
 @pytest.fixture
@@ -456,7 +471,7 @@ def shards(tmp_path) -> list[dict]:
     for i in range(3):
         path = tmp_path / f"s-{i}.bin"
         path.write_bytes(bytes([i]) * 1000)
-        records.append({"file": path.name, "bytes": 1000, "sha256": stage.sha256(path)})
+        records.append({"file": path.name, "bytes": 1000, "sha256": sha256(path)})
     return records
 
 
@@ -465,20 +480,20 @@ def test_an_altered_shard_is_refused_by_name(tmp_path, shards, damage):
     path = tmp_path / "s-1.bin"
     content = {"a flipped bit": bytes([1]) * 999 + b"\0", "another shard": (tmp_path / "s-2.bin").read_bytes()}
     path.unlink() if damage == "gone" else path.write_bytes(content[damage])
-    stage.check_sum(tmp_path, shards[0], "a.py")
+    check_sum(tmp_path, shards[0], "a.py")
     expected = "cannot be read" if damage == "gone" else "is altered, or of another run"
     with pytest.raises(InputError, match=f"{path} {expected}.*run a.py again"):
-        stage.check_sum(tmp_path, shards[1], "a.py")
+        check_sum(tmp_path, shards[1], "a.py")
 
 
 def test_verifying_lets_the_caller_work_and_tells_when_asked(tmp_path, shards):
-    with stage.verifying(tmp_path, shards, "a.py") as verified:
+    with verifying(tmp_path, shards, "a.py") as verified:
         verified()
     (tmp_path / "s-2.bin").write_bytes(bytes(1000))
     worked = []
     with (
         pytest.raises(InputError, match=r"s-2\.bin is altered"),
-        stage.verifying(tmp_path, shards, "a.py") as verified,
+        verifying(tmp_path, shards, "a.py") as verified,
     ):
         worked.append(1)
         verified()
@@ -488,8 +503,8 @@ def test_verifying_lets_the_caller_work_and_tells_when_asked(tmp_path, shards):
 def test_verifying_does_not_hold_up_an_error(tmp_path, shards, monkeypatch):
     """What is left to be read is left: a terabyte may wait."""
     seen = []
-    monkeypatch.setattr(stage, "check_sum", lambda *args: seen.append(args) or time.sleep(0.1))
-    with pytest.raises(KeyError), stage.verifying(tmp_path, shards * 100, "a.py"):
+    monkeypatch.setattr("pipeline.manifests.check_sum", lambda *args: seen.append(args) or time.sleep(0.1))
+    with pytest.raises(KeyError), verifying(tmp_path, shards * 100, "a.py"):
         raise KeyError
     assert len(seen) <= 2
 
@@ -503,7 +518,7 @@ def test_ahead_keeps_order_and_is_bounded():
         return item * 2
 
     found = []
-    for value in stage.ahead(work, range(50), 4):
+    for value in ahead(work, range(50), 4):
         found.append(value)
         assert len(begun) <= len(found) + 5  # 4 ahead, and the one that is handed out
     assert found == [2 * i for i in range(50)]
@@ -515,7 +530,7 @@ def test_ahead_raises_where_the_result_is_read():
             raise InputError("Bad item 3.")
         return item
 
-    results = stage.ahead(work, range(10), 2)
+    results = ahead(work, range(10), 2)
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(InputError, match="Bad item 3"):
         next(results)
@@ -523,5 +538,5 @@ def test_ahead_raises_where_the_result_is_read():
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file/out cannot be written to"), stage.locked(tmp_path / "file" / "out"):
+    with pytest.raises(InputError, match="file/out cannot be written to"), locked(tmp_path / "file" / "out"):
         pass

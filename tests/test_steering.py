@@ -9,24 +9,24 @@ import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 
-import helpers_sae
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import PROJECT_DIR, TINY_PARAMS
-from helpers_pipeline import call, refusal
 from hypothesis import given
 from hypothesis import strategies as st
+from support import sae_runs
+from support.pipeline_runs import call, refusal
 
 from llama_3 import load_model, load_tokenizer
-from llama_3.loading import TINY_LLAMA_DIR
+from llama_3.checkpoint import TINY_LLAMA_DIR
+from llama_3.generation import generate
 from llama_3.model import SITES
-from llama_3_inference import generate
+from pipeline.errors import InputError
 from sae import load_sae_model
-from stage import InputError
-from steering import DEFAULT_STRENGTH, MODES, check_latents, highest_activations, make_steering
+from serving.steering import DEFAULT_STRENGTH, MODES, check_latents, highest_activations, make_steering
 
 D, N, K = 8, 20, 5
 HIGHEST = torch.linspace(0.5, 3.0, N)
@@ -34,7 +34,7 @@ NEUTRAL = {"h_bias": 0.0, "add": 0.0, "scale": 1.0}  # the strength that changes
 
 
 def random_sae(*shape: int, seed: int = 0):
-    return helpers_sae.random_sae(*shape, seed=seed).requires_grad_(False)
+    return sae_runs.random_sae(*shape, seed=seed).requires_grad_(False)
 
 
 def dense_steering(sae, x, strengths, highest, mode: str, keep_error: bool) -> torch.Tensor:

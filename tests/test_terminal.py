@@ -22,16 +22,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROJECT_DIR
-from helpers_pipeline import as_flags, call, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.pipeline_runs import as_flags, call, refusal
 
 import llama_3_inference as inference
-from llama_3 import load_model, load_tokenizer
+from llama_3 import generation, load_model, load_tokenizer
 from llama_3.chat import Message, encode_dialogue
-from llama_3.loading import TINY_LLAMA_DIR
+from llama_3.checkpoint import TINY_LLAMA_DIR
+from llama_3.generation import stream_chat
 from sae import load_sae_model
-from steering import DEFAULT_MODE, DEFAULT_STRENGTH, highest_activations, make_steering
+from serving.steered_model import latent_meanings
+from serving.steering import DEFAULT_MODE, DEFAULT_STRENGTH, highest_activations, make_steering
 
 SCRIPT = inference.__file__
 LATENT = 747  # named state; steering changes every text here
@@ -65,7 +67,7 @@ def alone(model, tokenizer, sae):
             function = make_steering(sae, {LATENT: strength}, highest_activations(Path(TINY_LLAMA_DIR) / "sae.pth"))
             steering = (sae.info["site"], function, (tokenizer.bos_id,))
         return [
-            inference.complete(
+            generation.complete(
                 model, tokenizer, [text], max_new_tokens=n, seeds=[seed * 1_000_003 + i], steering=steering, **options
             )[0]
             for i, text in enumerate(texts)
@@ -261,7 +263,7 @@ def test_latents_of_generated_tokens(capsys, model, tokenizer, sae, alone):
     head, clean, steered = re.split(r"latents of 'The file is', .*\n", capsys.readouterr().out)
     texts = [alone(["The file is"], 12, strength=strength, **GREEDY)[0] for strength in (None, DEFAULT_STRENGTH)]
     assert head == printed(["The file is"], *[[text] for text in texts])
-    meanings = inference.latent_meanings(str(Path(TINY_LLAMA_DIR) / "sae.pth"))
+    meanings = latent_meanings(str(Path(TINY_LLAMA_DIR) / "sae.pth"))
     expected = []
     for text in texts:
         ids = tokenizer.encode("The file is" + text, bos=True)
@@ -285,7 +287,7 @@ def test_piped_chat_prints_answers_alone(monkeypatch, capsys, model, tokenizer):
     messages, expected = [Message("system", "Be brief.")], ""
     for question in questions:
         messages.append(Message("user", question))
-        steps = inference.stream_chat(model, tokenizer, [messages], None, max_new_tokens=12)
+        steps = stream_chat(model, tokenizer, [messages], None, max_new_tokens=12)
         messages.append(Message("assistant", "".join(piece for (piece,) in steps)))
         expected += messages[-1].content + "\n"
     assert found == expected
@@ -303,7 +305,7 @@ def test_nothing_piped_in_is_nothing_to_do(monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", ["text", "chat"])
 def test_refuses_piped_bytes_that_are_no_text(monkeypatch, capsys, command):
-    with pytest.raises(inference.stage.InputError, match="utf-8"):
+    with pytest.raises(inference.InputError, match="utf-8"):
         run_piped(monkeypatch, capsys, b"caf\xe9\n", command=command)
 
 
@@ -355,7 +357,7 @@ def test_a_seed_repeats_a_line_alone(tmp_path, model, tokenizer):
     call(inference, input_path=tmp_path / "in.jsonl", output_path=tmp_path / "out.jsonl", max_new_tokens=7, seed=5)
     for row in rows_of(tmp_path / "out.jsonl"):
         options = {"max_new_tokens": 7, "temperature": inference.TEMPERATURE, "top_p": inference.TOP_P}
-        again = inference.complete(model, tokenizer, [row["prompt"]], seeds=[row["seed"]], **options)
+        again = generation.complete(model, tokenizer, [row["prompt"]], seeds=[row["seed"]], **options)
         assert again == [row["completion"]] and row["id"] == TEXTS.index(row["prompt"])
 
 
@@ -375,7 +377,7 @@ def test_chat_file(tmp_path, model, tokenizer):
     found = rows_of(tmp_path / "out.jsonl")
     short = [Message("system", "Be kind."), Message("user", "What is a list?")]
     for row, messages in zip(found, [[Message(*m) for m in dialogue], short, short], strict=True):
-        steps = inference.stream_chat(model, tokenizer, [messages], None, max_new_tokens=8)
+        steps = stream_chat(model, tokenizer, [messages], None, max_new_tokens=8)
         assert row["completion"] == "".join(piece for (piece,) in steps)
         assert len(row["latents"]) == row["n_prompt_tokens"] + row["n_tokens"]
         assert row["latents"][0] == ["<|begin_of_text|>", []]
@@ -468,7 +470,7 @@ def test_refuses_a_line_that_is_no_request(tmp_path, capsys, line):
 def test_refuses_messages_that_are_no_dialogue(tmp_path, messages):
     path = tmp_path / "in.jsonl"
     path.write_text(f'{GOOD}{{"messages": {messages}}}\n')
-    with pytest.raises(inference.stage.InputError, match='line 2 is not .* "messages"'):
+    with pytest.raises(inference.InputError, match='line 2 is not .* "messages"'):
         inference.read_prompts(str(path), "chat")
 
 

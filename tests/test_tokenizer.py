@@ -17,7 +17,7 @@ import pytest
 from conftest import PROJECT_DIR, TINY_MERGES, tiny_ranks
 from hypothesis import example, given
 from hypothesis import strategies as st
-from llama_chat_examples import EXAMPLES, Special
+from support.llama_chat_examples import EXAMPLES, Special
 
 from llama_3 import load_tokenizer
 from llama_3.chat import Message, check_chat, encode_dialogue
@@ -30,7 +30,7 @@ from llama_3.tokenizer import (
     read_ranks,
     write_ranks,
 )
-from stage import InputError
+from pipeline.errors import InputError
 
 DATA_DIR = PROJECT_DIR.parent / "shared" / "data"
 REAL_TOKENIZER = DATA_DIR / "llama3_tokenizer.model"

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers_pipeline import SITE, call, refusal, some_texts, torchrun, write_activations, write_sentences
 from hypothesis import given
 from hypothesis import strategies as st
+from support.pipeline_runs import SITE, call, refusal, some_texts, torchrun, write_activations, write_sentences
 
 import capture_activations as capture
 import capture_top_activating_sentences as top

@@ -1,0 +1,1 @@
+"""The sparse autoencoder's training: losses, the step, checkpoints, curves, measures."""

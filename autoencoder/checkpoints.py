@@ -1,0 +1,79 @@
+"""Checkpoints of sae_training.py: a file for each slice of the latents, step-000000123.0-of-2.pt and 1-of-2.
+
+Processes write their slices without a word to one another, so that they can do so when one of them is gone. A
+checkpoint counts when all of its slices are there, and is read by any number of processes, each a slice of its own.
+"""
+
+import pickle
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from pipeline.errors import InputError
+
+# The dimension that is cut in slices; what has none is whole in every slice.
+_LATENT_DIM = {"encoder.weight": 0, "encoder.bias": 0, "decoder.weight": 1, "silent_tokens": 0, "firing": 0}
+
+
+class Slice(NamedTuple):
+    """A file of a checkpoint: what one of the processes that share an SAE holds."""
+
+    step: int
+    rank: int
+    size: int
+
+    def path(self, folder: Path) -> Path:
+        return folder / f"step-{self.step:09d}.{self.rank}-of-{self.size}.pt"
+
+
+def checkpoint_files(folder: Path) -> dict[Path, Slice]:
+    found = {path: re.fullmatch(r"step-(\d+)\.(\d+)-of-(\d+)\.pt", path.name) for path in sorted(folder.glob("step-*"))}
+    return {path: Slice(*map(int, match.groups())) for path, match in found.items() if match}
+
+
+def whole_checkpoints(folder: Path) -> list[list[Path]]:
+    """The checkpoints of which every slice is there, oldest first: their files, in order of rank."""
+    slices = {s: path for path, s in checkpoint_files(folder).items()}
+    kinds = sorted({(s.step, s.size) for s in slices})
+    whole = [[slices.get(Slice(step, rank, size)) for rank in range(size)] for step, size in kinds]
+    return [paths for paths in whole if None not in paths]
+
+
+def delete_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` whole checkpoints, and slices without the others."""
+    kept = {path for paths in whole_checkpoints(folder)[-keep:] for path in paths}
+    for path in checkpoint_files(folder).keys() - kept:
+        path.unlink()
+
+
+def load_checkpoint(paths: list[Path], rank: int, size: int) -> dict:
+    """Slice `rank` of `size` of a checkpoint, whatever number of slices it was written in.
+
+    Raises InputError for a damaged file.
+    """
+
+    def own_share(tensors: list, dim: int):
+        length = sum(tensor.shape[dim] for tensor in tensors) // size
+        begin, parts = rank * length, []
+        for tensor in tensors:
+            first, last = max(begin, 0), min(begin + length, tensor.shape[dim])
+            if first < last:
+                parts.append(tensor.narrow(dim, first, last - first))
+            begin -= tensor.shape[dim]
+        return torch.cat(parts, dim)
+
+    slices = []
+    for path in paths:
+        try:
+            slices.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError) as error:
+            raise InputError(f"{path} is damaged; delete it to continue from the checkpoint before.") from error
+    state = {"progress": slices[0]["progress"]}
+    for part in slices[0].keys() - state.keys():
+        state[part] = {}
+        for name, tensor in slices[0][part].items():
+            parts = [other[part][name] for other in slices]
+            state[part][name] = own_share(parts, _LATENT_DIM[name]) if name in _LATENT_DIM else tensor
+    return state

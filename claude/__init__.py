@@ -1,0 +1,1 @@
+"""Asking Claude about latents: questions, batches, answers."""

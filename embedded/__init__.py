@@ -1,0 +1,1 @@
+"""How the embedded tiny Llama and its reference SAE are made."""

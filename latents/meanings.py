@@ -1,0 +1,80 @@
+"""The names of latents: files MEANING.yaml, latent -> {certainty, common_semantic}, most certain first.
+
+Beside each may lie MEANING.scores.parquet (score_interpretations.py): how well a name tells where its latent fires.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from llama_3.checkpoint import TINY_LLAMA_DIR
+from pipeline.errors import InputError
+from pipeline.files import PROJECT_DIR, atomic_path
+from pipeline.sae_files import SaeFiles
+
+SCORES_SCHEMA = pa.schema(
+    {"latent": pa.int32(), "balanced_accuracy": pa.float32(), "shuffled": pa.float32(), "sentences": pa.int32()}
+)
+_GUESS = 0.5  # balanced accuracy of a guess
+
+
+class Meaning(NamedTuple):
+    text: str  # what the sentences have in common; `common_semantic` in the file
+    certainty: float  # from 0 to 1, by its giver
+    score: float | None = None  # balanced accuracy on sentences the name was not found by; None where not scored
+
+
+def is_embedded(sae_path: str | Path) -> bool:
+    """Whether this is the reference SAE of the embedded model."""
+    return Path(sae_path).resolve() == Path(TINY_LLAMA_DIR, "sae.pth").resolve()
+
+
+def write_meanings(path: Path, meanings: dict[int, Meaning]) -> None:
+    """Write a YAML of meanings, most certain first, ties by latent."""
+    in_order = sorted(meanings.items(), key=lambda item: (-item[1].certainty, item[0]))
+    entries = {latent: {"certainty": m.certainty, "common_semantic": m.text} for latent, m in in_order}
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+        yaml.dump(entries, file, Dumper=dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def read_meanings(path: Path, fix: str = "make it again.") -> dict[int, Meaning]:
+    """The meanings of one file, with their scores where there are any.
+
+    Raises InputError, ending in `fix`, for a file that is missing or holds no meanings.
+    """
+    try:
+        entries = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+        fields = [(int(i), str(entry["common_semantic"]), float(entry["certainty"])) for i, entry in entries.items()]
+    except FileNotFoundError:
+        raise InputError(f"There is no {path}; {fix}") from None
+    except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} holds no meanings of latents ({' '.join(str(error).split())}); {fix}") from None
+    scores: dict[int, float] = {}
+    scores_path = path.with_name(path.stem + ".scores.parquet")
+    if scores_path.is_file():
+        table = pq.ParquetFile(scores_path).read(columns=["latent", "balanced_accuracy"])
+        scores = dict(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    return {latent: Meaning(text, certainty, scores.get(latent)) for latent, text, certainty in fields}
+
+
+def best_meanings(sae_path: str | Path) -> dict[int, Meaning]:
+    """Each latent's best meaning of all that lie beside the SAE: the best scored, then the most certain.
+
+    A meaning without a score counts as a guess, so that a score below a guess ranks behind it. Raises InputError for a
+    broken file.
+    """
+    if is_embedded(sae_path):
+        paths = sorted((PROJECT_DIR / "latent_index_meaning").glob("*.yaml"))
+    else:
+        paths = SaeFiles(sae_path).meanings()
+    rank = lambda meaning: (_GUESS if meaning.score is None else meaning.score, meaning.certainty)
+    best: dict[int, Meaning] = {}
+    for path in paths:
+        for latent, meaning in read_meanings(path).items():
+            if latent not in best or rank(meaning) > rank(best[latent]):
+                best[latent] = meaning
+    return best

@@ -1,0 +1,21 @@
+"""What a latent makes the model say next, by the logit lens."""
+
+
+def promoted_logits(model, site: str, directions, base):
+    """What latents add to the logits of the next token, (n, vocab_size); only differences within a row mean anything.
+
+    directions: (n, d_model) at `site`, in the SAE's space; base: (d_model,) the SAE's b_pre.
+    At the residual stream, and for what is added to it, a direction goes through the last norm's weights and the output
+    layer; what later layers make of it is left out. At attention_norm it goes through the layer's values and output
+    first, as if every head attended to this token alone; its effect on where heads attend is left out. At ffn_norm it
+    goes through the feed-forward layer, as the difference it makes there at `base`.
+    """
+    _, layer_idx, kind = site.split(".")
+    layer = model.layers[int(layer_idx)]
+    if kind == "attention_norm":
+        values = layer.attention.wv(directions).unflatten(-1, (model.args.n_kv_heads, model.args.head_dim))
+        values = values.repeat_interleave(model.args.n_heads // model.args.n_kv_heads, dim=-2)
+        directions = layer.attention.wo(values.flatten(-2))
+    elif kind == "ffn_norm":
+        directions = layer.feed_forward(base + directions) - layer.feed_forward(base)
+    return model.output(directions * model.norm.weight)

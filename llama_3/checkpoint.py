@@ -1,0 +1,90 @@
+"""A Llama folder's files: which there are, in which format, and which model they hold. Needs no torch."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import blobfile
+
+from pipeline.errors import InputError
+
+TINY_LLAMA_DIR = str(Path(__file__).resolve().parent / "tiny_llama")  # the embedded model
+LFS_POINTER = b"version https://git-lfs"
+
+
+class Checkpoint(NamedTuple):
+    """Where a model's files are, and what its params.json or config.json holds."""
+
+    folder: str
+    config_path: str
+    config: dict[str, Any]
+    weights: list[str]  # paths
+
+    @property
+    def is_meta(self) -> bool:
+        return self.config_path.endswith("params.json")
+
+
+def find_checkpoint(model_dir: str) -> Checkpoint:
+    """The files of a Llama folder of either format. Raises InputError when there is none."""
+    model_dir = str(model_dir)
+    inside = lambda *parts: blobfile.join(model_dir, *parts)
+    names = sorted(blobfile.listdir(model_dir)) if blobfile.isdir(model_dir) else []
+    safetensors = [name for name in names if re.fullmatch(r"model.*\.safetensors", name)]
+    index = "model.safetensors.index.json"
+    if "params.json" not in names and "config.json" in names and (safetensors or index in names):
+        if index in names:
+            try:
+                safetensors = sorted(set(read_json(inside(index))["weight_map"].values()))
+            except (KeyError, TypeError, AttributeError):
+                raise InputError(f"{inside(index)} is not an index of tensors; fetch it again.") from None
+        return Checkpoint(
+            model_dir,
+            inside("config.json"),
+            read_json(inside("config.json")),
+            [inside(name) for name in safetensors],
+        )
+    for folder in (model_dir, inside("original")):
+        if blobfile.exists(blobfile.join(folder, "params.json")):
+            params = read_json(path := blobfile.join(folder, "params.json"))
+            if blobfile.exists(blobfile.join(folder, "consolidated.01.pth")):
+                raise InputError(f"{folder} is split for several GPUs; name a Hugging Face folder of the same model.")
+            return Checkpoint(folder, path, params, [blobfile.join(folder, "consolidated.00.pth")])
+    if "config.json" in names:
+        raise InputError(f"There is no model*.safetensors beside {inside('config.json')}; fetch the weights as well.")
+    if "consolidated.00.pth" in names:
+        raise InputError(f"There is no params.json beside {inside('consolidated.00.pth')}; fetch it as well.")
+    raise InputError(
+        f"There is no model at {model_dir}: neither params.json (Meta's format) nor config.json (Hugging Face's) is "
+        "there; name a Llama folder, or fetch one with fetch_model.py."
+    )
+
+
+def read_json(path: str) -> dict:
+    try:
+        with blobfile.BlobFile(path, "r") as file:
+            return dict(json.load(file))
+    except (TypeError, ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error!r}); fetch it again.") from None
+
+
+def check_files(paths: Sequence[str]) -> None:
+    for path in paths:
+        if not blobfile.exists(path):
+            raise InputError(f"There is no {blobfile.basename(path)} in {blobfile.dirname(path)}; fetch it as well.")
+        with blobfile.BlobFile(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise InputError(f"{path} is a Git LFS pointer, not the weights; run git lfs pull in its folder.")
+
+
+def checkpoint_identity(model_dir: str) -> dict:
+    """What tells one checkpoint from another without reading all of it."""
+    found = find_checkpoint(model_dir)
+    return {
+        "name": blobfile.basename(str(model_dir).rstrip("/")),
+        "params_sha256": hashlib.sha256(blobfile.read_text(found.config_path).encode()).hexdigest(),
+        "weights_bytes": sum(blobfile.stat(path).size for path in found.weights),
+    }

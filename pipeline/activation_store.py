@@ -1,0 +1,110 @@
+"""The activation file format: what capture_activations.py writes and later stages read.
+
+One folder per site holds safetensors shards and a manifest.json. A shard holds whole sentences, in order:
+
+    acts          (n_tokens, d_model) bfloat16   one row a token
+    token_ids     (n_tokens,) int32
+    sentence_idx  (n_sentences,) int64           index into the sentence dataset's seeded order, ascending
+    offsets       (n_sentences + 1,) int64       sentence s has the rows offsets[s] to offsets[s + 1]
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.errors import InputError
+from pipeline.files import atomic_path
+from pipeline.manifests import MANIFEST, check_files, check_sum, read_manifest
+
+CAPTURE_STAGE = "capture_activations.py"
+
+
+def open_shard(path: Path, made_by: str) -> Any:
+    """A memory-mapped safetensors file; InputError when its header is broken."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}); delete it and run {made_by} again.") from None
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:  # how the library reports a full disk
+            raise OSError(str(error)) from error
+
+
+class Shard(NamedTuple):
+    """One shard's tensors; `acts` is memory-mapped."""
+
+    acts: Tensor
+    token_ids: Tensor
+    sentence_idx: Tensor
+    offsets: Tensor
+
+
+class ActivationStore:
+    """Read one site's captured activations. Raises InputError for a folder that is incomplete or damaged."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        sites = sorted(self.folder.glob("layers.*/manifest.json"))
+        if sites and not (self.folder / MANIFEST).exists():
+            raise InputError(f"{folder} holds a folder for each site; name one of them: {sites[0].parent}.")
+        self.manifest = read_manifest(folder, CAPTURE_STAGE)
+        self.records = self.manifest["shards"]
+        check_files(folder, self.records, CAPTURE_STAGE)
+        self.d_model: int = self.manifest["d_model"]
+        self.n_tokens: int = self.manifest["counts"]["tokens"]
+        self._files: dict[int, Any] = {}  # shard -> its file, opened at first use
+
+    def _file(self, i: int) -> Any:
+        if i not in self._files:
+            self._files[i] = open_shard(self.folder / self.records[i]["file"], CAPTURE_STAGE)
+        return self._files[i]
+
+    def verify(self, i: int) -> None:
+        """Raise InputError when shard i is not the one that was captured: call before its activations are used."""
+        check_sum(self.folder, self.records[i], CAPTURE_STAGE)
+
+    def shard(self, i: int) -> Shard:
+        """Shard i; its shape is compared with the manifest, its checksum is not: see `verify`."""
+        path = self.folder / self.records[i]["file"]
+        try:
+            shard = Shard(*(self._file(i).get_tensor(name) for name in Shard._fields))
+        except SafetensorError as error:
+            raise InputError(f"{path} is damaged ({error}); capture it again.") from None
+        if shard.acts.shape != (self.records[i]["n_tokens"], self.d_model):
+            raise InputError(
+                f"{path} holds activations of shape {tuple(shard.acts.shape)}, the manifest says "
+                f"{(self.records[i]['n_tokens'], self.d_model)}; capture into an empty folder again."
+            )
+        offsets = shard.offsets
+        whole = len(offsets) == len(shard.sentence_idx) + 1 and offsets[0] == 0 and offsets[-1] == len(shard.acts)
+        if not whole or (offsets.diff() < 0).any() or (shard.sentence_idx.diff() <= 0).any():
+            raise InputError(f"{path} is damaged: its sentences do not fit its activations; capture it again.")
+        return shard
+
+    def shards(self) -> Iterator[Shard]:
+        for i in range(len(self.records)):
+            yield self.shard(i)
+
+    def sentence(self, sentence_idx: int) -> tuple[Tensor, Tensor] | None:
+        """(acts, token_ids) of one sentence; None when it was not captured (it had no tokens)."""
+        i = bisect_right([record["first_sentence_idx"] for record in self.records], sentence_idx) - 1
+        if i < 0:
+            return None
+        file = self._file(i)
+        sentences = file.get_tensor("sentence_idx")
+        row = int(torch.searchsorted(sentences, sentence_idx))
+        if row == len(sentences) or int(sentences[row]) != sentence_idx:
+            return None
+        start, end = file.get_tensor("offsets")[row : row + 2].tolist()
+        return file.get_slice("acts")[start:end], file.get_slice("token_ids")[start:end]

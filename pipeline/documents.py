@@ -1,0 +1,142 @@
+"""Documents and where they are: parquet, JSON lines and text files, found and read in a fixed order."""
+
+import codecs
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError
+
+_KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".txt": "txt"}
+_ENDINGS = ", ".join(_KINDS)
+
+
+def kind_of(name: str) -> str | None:
+    """parquet, jsonl or txt, by the ending of a file's name; None for other files and hidden ones."""
+    if any(part.startswith(".") for part in name.split("/")):
+        return None
+    return next((kind for ending, kind in _KINDS.items() if name.lower().endswith(ending)), None)
+
+
+def document_files(input_path: str) -> list[Path]:
+    """The file, or those of a folder and its subfolders in order of name. Raises InputError where there is none."""
+    path = Path(input_path)
+    if not path.exists():
+        raise InputError(
+            f"There is nothing at {input_path}; name a file or folder of documents, or a dataset id OWNER/NAME."
+        )
+    if path.is_file():
+        if not kind_of(path.name):
+            raise InputError(f"{input_path} has an unknown ending; documents come as {_ENDINGS}.")
+        return [path]
+    names = sorted(file.relative_to(path).as_posix() for file in files_below(path))
+    kinds = {kind for name in names if (kind := kind_of(name))}
+    if not kinds:
+        raise InputError(f"{input_path} holds no documents ({_ENDINGS}); name another folder.")
+    if len(kinds) > 1:
+        raise InputError(f"{input_path} holds {' and '.join(sorted(kinds))} files; name a folder of one kind.")
+    return [path / name for name in names if kind_of(name)]
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and its subfolders, through links too; InputError for what cannot be looked into."""
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}); mend or remove it.")
+
+    seen = set()
+    for where, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if (real := os.path.realpath(where)) in seen:  # a link to a folder above, or two ways to one
+            subfolders.clear()
+            continue
+        seen.add(real)
+        for path in (Path(where) / name for name in names):
+            if kind_of(path.name) and not path.exists():
+                raise InputError(f"{path} points to nothing; mend or remove it.")
+            yield path
+
+
+def describe_files(listing: list[tuple]) -> dict[str, Any]:
+    """A dataset may have millions of files: their names, sizes and, of local ones, times of change, as a checksum."""
+    digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return {"files": len(listing), "bytes": sum(size for _, size, *_ in listing), "listing_sha256": digest}
+
+
+def open_parquet(path: Path) -> Any:
+    """The parquet file, once its column `text` is known to be there. Raises InputError."""
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} is not a parquet file ({error}); fetch it again.") from None
+    types = {field.name: field.type for field in file.schema_arrow}
+    if "text" not in types:
+        raise InputError(f"{path} has no column `text`; name files of documents with one.")
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    if not any(is_text(types["text"]) for is_text in texts):
+        raise InputError(f"The column `text` of {path} holds {types['text']}, not text; name other files.")
+    return file
+
+
+def iter_parquet(path: Path, batch_size: int) -> Iterator[Any]:
+    """The column `text` in batches, as bytes (Arrow large_binary, nulls as empty)."""
+
+    try:
+        for batch in open_parquet(path).iter_batches(batch_size=batch_size, columns=["text"]):
+            yield pc.fill_null(batch.column(0).cast(pa.large_binary()), b"")
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}); fetch it again.") from None
+
+
+def iter_jsonl(path: Path) -> Iterator[bytes]:
+    """The "text" of each line, null as empty. Lone surrogates that a line may hold become bytes that are not UTF-8."""
+
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    try:
+        with pa.input_stream(str(path), compression=compression) as stream:
+            for number, line in enumerate(io.BufferedReader(stream, 2**20), 1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line.decode(errors="surrogateescape"))
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"Line {number} of {path} is not JSON ({error}); mend it.") from None
+                text = value.get("text", 0) if isinstance(value, dict) else 0
+                if not isinstance(text, str | None):
+                    raise InputError(f'Line {number} of {path} is not an object with a string "text"; mend it.')
+                try:
+                    yield (text or "").encode(errors="surrogateescape")
+                except UnicodeEncodeError:
+                    yield text.encode(errors="surrogatepass")
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}); fetch it again.") from None
+
+
+def iter_documents(files: list[Path]) -> Iterator[bytes]:
+    """Every document in order, in UTF-8 as far as it is valid. Raises InputError."""
+    for path in files:
+        match kind_of(path.name):
+            case "parquet":
+                for batch in iter_parquet(path, 64):  # a document may have megabytes
+                    yield from batch.to_pylist()
+            case "jsonl":
+                yield from iter_jsonl(path)
+            case "txt":
+                try:
+                    yield path.read_bytes()
+                except OSError as error:
+                    raise InputError(f"{path} cannot be read ({error}); mend or remove it.") from None
+
+
+def as_text(document: bytes) -> str:
+    return document.decode(errors="replace")

@@ -1,0 +1,108 @@
+"""Files that appear whole or not at all, JSON, checksums, the lock on an output folder, free disk."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import InputError
+from pipeline.progress import gb
+
+PROJECT_DIR = Path(__file__).resolve().parents[1]
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well it is synced and renamed to `path`.
+
+    A full disk becomes an InputError, and no half file stays behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(file.fileno(), 0o666 & ~umask)  # some libraries write files only their owner can read
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"Could not write {path} ({error}); free some disk and run again to continue.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path | str, mend: str) -> Any:
+    """Read a JSON file. Raises InputError, ending in `mend`, when it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"No {Path(path).name} in {Path(path).parent}; {mend}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); {mend}") from None
+
+
+def sha256(path: Path | str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files that killed processes left in `folder`. Call with the folder's lock held."""
+    for pattern in (".*.tmp", ".tmp*"):  # ours; safetensors', which writes to a name of its own first
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path | str, rank: int = 0, barrier: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold `folder` for this run alone; a second run on it raises InputError.
+
+    Rank 0 holds .lock; the other ranks of its run share .workers.lock, so that workers which outlive a killed torchrun
+    still keep others out. The system drops a lock when its last holder dies, however it dies.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock, workers_lock = open(folder / ".lock", "a"), open(folder / ".workers.lock", "a")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to ({error}); mend that or name another folder.") from None
+    with lock, workers_lock:
+        try:
+            if rank == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(workers_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(workers_lock, fcntl.LOCK_UN)
+                remove_leftovers(folder)
+            barrier()
+            if rank > 0:
+                fcntl.flock(workers_lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder} is in use by another process; wait for it to end or choose another output folder."
+            ) from None
+        yield
+
+
+def require_disk(folder: Path | str, needed_bytes: int) -> None:
+    """Raise InputError when the disk that will hold `folder` has less than `needed_bytes` free."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed_bytes > free:
+        raise InputError(
+            f"{folder} needs about {gb(needed_bytes)} but its disk has {gb(free)} free; free some or write elsewhere."
+        )

@@ -1,0 +1,118 @@
+"""Steer a model by latents of its sparse autoencoder: five modes, each a function for `model.intervene`.
+
+With z the normalised activation, v_i the value of latent i where TopK keeps it (else 0), d_i its direction, s_i its
+strength and m_i its highest observed activation, each mode changes the reconstruction z_hat = sum v_i d_i + b_pre by
+
+    h_bias  what encoding again gives with s_i m_i added to the latent's pre-activation (the published way)
+    add     s_i m_i d_i
+    clamp   (s_i m_i - v_i) d_i
+    scale   (s_i - 1) v_i d_i
+    ablate  -v_i d_i
+
+times the activation's std. With `keep_error` the change is added to the activation itself, so what the SAE does not
+reconstruct stays; without, the changed reconstruction replaces the activation. benchmarks/steering.py compares them.
+Clamping is that of Templeton et al. 2024, "Scaling Monosemanticity", under "Influence on Behavior".
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pipeline.errors import InputError
+from pipeline.sae_files import SaeFiles
+from sae import TopKSparseAutoencoder
+
+Mode = Literal["h_bias", "add", "clamp", "scale", "ablate"]
+MODES = {
+    "h_bias": "add strength x its highest activation to the latent before TopK",
+    "add": "add strength x its highest activation x the latent's direction to every token",
+    "clamp": "set the latent to strength x its highest activation on every token",
+    "scale": "multiply the latent by the strength where it fires; 1 changes nothing",
+    "ablate": "set the latent to 0; the strength does not matter",
+}
+DEFAULT_MODE = "add"  # these two: the best of benchmarks/steering.py on the reference SAE
+DEFAULT_STRENGTH = 4.0  # in multiples of the latent's highest activation
+
+
+def make_steering(
+    sae: "TopKSparseAutoencoder",
+    strengths: Mapping[int, float],
+    highest: "Tensor",
+    mode: str = DEFAULT_MODE,
+    keep_error: bool = True,
+) -> "Callable[[Tensor], Tensor]":
+    """A function for `model.intervene` at the SAE's site: raw x (..., d_model) -> the same shape and dtype, steered.
+
+    strengths: latent -> strength, in multiples of `highest`; in mode scale the factor itself.
+    highest: (n_latents,), each latent's highest observed activation, normalised space (`highest_activations`).
+    With keep_error, strength 0 (h_bias, add) and factor 1 (scale) return x bit for bit. The function holds all its
+    state and changes none: requests share nothing but the SAE. Raises InputError as `check_latents`.
+    """
+
+    check_latents(strengths, highest, mode)
+    if len(highest) != sae.n_latents:
+        raise InputError(
+            f"There are {len(highest)} highest activations for {sae.n_latents} latents; "
+            "run capture_top_activating_sentences.py with this SAE."
+        )
+    device = sae.b_pre.device
+    latents = torch.tensor(list(strengths), dtype=torch.long, device=device)
+    factors = torch.tensor([float(s) for s in strengths.values()], device=device)
+    values_at = factors * highest.to(device, torch.float32)[latents]  # strength x highest
+    directions = sae.decoder.weight.t()[latents]  # (n_steered, d_model)
+    h_bias = torch.zeros(sae.n_latents, device=device).index_add(0, latents, values_at)
+
+    def change(z: "Tensor") -> "Tensor":
+        """What to add to the reconstruction of z, normalised space; broadcasts to z's shape."""
+        if mode == "h_bias":
+            return sae.decode(*sae.encode_normalized(z, h_bias)) - sae.decode(*sae.encode_normalized(z))
+        if mode == "add":
+            return values_at.to(directions.dtype) @ directions
+        values, indices = sae.encode_normalized(z)
+        kept = (values[..., None, :] * (indices[..., None, :] == latents[:, None])).sum(-1)  # (..., n_steered)
+        changed = {"clamp": values_at.expand_as(kept), "scale": kept * factors, "ablate": torch.zeros_like(kept)}
+        return (changed[mode] - kept).to(directions.dtype) @ directions
+
+    def steer(x: "Tensor") -> "Tensor":
+        z, mean, std = sae.normalize(x)
+        if keep_error:
+            return (x + change(z) * std).to(x.dtype)
+        return ((sae.decode(*sae.encode_normalized(z)) + change(z)) * std + mean).to(x.dtype)
+
+    return steer
+
+
+def check_latents(strengths: Mapping[int, float], highest: "Tensor", mode: str = DEFAULT_MODE) -> None:
+    """Raise InputError for an unknown mode, a latent that is none of (n_latents,) `highest` or never fired, and a
+    strength that is no finite number."""
+    if mode not in MODES:
+        raise InputError(f"There is no steering mode {mode!r}; choose one of {', '.join(MODES)}.")
+    for latent, strength in strengths.items():
+        if not 0 <= latent < len(highest):
+            raise InputError(f"There is no latent {latent}; this SAE has latents 0 to {len(highest) - 1}.")
+        if not highest[latent] > 0:
+            raise InputError(f"Latent {latent} never fired; choose a living one.")
+        if not math.isfinite(strength):
+            raise InputError(f"Latent {latent} cannot have strength {strength}; give a finite number.")
+
+
+def highest_activations(sae_path: str | Path) -> "Tensor":
+    """(n_latents,) float32, each latent's highest activation in NAME.latents.parquet, 0 for one that never fired.
+
+    Raises InputError where the file is missing or unreadable.
+    """
+
+    path = SaeFiles(sae_path).beside("latents.parquet")
+    try:
+        highest = pq.ParquetFile(path).read(columns=["max"]).column("max")  # read_table would import pandas
+    except FileNotFoundError:
+        raise InputError(f"There is no {path}; run capture_top_activating_sentences.py first.") from None
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise InputError(f"{path} cannot be read ({error}); run capture_top_activating_sentences.py.") from None
+    return torch.tensor(highest.to_pylist(), dtype=torch.float32)

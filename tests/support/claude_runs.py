@@ -1,0 +1,100 @@
+"""What the tests of the scripts that ask Claude share: top sentences by hand, a script run until a kill.
+
+Used by test_send_batches.py, test_retrieve_batches.py and test_direct.py.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from conftest import PROJECT_DIR, tiny_ranks
+
+from llama_3.tokenizer import Tokenizer, write_ranks
+from support.pipeline_runs import as_flags
+
+TOKENIZER = Tokenizer(tiny_ranks())
+
+
+def write_top_sentences(folder: Path, sentences: dict[int, list[str]], row_group_size: int = 7) -> Path:
+    """NAME.top.parquet with these sentences of each latent, strongest first, and a folder with the tokenizer.
+
+    By max and last the sentences are other ones. The token activations fall from token to token: 8, 7, 6, ...
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_ranks(folder / "tokenizer.model", tiny_ranks())
+    rows: list[dict[str, Any]] = []
+    for latent, texts in sentences.items():
+        for aggregation in ("mean", "max", "last"):
+            for rank, text in enumerate(texts):
+                ids = TOKENIZER.encode(text if aggregation == "mean" else f"{aggregation} {text}")
+                rows.append(
+                    {
+                        "latent": latent,
+                        "aggregation": aggregation,
+                        "rank": rank,
+                        "activation": float(len(texts) - rank),
+                        "sentence_idx": rank,
+                        "text": text + " that the model did not read",
+                        "token_ids": ids,
+                        "token_activations": [max(0.0, 8.0 - i) for i in range(len(ids))],
+                    }
+                )
+    schema = pa.schema(
+        {
+            "latent": pa.int32(),
+            "aggregation": pa.dictionary(pa.int32(), pa.string()),
+            "rank": pa.int32(),
+            "activation": pa.float32(),
+            "sentence_idx": pa.int64(),
+            "text": pa.large_string(),
+            "token_ids": pa.large_list(pa.int32()),
+            "token_activations": pa.large_list(pa.float32()),
+        }
+    )
+    table = pa.Table.from_pylist(rows, schema=schema)
+    halves = table["token_activations"].cast(pa.large_list(pa.float16()))
+    table = table.set_column(7, "token_activations", halves)
+    path = folder / "sae.top.parquet"
+    pq.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+def asking_options(folder: Path, sentences: dict[int, list[str]]) -> dict[str, Any]:
+    """The options with which send and direct ask about these sentences, without a question on the terminal."""
+    return {
+        "top_sentences_dict_filepath": write_top_sentences(folder, sentences),
+        "model_dir": folder,
+        "response_ids_filepath": folder / "ids.jsonl",
+        "response_output_dir": folder / "answers",
+        "min_sentences": 1,
+        "yes": True,
+    }
+
+
+def command(script: ModuleType, options: dict[str, Any]) -> list[str]:
+    return [sys.executable, Path(script.__file__).name, *as_flags(options)]
+
+
+def kill_when(arrived: threading.Event, script: ModuleType, options: dict[str, Any]) -> None:
+    """Run a script and kill it, as kill -9 does, when the server has seen the call that hangs."""
+    process = subprocess.Popen(
+        command(script, options), cwd=PROJECT_DIR, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        while not arrived.wait(0.05):
+            assert process.poll() is None, "it ended before the call that hangs"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def in_a_process(script: ModuleType, options: dict[str, Any]) -> subprocess.CompletedProcess:
+    """The real command line, to its end."""
+    return subprocess.run(command(script, options), cwd=PROJECT_DIR, capture_output=True, text=True, timeout=100)

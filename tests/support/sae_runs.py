@@ -1,0 +1,199 @@
+"""What the SAE's test files share: an SAE with random weights, captured activations, scripts run in this process.
+
+Also a small set of batches to train on and what a run on it leaves.
+Used by test_sae.py, test_sae_preprocessing.py, test_sae_training.py and test_sae_parallel.py.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.activation_store import CAPTURE_STAGE, write_shard
+from pipeline.files import read_json, sha256
+from pipeline.manifests import MANIFEST, write_manifest
+from pipeline.run import run
+from sae import TopKSparseAutoencoder
+
+
+def random_sae(d_model: int, n_latents: int, k: int, eps: float = 1e-5, seed: int = 0) -> TopKSparseAutoencoder:
+    """Every weight random: encoder and decoder not tied, biases not zero, decoder columns not of unit norm."""
+    generator = torch.Generator().manual_seed(seed)
+    sae = TopKSparseAutoencoder(d_model, n_latents, k, eps)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        sae.encoder.weight.div_(d_model**0.5)
+    return sae
+
+
+def write_store(folder: Path, sentences: dict[int, Tensor], shard_starts: list[int], n_sentences: int) -> Path:
+    """What capture_activations.py leaves: `sentences` (index -> (n_tokens, d_model)) in shards that begin at the given
+    positions among them, and a complete manifest. Sentences without tokens are left out, as there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    indices = sorted(sentences)
+    records = []
+    for number, (first, last) in enumerate(zip(shard_starts, [*shard_starts[1:], len(indices)], strict=True)):
+        mine = indices[first:last]
+        acts = torch.cat([sentences[i] for i in mine]).to(torch.bfloat16)
+        path = folder / f"acts-{number:05d}-00.safetensors"
+        write_shard(
+            path,
+            {
+                "acts": acts,
+                "token_ids": torch.arange(len(acts), dtype=torch.int32),
+                "sentence_idx": torch.tensor(mine),
+                "offsets": torch.tensor([0, *(len(sentences[i]) for i in mine)]).cumsum(0),
+            },
+        )
+        records.append({"file": path.name, "first_sentence_idx": mine[0], "n_sentences": len(mine)})
+        records[-1] |= {"bytes": path.stat().st_size, "sha256": sha256(path), "n_tokens": len(acts)}
+    dataset = {"sentences": n_sentences, "sentences_in_all": n_sentences, "seed": 42, "shards": []}
+    about = {"model": {"name": "tiny"}, "model_dir": "models/tiny", "sentences_dir": "data/sentences", "layer": 1}
+    write_manifest(
+        folder,
+        CAPTURE_STAGE,
+        complete=True,
+        decides={},
+        **about,
+        site="layers.1.attention_norm",
+        d_model=acts.shape[1],
+        dtype="bfloat16",
+        begin_of_text=False,
+        bos_id=256,
+        max_tokens=192,
+        rope_scaling_factor=32,
+        dataset=dataset,
+        counts={"sentences": len(indices), "tokens": sum(map(len, sentences.values()))},
+        shards=records,
+    )
+    return folder
+
+
+def sparse_dictionary_data(n_rows: int, d_model: int, n_true: int, n_active: int, seed: int) -> Tensor:
+    """Rows that are sums of few of n_true random directions, on an offset of their own, with a little noise."""
+    rng = np.random.default_rng(seed)
+    directions = rng.standard_normal((n_true, d_model)) / d_model**0.5
+    codes = np.zeros((n_rows, n_true))
+    for row in codes:
+        row[rng.choice(n_true, n_active, replace=False)] = 1 + rng.random(n_active)
+    x = codes @ directions + 0.02 * rng.standard_normal((n_rows, d_model)) + 0.3
+    return torch.from_numpy(x).float()
+
+
+def arguments(options: dict[str, Any]) -> list[str]:
+    """Options as the command line has them."""
+    parts = []
+    for name, value in options.items():
+        values = value if isinstance(value, tuple) else (value,)
+        parts += [f"--{name}", *map(str, values)]
+    return parts
+
+
+def run_script(module: ModuleType, **options: Any) -> None:
+    """A script's main, in this process, with these options."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__file__, *arguments(options)])
+        module.main()
+
+
+def refusal(module: ModuleType, capsys: pytest.CaptureFixture, **options: Any) -> str:
+    """Run a script that must refuse: exit code 2 and one line that begins with "error:", which is returned."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_info:
+        patch.setattr(sys, "argv", [module.__file__, *arguments(options)])
+        run(module.main)
+    assert exit_info.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def is_complete(folder: Path) -> bool:
+    path = folder / MANIFEST
+    return path.exists() and read_json(path, "")["complete"]
+
+
+# ---- training on a small set of batches
+
+D, N_LATENTS, K = 14, 96, 4
+STORED, BATCH = 32, 96  # rows of a stored batch, rows of a step
+TRAINING = {
+    "n_latents": N_LATENTS,
+    "k": K,
+    "k_aux": 8,
+    "dead_after_tokens": 150,
+    "num_epochs": 3,
+    "batch_size": BATCH,
+    "learning_rate": 8e-3,
+    "warmup_steps": 5,
+    "betas": (0.85, 0.999),
+    "grad_clip": 0.25,  # exceeded in part of the steps
+    "seed": 7,
+    "wandb": "off",
+}
+TIMING = ("acts_per_s", "data_wait_frac")  # in metrics.jsonl, different in each run
+
+
+def write_batches(folder: Path, n_rows: int = 3000) -> Path:
+    """Batches of rows that are sums of three of 30 directions, in several shards, by sae_preprocessing.py."""
+    import sae_preprocessing
+
+    rows = sparse_dictionary_data(n_rows, D, n_true=30, n_active=3, seed=0)
+    sentences = dict(enumerate(rows.split(10)))
+    write_store(folder / "site", sentences, [0, 170], len(sentences))
+    options = {"batch_size": STORED, "validation_fraction": 0.2, "num_processes": 1, "shard_gb": 801 * 2 * D / 1e9}
+    run_script(sae_preprocessing, input_dir=folder / "site", output_dir=folder / "batches", **options)
+    return folder / "batches"
+
+
+def places(folder: Path) -> dict[str, Path]:
+    return {"model_save_path": folder / "sae.pth", "checkpoint_dir": folder / "checkpoints"}
+
+
+def train(data: Path, folder: Path, **options: Any) -> Path:
+    """Train in this process; returns the SAE's path. The figures, which cost most, have their own test."""
+    import sae_training
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sae_training.Training, "draw", lambda *args: None)
+        run_script(sae_training, **{"data_dir": data, **places(folder), **TRAINING, **options})
+    return folder / "sae.pth"
+
+
+def metrics_of(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl but for the timing."""
+    lines = map(json.loads, path.with_suffix(".metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
+
+
+def checkpoints_of(path: Path) -> list[str]:
+    return sorted(file.name for file in (path.parent / "checkpoints").glob("step-*"))
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Equal to the last bit: weights and metrics."""
+    first, second = (torch.load(path, weights_only=True) for path in (a, b))
+    assert first.keys() == second.keys() == {"b_pre", "encoder.weight", "encoder.bias", "decoder.weight"}
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert metrics_of(a) == metrics_of(b)
+
+
+def assert_similar_run(a: Path, b: Path) -> None:
+    """The same losses to 1e-5 in every step, and nearly the same weights."""
+    one, two = metrics_of(a), metrics_of(b)
+    assert len(one) == len(two)
+    for first, second in zip(one, two, strict=True):
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            assert second[name] == pytest.approx(value, rel=1e-5, abs=1e-5), (name, first["step"])
+    states = [torch.load(path, weights_only=True) for path in (a, b)]
+    for name in states[0]:
+        torch.testing.assert_close(states[1][name], states[0][name], rtol=0, atol=2e-5)

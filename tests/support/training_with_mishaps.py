@@ -1,0 +1,107 @@
+"""Run sae_training.py once or several times in a row, with a mishap at a given moment: for test_sae_training.py and
+test_sae_parallel.py, which start it in processes of their own.
+
+    torchrun --standalone --nproc_per_node=2 tests/support/training_with_mishaps.py '[{"options": {...}, "mishap": {...}}]'
+
+A mishap: {"what": a key of MISHAPS, "method": of Training, "call": before which of its calls, "rank": which process}.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
+
+import sae_training
+from pipeline.run import run
+
+
+def corrupt(training) -> None:
+    training.sae.encoder.weight.data[0, 0] += 1e-3
+
+
+def blow_up(training) -> None:
+    training.sae.encoder.weight.data.mul_(30)
+
+
+MISHAPS = {
+    "kill": lambda training: os.kill(os.getpid(), signal.SIGKILL),
+    "terminate": lambda training: os.kill(os.getpid(), signal.SIGTERM),
+    "terminate torchrun": lambda training: os.kill(os.getppid(), signal.SIGTERM),
+    "interrupt": lambda training: os.kill(os.getpid(), signal.SIGINT),
+    "corrupt": corrupt,
+    "blow up": blow_up,
+}
+
+
+def arrange(what: str, method: str, call: int, rank: int = 0) -> None:
+    """From now on `what` happens in process `rank` just before the given call of that method, counted from 0."""
+    if int(os.environ.get("RANK", 0)) != rank:
+        return
+    real, calls = getattr(sae_training.Training, method), Counter()
+
+    def wrapped(self, *args, **kwargs):
+        if calls["so far"] == call:
+            MISHAPS[what](self)
+        calls["so far"] += 1
+        return real(self, *args, **kwargs)
+
+    setattr(sae_training.Training, method, wrapped)
+
+
+def count_bytes(path: Path) -> None:
+    """Count the bytes this process sends within Training.gradients, all-reduce as a ring; one number a step goes to
+    `path` with the rank behind it."""
+    import torch.distributed as dist
+
+    gradients, all_reduce, all_gather = sae_training.Training.gradients, dist.all_reduce, dist.all_gather
+    sent = Counter()
+
+    def counted_reduce(tensor, *args, group=None, **kwargs):
+        n = dist.get_world_size(group)
+        sent["bytes"] += 2 * (n - 1) / n * tensor.nbytes
+        return all_reduce(tensor, *args, group=group, **kwargs)
+
+    def counted_gather(tensors, tensor, *args, group=None, **kwargs):
+        sent["bytes"] += (dist.get_world_size(group) - 1) * tensor.nbytes
+        return all_gather(tensors, tensor, *args, group=group, **kwargs)
+
+    def counted_step(self, *args):
+        sent.clear()
+        dist.all_reduce, dist.all_gather = counted_reduce, counted_gather
+        result = gradients(self, *args)
+        dist.all_reduce, dist.all_gather = all_reduce, all_gather
+        with open(f"{path}.{self.w.rank}", "a") as file:
+            file.write(f"{sent['bytes']}\n")
+        return result
+
+    sae_training.Training.gradients = counted_step
+
+
+def train_with(
+    options: dict, mishap: dict | None = None, bytes_path: str | None = None, port: int | None = None
+) -> None:
+    """port: where the processes of this run meet, apart from those of the run before."""
+    if port:
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
+    methods = dict(vars(sae_training.Training))
+    if mishap:
+        arrange(**mishap)
+    if bytes_path:
+        count_bytes(Path(bytes_path))
+    sys.argv = ["sae_training.py"]
+    for name, value in options.items():
+        sys.argv += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    sae_training.Training.draw = lambda *args: None  # importing matplotlib costs most of the time
+    run(sae_training.main)
+    for name, method in methods.items():
+        if callable(method) and getattr(sae_training.Training, name) is not method:
+            setattr(sae_training.Training, name, method)
+
+
+if __name__ == "__main__":
+    for one in json.loads(sys.argv[1]):
+        train_with(**one)
