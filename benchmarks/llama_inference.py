@@ -141,7 +141,7 @@ def measure_rates(folder: Path, dtype: str, batch_size: int, config) -> dict[str
     def seconds(kind: str, n_new: int) -> tuple[float, list]:
         begin = time.perf_counter()
         if kind == "ours":
-            found = [step for step in generate(ours, rows, n_new, stop_tokens=[])]
+            found = list(generate(ours, rows, n_new, stop_tokens=[]))
         else:
             with torch.inference_mode():
                 found = theirs.generate(prompts, max_new_tokens=n_new, **options)[:, config.prompt_tokens :].T.tolist()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Stop
 from pipeline.progress import gb
 
 PROJECT_DIR = Path(__file__).resolve().parents[1]
@@ -20,7 +20,7 @@ PROJECT_DIR = Path(__file__).resolve().parents[1]
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it is synced and renamed to `path`.
 
-    A full disk becomes an InputError, and no half file stays behind.
+    A full disk becomes a `Stop`, and no half file stays behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             os.fchmod(file.fileno(), 0o666 & ~umask)  # some libraries write files only their owner can read
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"Could not write {path} ({error}); free some disk and run again to continue.") from error
+        raise Stop(f"Could not write {path} ({error}); free some disk and run again to continue.") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -96,7 +96,7 @@ def locked(folder: Path | str, rank: int = 0, barrier: Callable[[], None] = lamb
         yield
 
 
-def require_disk(folder: Path | str, needed_bytes: int) -> None:
+def require_disk(folder: Path | str, needed_bytes: float) -> None:
     """Raise InputError when the disk that will hold `folder` has less than `needed_bytes` free."""
     place = Path(folder).absolute()
     while not place.exists():

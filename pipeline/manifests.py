@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import InputError
-from pipeline.files import PROJECT_DIR, read_json, sha256, write_json
+from pipeline.files import PROJECT_DIR, locked, read_json, require_disk, sha256, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -87,6 +87,28 @@ def begin_or_continue(folder: Path | str, stage: str, decides: dict[str, Any]) -
         raise InputError(f"{folder} holds other files ({others[0]}, ...) and no {MANIFEST}; name an empty folder.")
     write_manifest(folder, stage, complete=False, decides=decides)
     return False
+
+
+@contextlib.contextmanager
+def output_folder(folder: Path | str, stage: str, decides: dict[str, Any], needed_bytes: float) -> Iterator[bool]:
+    """Hold an output folder for this run alone, begun or continued. Yields whether its work is complete already, which
+    is then printed.
+
+    needed_bytes: disk for all of it; what is there already is subtracted. Raises InputError as `locked`,
+    `begin_or_continue`, `check_complete` and `require_disk` do.
+    """
+    folder = Path(folder)
+    with locked(folder):
+        if not (folder / MANIFEST).exists():
+            require_disk(folder, needed_bytes)
+        if begin_or_continue(folder, stage, decides):
+            check_complete(folder, stage)
+            print(f"{folder} is complete already.")
+            yield True
+            return
+        present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        require_disk(folder, needed_bytes - present)
+        yield False
 
 
 def check_files(folder: Path | str, shards: list[dict], stage: str) -> None:

@@ -114,6 +114,10 @@ class SentenceDataset:
                         texts = pa.array(map(as_text, batch.to_pylist()), pa.large_string())
                     writer.write_batch(pa.record_batch([texts], schema=schema))
 
+    def shard_checksums(self) -> list[str]:
+        """Checksums of the parquet files; empty for the published dataset, which has no manifest."""
+        return [shard["sha256"] for shard in self.manifest.get("shards", [])]
+
     def __len__(self) -> int:
         return self.n
 

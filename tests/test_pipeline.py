@@ -150,7 +150,7 @@ def test_training_left_curves_metrics_and_quality(run):
 
 def test_top_sentences_and_names_belong_to_the_sae(run):
     table = pq.read_table(run / "sae" / "sae.top.parquet").to_pylist()
-    sentences = {text for text in pq.read_table(run / "sentences" / "sentences-00000.parquet")["text"].to_pylist()}
+    sentences = set(pq.read_table(run / "sentences" / "sentences-00000.parquet")["text"].to_pylist())
     assert {row["aggregation"] for row in table} == {"mean", "max", "last"}
     for row in table[:200]:
         assert row["text"] in sentences

@@ -1,1 +1,1 @@
-"""What several test files share: scripts run in this process, input files by hand, servers that stand for the real ones."""
+"""What several test files share: scripts run in this process, input files by hand, stand-ins for the real servers."""

@@ -197,6 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
         if behaviour == "hang":
             return self.hang()
         getattr(self, f"on_{endpoint}")(argument, behaviour)
+        return None
 
     def hang(self) -> None:
         self.fake.arrived.set()

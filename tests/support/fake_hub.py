@@ -166,6 +166,7 @@ def _hub(hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
         return _reply(handler, 302, headers | {"Location": location, "X-Linked-Etag": f'"{sha}"', "X-Xet-Hash": sha})
     location = f"/api/resolve-cache/{kind}/{name.removeprefix('datasets/')}/{revision}/{path}"
     _reply(handler, 307, headers | {"Location": location, "X-Linked-Etag": f'"{git_blob_id(content)}"'})
+    return None
 
 
 def _model_info(hub: FakeHub, name: str, commit: str, files: dict[str, bytes], blobs: bool) -> bytes:
@@ -192,6 +193,7 @@ def _cdn(hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
     if handler.headers.get("Authorization") or url.query != "signature=1":
         return _reply(handler, 400, {}, b"Only one auth mechanism allowed")
     _send(hub, handler, request, path, hub.repos[name].commits[revision][path])
+    return None
 
 
 def _send(hub: FakeHub, handler: BaseHTTPRequestHandler, request: Request, path: str, content: bytes) -> None:
@@ -219,3 +221,4 @@ def _send(hub: FakeHub, handler: BaseHTTPRequestHandler, request: Request, path:
         if fault.stall:
             time.sleep(30)
     handler.close_connection = end < len(content)
+    return None

@@ -1,7 +1,7 @@
 """Run sae_training.py once or several times in a row, with a mishap at a given moment: for test_sae_training.py and
 test_sae_parallel.py, which start it in processes of their own.
 
-    torchrun --standalone --nproc_per_node=2 tests/support/training_with_mishaps.py '[{"options": {...}, "mishap": {...}}]'
+    torchrun --standalone --nproc_per_node=2 tests/support/training_with_mishaps.py '[{"options": {}, "mishap": {...}}]'
 
 A mishap: {"what": a key of MISHAPS, "method": of Training, "call": before which of its calls, "rank": which process}.
 """
