@@ -28,17 +28,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.documents import _ENDINGS, as_text, describe_files, document_files, iter_documents, kind_of
 from pipeline.errors import InputError
-from pipeline.files import atomic_path, locked, read_json, require_disk, sha256, write_json
+from pipeline.files import locked, read_json, require_disk, write_json
 from pipeline.hub import explain, is_whole
 from pipeline.manifests import MANIFEST, begin_or_continue, check_complete, write_manifest
 from pipeline.options import CountOrZero, Positive, parse_constants
 from pipeline.progress import duration, gb, progress_bar
 from pipeline.run import run
+from pipeline.sentences import describe_sentence_shard, write_sentence_shard
 from pipeline.workers import Workers
 
 INPUT_PATH: str  # documents: a file or folder of parquet, jsonl(.gz, .zst) or txt, or a dataset id of the hub
@@ -306,44 +304,22 @@ def read_splitter(path: Path, modified_ns: int):
     return make_splitter(json.loads(path.read_text()))
 
 
-def write_shard(path: Path, first_doc_idx: int, documents: list[bytes]) -> dict:
+def write_shard(path: Path, first_doc_idx: int, documents: list[bytes]) -> dict[str, Any]:
     """Split a shard's documents and write them, unless done; runs in a worker process. Returns the shard's record."""
-
     if path.exists():
-        return describe_shard(path)
+        return describe_sentence_shard(path)
     punkt_path = path.parent / "punkt.json"
     splitter = read_splitter(punkt_path, punkt_path.stat().st_mtime_ns)
-    schema = pa.schema(
-        {"text": pa.large_string(), "doc_idx": pa.int64(), "start": pa.int64(), "gap": pa.large_string()}
+    rows = (
+        [(sentence, doc_idx, start, gap) for sentence, start, gap in split_document(splitter, as_text(document))]
+        for doc_idx, document in enumerate(documents, first_doc_idx)
     )
-    invalid = 0
-    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        rows: list[tuple[str, int, int, str]] = []
-        for doc_idx, document in enumerate(documents, first_doc_idx):
-            text = as_text(document)
-            invalid += text.encode() != document
-            rows += [(sentence, doc_idx, start, gap) for sentence, start, gap in split_document(splitter, text)]
-            if len(rows) >= _ROW_GROUP or doc_idx == first_doc_idx + len(documents) - 1:
-                columns = [pa.array(c, f.type) for c, f in zip(zip(*rows, strict=True), schema, strict=True)]
-                writer.write_table(pa.table(columns, schema=schema))
-                rows.clear()
-        counts = {"n_docs": len(documents), "n_invalid_utf8": invalid, "text_bytes": sum(map(len, documents))}
-        writer.add_key_value_metadata({name: str(n) for name, n in counts.items()})
-    return describe_shard(path)
-
-
-def describe_shard(path: Path) -> dict[str, Any]:
-
-    try:
-        metadata = pq.read_metadata(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} is damaged ({error}); delete it and run again.") from None
-    counts = {name: int(metadata.metadata[name.encode()]) for name in ("n_docs", "n_invalid_utf8", "text_bytes")}
-    size = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
-    return size | {"n_sentences": metadata.num_rows} | counts
-
-
-# ---- the reader
+    counts = {
+        "n_docs": len(documents),
+        "n_invalid_utf8": sum(as_text(document).encode() != document for document in documents),
+        "text_bytes": sum(map(len, documents)),
+    }
+    return write_sentence_shard(path, rows, counts)
 
 
 # ---- main

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from llama_3.checkpoint import differing_field
 from pipeline.errors import InputError
 from pipeline.files import PROJECT_DIR, locked, read_json, require_disk, sha256, write_json
 
@@ -75,7 +76,7 @@ def begin_or_continue(folder: Path | str, stage: str, decides: dict[str, Any]) -
             raise InputError(f"{folder / MANIFEST} is no manifest; remove the folder or name another.")
         old = manifest.get("decides", {}) if manifest.get("stage") == stage else {"stage": manifest.get("stage")}
         for name in sorted(decides.keys() | old.keys()):
-            if decides.get(name) != old.get(name):
+            if _differ(name, old.get(name), decides.get(name)):
                 then, now = (reprlib.repr(values.get(name)) for values in (old, decides))
                 raise InputError(
                     f"{folder} was begun with {name} = {then}, now it is {now}; use the old value, remove the folder "
@@ -87,6 +88,12 @@ def begin_or_continue(folder: Path | str, stage: str, decides: dict[str, Any]) -
         raise InputError(f"{folder} holds other files ({others[0]}, ...) and no {MANIFEST}; name an empty folder.")
     write_manifest(folder, stage, complete=False, decides=decides)
     return False
+
+
+def _differ(name: str, then: Any, now: Any) -> bool:
+    if name == "model" and isinstance(then, dict) and isinstance(now, dict):
+        return differing_field(then, now) is not None
+    return then != now
 
 
 @contextlib.contextmanager
