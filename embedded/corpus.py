@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.files import atomic_path, sha256
-from pipeline.manifests import check_complete, output_folder, write_manifest
+from pipeline.manifests import output_folder, write_manifest
 from pipeline.options import NotNegative, parse_constants
 from pipeline.progress import progress_bar
 from pipeline.run import run
@@ -258,8 +258,7 @@ def write_documents(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def read_documents(folder: Path | str) -> dict[str, list[Any]]:
-    """Column -> values of documents.parquet. Raises InputError where the corpus is not complete."""
-    check_complete(folder, CORPUS_STAGE)
+    """Column -> values of documents.parquet."""
     return pq.ParquetFile(Path(folder, _DOCUMENTS)).read().to_pydict()
 
 

@@ -53,12 +53,12 @@ import torch.nn.functional as F
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from torch import Tensor
 
-from embedded.corpus import read_documents
+from embedded.corpus import CORPUS_STAGE, read_documents
 from llama_3.model import ModelArgs, Transformer, hidden_dim
 from llama_3.tokenizer import SPLIT_PATTERN, Tokenizer, write_ranks
 from pipeline.errors import InputError
 from pipeline.files import atomic_path, write_json
-from pipeline.manifests import git_commit, read_manifest
+from pipeline.manifests import check_complete, git_commit, read_manifest
 from pipeline.progress import progress_bar
 from pipeline.sentences import SENTENCES_STAGE, read_sentence_table
 
@@ -93,6 +93,7 @@ class Texts(NamedTuple):
 def read_corpus(documents_dir: str, sentences_dir: str) -> tuple[Texts, Texts]:
     """(documents, sentences). Raises InputError where the sentences are not of these documents."""
     documents, sentences = Texts([], []), Texts([], [])
+    check_complete(documents_dir, CORPUS_STAGE)
     columns = read_documents(documents_dir)
     for text, is_held_out in zip(columns["text"], columns["held_out"], strict=True):
         documents[is_held_out].append(text)
