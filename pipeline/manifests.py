@@ -110,8 +110,8 @@ def complete_already(folder: Path | str, stage: str, decides: dict[str, Any]) ->
 def output_folder(folder: Path | str, stage: str, decides: dict[str, Any], needed_bytes: float) -> Iterator[bool]:
     """Hold an output folder for this run alone, begun or continued. Yields whether its work is complete already.
 
-    needed_bytes: disk for all of it; what is there already is subtracted. Raises InputError as `locked`,
-    `complete_already` and `require_disk` do.
+    needed_bytes: disk for all of it; what is there already is subtracted. Raises InputError as `locked` and
+    `complete_already` do, and Stop as `require_disk` does.
     """
     folder = Path(folder)
     with locked(folder):
@@ -139,7 +139,7 @@ def check_files(folder: Path | str, shards: list[dict], stage: str) -> None:
 
 
 def check_complete(folder: Path | str, stage: str) -> None:
-    """Raise InputError where a complete folder has lost a shard: to run the stage again would not mend that."""
+    """Raise InputError where a complete folder has lost a shard: running the stage again would not bring it back."""
     manifest = read_manifest(folder, stage)
     check_files(folder, manifest["shards"] + manifest.get("validation_shards", []), stage)
 
