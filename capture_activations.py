@@ -366,7 +366,7 @@ def describe_source(model_dir: str, args: ModelArgs, windows: Windows, seed: int
         max_tokens=windows.max_tokens,
         rope_scaling_factor=args.rope_scaling_factor,
     )
-    return source.with_folder("model_dir", model_dir).with_folder("sentences_dir", sentences.folder)
+    return source.with_folder("model_dir", model_dir).with_folder("sentences_dir", sentences.path)
 
 
 def begin_sites(output_dir: Path, sites: Iterable[str], decides: dict[str, Any], bytes_per_site: float) -> list[str]:

@@ -1,4 +1,4 @@
-"""manifest.json: what a folder holds, who made it, whether it is complete; checksums of its shards."""
+"""manifest.json: what a folder holds, which stage made it, whether it is complete; checksums of its shards."""
 
 import contextlib
 import json
@@ -97,8 +97,7 @@ def _differ(name: str, then: Any, now: Any) -> bool:
 
 
 def complete_already(folder: Path | str, stage: str, decides: dict[str, Any]) -> bool:
-    """`begin_or_continue`, and where the work is complete: a look whether its shards are still there, and a line of
-    print."""
+    """`begin_or_continue`; of a complete folder also check that its shards are there, and print that it is complete."""
     if not begin_or_continue(folder, stage, decides):
         return False
     check_complete(folder, stage)
@@ -147,8 +146,8 @@ def check_complete(folder: Path | str, stage: str) -> None:
 def check_sum(folder: Path | str, shard: dict, stage: str) -> None:
     """Raise InputError unless a shard's bytes are those whose checksum its manifest holds.
 
-    A second of one core for 1.5 GB where the processor has SHA instructions. What it reads stays in the page cache for
-    whoever reads the shard next, so it is no second pass over the disk.
+    A core takes a second for 1.5 GB where the processor has SHA instructions. What it reads stays in the page cache for
+    whoever reads the shard next, so the disk is read once.
     """
     path = Path(folder) / shard["file"]
     try:

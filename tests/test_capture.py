@@ -505,6 +505,16 @@ def test_refuses_other_published_sentences_in_the_same_folder(options, tmp_path,
     assert "was begun with sentence_files" in refusal(capsys, capture, **chosen)
 
 
+def test_sentences_of_a_single_file(options, tmp_path):
+    """What lies beside it does not count, neither here nor for those who read the activations."""
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"text": [f"{name} {i}" for i in range(5)]}), tmp_path / f"{name}.parquet")
+    chosen = options | {"sentences_dir": tmp_path / "b.parquet", "num_samples": 0}
+    call(capture, **chosen, sites=[SITE], output_dir=tmp_path / "out")
+    found = ActivationStore(tmp_path / "out" / SITE).source.sentences()
+    assert sorted(found) == [f"b {i}" for i in range(5)]
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
