@@ -147,7 +147,7 @@ def load_model(
     rope_scaling_factor: float | None = None,
     packed: bool = False,
 ) -> Transformer:
-    """Load a checkpoint for inference. Raises InputError, naming file and mend, when it is not whole.
+    """Load a checkpoint for inference. Raises InputError, naming file and fix, when it is not whole.
 
     Weights of another dtype or device are converted one tensor at a time; the others stay mapped to their file.
     packed: on a CPU, make linear layers PackedLinear: faster, but without parameters; ignored where there is none.
@@ -173,8 +173,9 @@ def load_model(
             tensor = tensor.unflatten(0, (-1, 2, args.head_dim // 2)).transpose(1, 2)
         layer = name.removesuffix(".weight")
         if packed and isinstance(model.get_submodule(layer), nn.Linear):
-            model.set_submodule(layer, PackedLinear(tensor, dtype, in_file=not _is_remote(path)))
-            model.to_pack.append(model.get_submodule(layer))
+            linear = PackedLinear(tensor, dtype, in_file=not _is_remote(path))
+            model.set_submodule(layer, linear)
+            model.to_pack.append(linear)
         elif packed and name == "tok_embeddings.weight":
             state[name] = tensor  # rows are converted as they are looked up: the table stays in its file
         elif not (tied and name == "output.weight"):
@@ -207,7 +208,6 @@ def _read_meta(path: str) -> dict[str, Loaded]:
 
 def _read_safetensors(paths: Sequence[str]) -> dict[str, Loaded]:
     """The tensors of Hugging Face's files under Meta's names."""
-
     loaded = {}
     for path in paths:
         try:
@@ -257,6 +257,3 @@ def _check(loaded: dict[str, Loaded], expected: dict[str, tuple[int, ...]], foun
     if surplus := sorted(loaded.keys() - expected.keys()):
         _, their_name, path = loaded[surplus[0]]
         raise InputError(f"{path} holds {their_name}, unknown to this model; {config} belongs to another one.")
-
-
-# ---- tokenizer

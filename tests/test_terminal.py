@@ -295,7 +295,7 @@ def test_piped_chat_prints_answers_alone(monkeypatch, capsys, model, tokenizer):
 
 def test_a_model_cannot_send_control_characters_to_the_terminal(monkeypatch, capsys):
     monkeypatch.setattr(inference, "generate", lambda *a, **o: iter([[b] for b in b"a\x1b[2J\x07\tb\n"]))
-    monkeypatch.setattr("llama_3.tokenizer.Tokenizer.decode", lambda self, ids: "".join(map(chr, ids)))
+    monkeypatch.setattr("llama_3.tokenizer.TiktokenTokenizer.decode", lambda self, ids: "".join(map(chr, ids)))
     assert run_piped(monkeypatch, capsys, "x", command="chat") == "a␛[2J␇\tb\n\n"
 
 
