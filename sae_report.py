@@ -24,11 +24,9 @@ if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
 
 import base64
-import difflib
 import html
 import json
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +35,7 @@ import numpy as np
 from latents.cards import CARD_CSS, Card, card_html
 from latents.index import LatentIndex
 from latents.interesting import best_first, interesting_latents
+from latents.markup import mark_differences
 from pipeline.errors import InputError
 from pipeline.files import atomic_path, read_json
 from pipeline.progress import gb, progress_bar
@@ -209,7 +208,7 @@ def steering_section(path: Path) -> str:
     mode = f" ({html.escape(steering['mode'])})" if "mode" in steering else ""
     rows = []
     for prompt, clean, steered in zip(steering["prompts"], steering["clean"], steering["steered"], strict=True):
-        shown = marked_difference(clean, steered, steering["words"])
+        shown = mark_differences(clean, steered, steering["words"])
         cells = "".join(
             f"<div><h3>{kind}</h3><p><b>{html.escape(prompt)}</b>{text}</p></div>"
             for kind, text in zip(("clean", "steered"), shown, strict=True)
@@ -222,24 +221,6 @@ def steering_section(path: Path) -> str:
         "activation. Same prompts and seeds. The first of them, underlined where they differ:</p>"
         f"{''.join(rows)}</section>"
     )
-
-
-def marked_difference(clean: str, steered: str, concept: Sequence[str]) -> tuple[str, str]:
-    """Both texts as HTML: words of only one of them in <ins>, the concept's words in <mark>."""
-    parts = [re.findall(r"\s+|\w+|[^\w\s]+", text) for text in (clean, steered)]
-    same: tuple[set[int], set[int]] = (set(), set())
-    for block in difflib.SequenceMatcher(None, *parts, autojunk=False).get_matching_blocks():
-        same[0].update(range(block.a, block.a + block.size))
-        same[1].update(range(block.b, block.b + block.size))
-    wanted = {word.lower() for word in concept}
-    texts = []
-    for words, kept in zip(parts, same, strict=True):
-        text = ""
-        for i, word in enumerate(words):
-            tag = "mark" if word.lower() in wanted else "ins" if i not in kept and not word.isspace() else None
-            text += f"<{tag}>{html.escape(word)}</{tag}>" if tag else html.escape(word)
-        texts.append(text.replace("</ins> <ins>", " "))
-    return texts[0], texts[1]
 
 
 def missing(title: str, *lines: str) -> str:
@@ -310,7 +291,7 @@ td, th { padding: .34rem .9rem .34rem 0; border-bottom: 1px solid var(--line); t
   padding-top: .8rem; }
 .pair h3 { margin: 0; font-size: .8rem; font-weight: 500; color: var(--soft); }
 .pair p { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .96rem; }
-ins { text-decoration: underline; text-decoration-color: color-mix(in srgb, var(--ink) 28%, transparent);
+ins, del { text-decoration: underline; text-decoration-color: color-mix(in srgb, var(--ink) 28%, transparent);
   text-underline-offset: .22em; text-decoration-thickness: 1px; }
 mark { background: var(--mark); color: inherit; border-radius: .2em; padding: .08em .15em; }
 .search { display: flex; align-items: baseline; gap: 1rem; margin: 1.2rem 0 .6rem; }

@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from latents.markup import visible_token
+
 
 class Sentence(NamedTuple):
     """A sentence as the model read it."""
@@ -110,7 +112,10 @@ def card_html(card: Card, href: Callable[[int], str | None] = lambda latent: Non
         parts.append(f'<div class="latent-strength"><h4>Sentences by strength</h4>{tenths_svg(card)}</div>')
     for name, pairs in (("Makes the model say", card.promoted), ("Keeps it from saying", card.suppressed)):
         if pairs:
-            rows = (f"<li><code>{_visible(token)}</code><span>{value:+.1f}</span></li>" for token, value in pairs)
+            rows = (
+                f"<li><code>{html.escape(visible_token(token))}</code><span>{value:+.1f}</span></li>"
+                for token, value in pairs
+            )
             parts.append(f"<div><h4>{name}</h4><ul>{''.join(rows)}</ul></div>")
     if card.co_firing:
         rows = "".join(
@@ -129,13 +134,6 @@ def _sentences_html(card: Card) -> str:
         for s in card.sentences
     )
     return f'<ol class="latent-sentences">{"".join(rows)}</ol>'
-
-
-def _visible(token: str) -> str:
-    """A token with its spaces, line breaks and control characters made visible."""
-    signs = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5"}
-    shown = (signs.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in token)
-    return html.escape("".join(shown)) or "\u2205"
 
 
 def _named(latent: int, meaning: str | None, address: str | None) -> str:

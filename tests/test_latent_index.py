@@ -277,9 +277,11 @@ def test_coloured_tokens_by_hand():
 
 
 def test_promoted_tokens_are_visible_whatever_they_are(index):
-    card = index.card(0)._replace(promoted=[(" a b", 1.0), ("\n", 0.5), ("\x07<", 0.25), ("", 0.125)], suppressed=[])
+    card = index.card(0)._replace(
+        promoted=[(" a b", 1.0), ("\n", 0.5), ("\x07<", 0.25), ("\u202e", 0.25), ("", 0.125)], suppressed=[]
+    )
     rows = re.findall(r"<code>(.*?)</code><span>(.*?)</span>", card_html(card))
-    assert rows == [("·a·b", "+1.0"), ("↵", "+0.5"), (r"\x07&lt;", "+0.2"), ("∅", "+0.1")]
+    assert rows == [("·a·b", "+1.0"), ("↵", "+0.5"), ("␇&lt;", "+0.2"), (r"\u202e", "+0.2"), ("∅", "+0.1")]
 
 
 @pytest.mark.parametrize("latent", [5, 31, *DEAD])

@@ -21,6 +21,7 @@ from support.pipeline_runs import call, refusal
 import sae_report
 from latents.index import LatentIndex
 from latents.interesting import interesting_latents
+from latents.markup import mark_differences
 from llama_3 import load_tokenizer
 
 LIVING = N_LATENTS - len(DEAD)
@@ -213,17 +214,17 @@ WORDS = st.lists(st.sampled_from(["dog", "Dog", "a", "<b>", "dogs", "é", " ", "
 
 @given(WORDS, WORDS)
 def test_marked_texts_are_the_texts(clean, steered):
-    for text, marked in zip((clean, steered), sae_report.marked_difference(clean, steered, ["dog"]), strict=True):
-        assert html.unescape(re.sub(r"</?(ins|mark)>", "", marked)) == text
+    for text, marked in zip((clean, steered), mark_differences(clean, steered, ["dog"]), strict=True):
+        assert html.unescape(re.sub(r"</?(ins|del|mark)>", "", marked)) == text
         concept = [word for word in re.findall(r"\w+", text) if word.lower() == "dog"]
         assert re.findall(r"<mark>(.*?)</mark>", marked) == concept
         if clean == steered:
-            assert "<ins>" not in marked
+            assert "<ins>" not in marked and "<del>" not in marked
 
 
 def test_differences_by_hand():
-    found = sae_report.marked_difference("a red cat sat.", "a blue old dog sat.", ["dog"])
-    assert found == ("a <ins>red cat</ins> sat.", "a <ins>blue old</ins> <mark>dog</mark> sat.")
+    found = mark_differences("a red cat sat.", "a blue old dog sat.", ["dog"])
+    assert found == ("a <del>red cat</del> sat.", "a <ins>blue old</ins> <mark>dog</mark> sat.")
 
 
 @given(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3), st.booleans())
