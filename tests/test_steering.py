@@ -288,6 +288,7 @@ def benchmark():
     return module
 
 
+@pytest.mark.slow
 def test_benchmark(benchmark, tmp_path, capsys):
     """Strength 0 gives the clean figures, clamping to 0 those of ablation; the best keeps to its limits."""
     options = {"n_latents": 2, "max_new_tokens": 12, "strengths": [0, 8], "factors": [1]}

@@ -402,6 +402,7 @@ def test_a_prompt_is_a_line(tmp_path_factory, prompts, end):
 # ---- files: a run that ends early
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues(tmp_path, monkeypatch, capsys):
     """kill -9 of the real command, a second one beside it, other options, half a line: then the same file."""
     source = write_lines(tmp_path / "in.jsonl", [{"prompt": f"{text} {i}"} for i in range(6) for text in TEXTS])
