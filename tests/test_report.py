@@ -101,7 +101,11 @@ def test_one_file_with_every_section(sae_path, capsys):
     page = write(sae_path)
     for part in ("tiny", "layers.1.attention_norm", "12,345", f"{LIVING}", "Training", "training 0.018, held out 0.02"):
         assert part in page.text
-    assert "(FVU)0.1235" in page.text and "one, nats a token0.0625" in page.text and "loss recovered" not in page.text
+    assert (
+        "(FVU)0.1235" in page.text
+        and "one, nats per prediction0.0625" in page.text
+        and "loss recovered" not in page.text
+    )
     assert "5,000 tokens of 70 held-out sentences" in page.text
     assert "Steering with latent 3: Dogs in fiction" in page.text and "7 held “dog” without" in page.text
     assert "This is a cat & a house." in page.text and "The <b> dogs" in page.text
