@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from latents.cards import Sentence
+from latents.cards import CardSentence
 from latents.index import LatentIndex
 from latents.interesting import interesting_latents
 from llama_3 import load_model, load_tokenizer
@@ -195,7 +195,7 @@ def read_scores(run_dir: Path) -> tuple[list[float], list[float]]:
     return table["balanced_accuracy"], table["shuffled"]
 
 
-def marked(sentence: Sentence) -> str:
+def marked(sentence: CardSentence) -> str:
     """A sentence of a card on one line, its strongest token between « and »."""
     strongest = max(range(len(sentence.tokens)), key=lambda i: sentence.activations[i])
     before, token, after = (

@@ -77,7 +77,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import gradio as gr
 import torch
 
-from latents.index import SORTS, LatentIndex
+from latents.index import SORTS, LatentIndex, Sort
 from llama_3.chat import Message, check_chat
 from pipeline.errors import InputError
 from serving.page_html import (
@@ -379,7 +379,7 @@ def latents_tab(index: LatentIndex) -> tuple[gr.HTML, gr.HTML]:
             card = markup(status_html("Click a latent to see its card."), elem_classes="side-card")
     offset = gr.State(0)
 
-    def find(query: str, sort: str, offset: int, step: int) -> tuple[str, str, int]:
+    def find(query: str, sort: Sort, offset: int, step: int) -> tuple[str, str, int]:
         last = max(0, (index.count(query) - 1) // _N_ROWS * _N_ROWS)
         offset = min(max(0, offset + step * _N_ROWS), last)
         return *list_html(index, query, sort, offset, _N_ROWS), offset

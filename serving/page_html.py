@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from latents.cards import CARD_CSS, card_html
-from latents.index import LatentIndex
+from latents.index import LatentIndex, Sort
 from latents.markup import mark_differences, visible
 from pipeline.errors import InputError
 from serving.requests import Look, Served
@@ -92,7 +92,7 @@ def slot_html(index: LatentIndex, latent: int) -> str:
     return f"<p>{latent_link(index, latent, 'card')}</p>"
 
 
-def list_html(index: LatentIndex, query: str, sort: str, offset: int, n_rows: int) -> tuple[str, str]:
+def list_html(index: LatentIndex, query: str, sort: Sort, offset: int, n_rows: int) -> tuple[str, str]:
     """A page of the list of latents, and which it is."""
     rows = index.search(query, sort=sort, limit=n_rows, offset=offset)
     if not rows:
