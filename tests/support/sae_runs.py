@@ -40,19 +40,19 @@ def write_store(folder: Path, sentences: dict[int, Tensor], shard_starts: list[i
     indices = sorted(sentences)
     records = []
     for number, (first, last) in enumerate(zip(shard_starts, [*shard_starts[1:], len(indices)], strict=True)):
-        mine = indices[first:last]
-        acts = torch.cat([sentences[i] for i in mine]).to(torch.bfloat16)
+        own = indices[first:last]
+        acts = torch.cat([sentences[i] for i in own]).to(torch.bfloat16)
         path = folder / f"acts-{number:05d}-00.safetensors"
         write_shard(
             path,
             {
                 "acts": acts,
                 "token_ids": torch.arange(len(acts), dtype=torch.int32),
-                "sentence_idx": torch.tensor(mine),
-                "offsets": torch.tensor([0, *(len(sentences[i]) for i in mine)]).cumsum(0),
+                "sentence_idx": torch.tensor(own),
+                "offsets": torch.tensor([0, *(len(sentences[i]) for i in own)]).cumsum(0),
             },
         )
-        records.append({"file": path.name, "first_sentence_idx": mine[0], "n_sentences": len(mine)})
+        records.append({"file": path.name, "first_sentence_idx": own[0], "n_sentences": len(own)})
         records[-1] |= {"bytes": path.stat().st_size, "sha256": sha256(path), "n_tokens": len(acts)}
     dataset = {"sentences": n_sentences, "sentences_in_all": n_sentences, "seed": 42, "shards": []}
     about = {"model": {"name": "tiny"}, "model_dir": "models/tiny", "sentences_dir": "data/sentences", "layer": 1}
