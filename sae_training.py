@@ -544,7 +544,9 @@ def announce(training: Training) -> None:
     )
     if step.world.size > 1:
         data, latents = map(gb, step.bytes_sent())
-        print(f"Each process sends in a step {data} of gradients and {latents} between slices of the latents.", flush=True)
+        print(
+            f"Each process sends in a step {data} of gradients and {latents} between slices of the latents.", flush=True
+        )
 
 
 def train_until_stopped(training: Training, wandb_mode: WandbMode, config: dict[str, Any]) -> None:
