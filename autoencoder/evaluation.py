@@ -72,9 +72,7 @@ def evaluate(
                 with model.intervene(site, lambda _, x_new=x_new: x_new):
                     streams.append(model.activations(tokens, last)[predicts])
             sums += losses_and_kl(model, streams, targets)
-            for variant, loss in zip(variants, sums[0].tolist(), strict=True):
-                if not math.isfinite(loss):
-                    raise InputError(f"The loss is {loss} with {site} {variant}; check the model and the SAE.")
+            check_finite(sums[0].tolist(), variants, site)
     if n_predictions == 0:
         raise InputError("No sentence has a second token to predict; evaluate longer ones.")
     losses, kl = (sums / n_predictions).tolist()
@@ -194,6 +192,12 @@ def costs(loss: Costs, loss_spliced: float, kl: Costs, kl_spliced: float) -> dic
         "kl_zeroed": kl.zeroed,
         "kl_mean": kl.mean,
     }
+
+
+def check_finite(losses: list[float], variants: list[str], site: str) -> None:
+    for loss, variant in zip(losses, variants, strict=True):
+        if not math.isfinite(loss):
+            raise InputError(f"The loss is {loss} with {site} {variant}; check the model and the SAE.")
 
 
 def mean_of_others(x: Tensor, real: Tensor, total: Tensor, n_tokens: int) -> Tensor:

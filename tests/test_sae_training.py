@@ -38,8 +38,9 @@ import autoencoder.step
 import sae_training
 from autoencoder.checkpoints import delete_checkpoints, whole_checkpoints
 from autoencoder.curves import plot_curves, plot_frequencies
-from autoencoder.step import Step
+from autoencoder.step import Step, StepOptions
 from pipeline.activation_batches import Batches, Reader
+from pipeline.distributed import ALONE, make_grid
 from pipeline.files import locked
 from sae import TopKSparseAutoencoder, load_sae_model, save_sae
 from sae_training import learning_rate, stops_early
@@ -352,6 +353,22 @@ def test_steps_are_those_of_adamw(data, tmp_path, monkeypatch):
     monkeypatch.setattr(Step, "apply", compared)
     train(data, tmp_path, num_epochs=1, weight_decay=0.01)
     assert states
+
+
+def test_the_step_by_itself_does_what_the_run_does(data, trained):
+    """As benchmarks call it: to the last bit."""
+    source = sae_training.open_data(str(data), None)
+    sae = TopKSparseAutoencoder(D, N_LATENTS, K)
+    sae.initialize(source.b_pre, torch.Generator().manual_seed(TRAINING["seed"]))
+    options = StepOptions(**{name: value for name, value in TRAINING.items() if name in StepOptions._fields})
+    step = Step(sae, options, make_grid(ALONE, 1))
+    batches = Batches(data, source.manifest, BATCH, TRAINING["seed"])
+    n_steps = batches.steps_per_epoch * TRAINING["num_epochs"]
+    for n_before in range(n_steps):
+        pending = step.gradients(batches.read(*divmod(n_before, batches.steps_per_epoch), 0, 1))
+        step.apply(pending, step.agree(pending), learning_rate(n_before, n_steps, 8e-3, 1 / 5, 5), n_before)
+    expected = torch.load(trained, weights_only=True)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in step.sae.state_dict().items())
 
 
 def test_early_stopping(data, tmp_path):
