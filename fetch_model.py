@@ -15,7 +15,7 @@ A download that was cut continues where it was, at the same commit, when the com
 import os
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from pipeline.errors import InputError, Stop
 from pipeline.files import locked, read_json, require_disk
@@ -80,7 +80,7 @@ def list_files(model: Model, revision: str | None) -> tuple[str, list[dict[str, 
     from huggingface_hub import HfApi
 
     with answers_of_a_hub():
-        info = HfApi().model_info(model.repo, revision=revision, files_metadata=True, timeout=30)
+        info: Any = HfApi().model_info(model.repo, revision=revision, files_metadata=True, timeout=30)
         wanted = [file for file in info.siblings if any(fnmatchcase(file.rfilename, p) for p in model.files)]
         files = [{"file": Path(file.rfilename).name, **describe_file(file)} for file in wanted]
         files.sort(key=lambda file: file["bytes"])
@@ -135,7 +135,7 @@ def fetch_file(repo: str, revision: str, file: dict[str, Any], folder: Path) -> 
                 resume_size=out.tell(),
                 headers=build_hf_headers(headers={"Accept-Encoding": "identity"}),  # a Range counts the file's bytes
                 displayed_filename=file["file"],
-                tqdm_class=progress_bar,
+                tqdm_class=cast(Any, progress_bar),
             )
         out.flush()
         os.fsync(out.fileno())

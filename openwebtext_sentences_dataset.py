@@ -26,7 +26,7 @@ import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from pipeline.documents import ENDINGS, as_text, describe_files, document_files, iter_documents, kind_of
 from pipeline.errors import InputError, Stop
@@ -110,7 +110,7 @@ def list_dataset(repo: str, folder: str, revision: str | None) -> tuple[str, lis
     with answers_of_a_hub():
         for tried in [revision] if revision else [None, "refs/convert/parquet"]:
             try:
-                info = HfApi().dataset_info(repo, revision=tried, files_metadata=True, timeout=30)
+                info: Any = HfApi().dataset_info(repo, revision=tried, files_metadata=True, timeout=30)
             except RevisionNotFoundError:
                 if revision:
                     raise
@@ -129,8 +129,7 @@ def fetch_files(repo: str, revision: str, files: list[dict[str, Any]]) -> list[P
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    at = {"repo_id": repo, "repo_type": "dataset", "revision": revision}
-    cached = [try_to_load_from_cache(filename=file["source"], **at) for file in files]
+    cached = [try_to_load_from_cache(repo, file["source"], revision=revision, repo_type="dataset") for file in files]
     missing = sum(file["bytes"] for file, path in zip(files, cached, strict=True) if not isinstance(path, str))
     print(
         f"Fetching {repo} at {revision}: {len(files)} files, {gb(sum(f['bytes'] for f in files))}, "
@@ -141,7 +140,9 @@ def fetch_files(repo: str, revision: str, files: list[dict[str, Any]]) -> list[P
     paths = []
     for file, path in zip(files, cached, strict=True):
         if not isinstance(path, str):
-            path = hf_hub_download(filename=file["source"], tqdm_class=progress_bar, **at)
+            path = hf_hub_download(
+                repo, file["source"], repo_type="dataset", revision=revision, tqdm_class=cast(Any, progress_bar)
+            )
             if not is_whole(Path(path), file):
                 os.unlink(os.path.realpath(path))
                 os.unlink(path)
@@ -195,7 +196,7 @@ def load_punkt(kind: str, files: list[Path], train_mb: float) -> tuple[dict[str,
     from nltk.tokenize.punkt import PunktTrainer
 
     trainer = PunktTrainer()
-    trainer.INCLUDE_ALL_COLLOCS = True
+    trainer.INCLUDE_ALL_COLLOCS = True  # pyright: ignore[reportAttributeAccessIssue] # its default says False
     with progress_bar(total=sum(map(len, sample)), unit="B", unit_scale=True, desc="training Punkt") as bar:
         for text in sample:
             trainer.train(text, finalize=False)
@@ -210,7 +211,7 @@ def import_punkt() -> None:
     redos.DEFAULT_TIMEOUT = None
 
 
-def _pretrained_english():
+def _pretrained_english() -> Any:
     """NLTK's parameters for English, fetched if need be; None where there are none. NLTK's own complaints are not
     shown: what is used instead is printed and written to the manifest."""
     import nltk
@@ -233,7 +234,7 @@ def _pretrained_english():
     return None
 
 
-def _to_json(params) -> dict[str, Any]:
+def _to_json(params: Any) -> dict[str, Any]:
     return {
         "abbrev_types": sorted(params.abbrev_types),
         "collocations": sorted(map(list, params.collocations)),
@@ -242,7 +243,7 @@ def _to_json(params) -> dict[str, Any]:
     }
 
 
-def make_splitter(fields: dict[str, Any]):
+def make_splitter(fields: dict[str, Any]) -> Any:
     """A Punkt sentence tokenizer with the parameters of punkt.json."""
     import_punkt()
     from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
@@ -263,7 +264,7 @@ def make_splitter(fields: dict[str, Any]):
 # ---- splitting
 
 
-def split_document(splitter, text: str) -> list[tuple[str, int, str]]:
+def split_document(splitter: Any, text: str) -> list[tuple[str, int, str]]:
     """(sentence, start, gap) in order; the sentences and gaps joined are the document. Without text: one empty row."""
     spans = [(start, end) for start, end in splitter.span_tokenize(text) if end > start]
     if not spans:
@@ -293,7 +294,7 @@ def shard_jobs(files: list[Path], folder: Path, shard_bytes: int) -> Iterator[tu
 
 
 @functools.cache
-def read_splitter(path: Path, modified_ns: int):
+def read_splitter(path: Path, modified_ns: int) -> Any:
     """The splitter of a punkt.json, made once in a process; modified_ns tells another file at the same place."""
     return make_splitter(json.loads(path.read_text()))
 

@@ -308,7 +308,7 @@ def gather_shard(plan: Plan, split: str, o: int, starts: np.ndarray, counts: np.
         goes_to = torch.from_numpy(np.argsort(order))
         rows, first = None, 0
         for i in np.flatnonzero(counts):
-            scattered = open_shard(plan.scattered(i), _STAGE)
+            scattered = open_shard(plan.scattered(int(i)), _STAGE)
             part = scattered.get_slice(split)[int(starts[i]) : int(starts[i] + counts[i])]
             if rows is None:
                 rows = torch.empty(n_rows, part.shape[1], dtype=part.dtype)

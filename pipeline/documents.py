@@ -73,7 +73,6 @@ def describe_files(listing: list[tuple]) -> dict[str, Any]:
 
 def open_parquet(path: Path) -> Any:
     """The parquet file, once its column `text` is known to be there. Raises InputError."""
-
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
@@ -89,7 +88,6 @@ def open_parquet(path: Path) -> Any:
 
 def iter_parquet(path: Path, batch_size: int) -> Iterator[Any]:
     """The column `text` in batches, as bytes (Arrow large_binary, nulls as empty)."""
-
     try:
         for batch in open_parquet(path).iter_batches(batch_size=batch_size, columns=["text"]):
             yield pc.fill_null(batch.column(0).cast(pa.large_binary()), b"")
@@ -112,10 +110,11 @@ def iter_jsonl(path: Path) -> Iterator[bytes]:
                 except (ValueError, RecursionError) as error:
                     raise InputError(f"Line {number} of {path} is not JSON ({error}); mend it.") from None
                 text = value.get("text", 0) if isinstance(value, dict) else 0
-                if not isinstance(text, str | None):
+                text = "" if text is None else text
+                if not isinstance(text, str):
                     raise InputError(f'Line {number} of {path} is not an object with a string "text"; mend it.')
                 try:
-                    yield (text or "").encode(errors="surrogateescape")
+                    yield text.encode(errors="surrogateescape")
                 except UnicodeEncodeError:
                     yield text.encode(errors="surrogatepass")
     except (pa.ArrowInvalid, OSError) as error:

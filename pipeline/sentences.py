@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pipeline.documents import as_text, describe_files, document_files, iter_parquet, kind_of, open_parquet
 from pipeline.errors import InputError
 from pipeline.files import atomic_path, sha256
-from pipeline.manifests import MANIFEST, check_files, read_manifest
+from pipeline.manifests import MANIFEST, check_complete, check_files, read_manifest
 
 SENTENCES_STAGE = "openwebtext_sentences_dataset.py"
 SHUFFLE_SEED = 42  # of the published order; the reader's default
@@ -62,6 +62,13 @@ def describe_sentence_shard(path: Path) -> dict[str, Any]:
     counts = {name: int(metadata.metadata[name.encode()]) for name in _COUNTS}
     size = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
     return size | {"n_sentences": metadata.num_rows} | counts
+
+
+def read_sentence_table(folder: Path | str, columns: list[str]) -> pa.Table:
+    """Columns of all shards, sentences in the documents' order. Raises InputError for an incomplete folder."""
+    check_complete(folder, SENTENCES_STAGE)
+    shards = read_manifest(folder, SENTENCES_STAGE)["shards"]
+    return pa.concat_tables([pq.ParquetFile(Path(folder, shard["file"])).read(columns=columns) for shard in shards])
 
 
 # ---- the reader
