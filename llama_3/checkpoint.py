@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +89,15 @@ def checkpoint_identity(model_dir: str) -> dict[str, Any]:
         "weights_bytes": sum(blobfile.stat(path).size for path in found.weights),
         "weights_sha256": sample_sha256(found.weights),
     }
+
+
+def differing_field(known: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """The first field in which two identities differ; None where they are of one checkpoint.
+
+    The folder's name does not count, nor does a field that only one of them has: older files have fewer.
+    """
+    both = sorted((known.keys() & found.keys()) - {"name"})
+    return next((name for name in both if known[name] != found[name]), None)
 
 
 def sample_sha256(paths: Sequence[str], pieces: int = 64, piece_bytes: int = 2**16) -> str:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import InputError
 
 _KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".txt": "txt"}
-_ENDINGS = ", ".join(_KINDS)
+ENDINGS = ", ".join(_KINDS)
 
 
 def kind_of(name: str) -> str | None:
@@ -35,12 +35,12 @@ def document_files(input_path: str) -> list[Path]:
         )
     if path.is_file():
         if not kind_of(path.name):
-            raise InputError(f"{input_path} has an unknown ending; documents come as {_ENDINGS}.")
+            raise InputError(f"{input_path} has an unknown ending; documents come as {ENDINGS}.")
         return [path]
     names = sorted(file.relative_to(path).as_posix() for file in files_below(path))
     kinds = {kind for name in names if (kind := kind_of(name))}
     if not kinds:
-        raise InputError(f"{input_path} holds no documents ({_ENDINGS}); name another folder.")
+        raise InputError(f"{input_path} holds no documents ({ENDINGS}); name another folder.")
     if len(kinds) > 1:
         raise InputError(f"{input_path} holds {' and '.join(sorted(kinds))} files; name a folder of one kind.")
     return [path / name for name in names if kind_of(name)]

@@ -32,6 +32,7 @@ from support.sae_runs import write_store
 import capture_activations
 import openwebtext_sentences_dataset
 import sae_preprocessing
+from pipeline import manifests
 from pipeline.manifests import MANIFEST, read_manifest
 from pipeline.sentences import SentenceDataset
 
@@ -292,7 +293,7 @@ def test_a_disk_that_is_really_full(activations, tmp_path, capsys):
         options = preprocessing_options(activations, tmp_path / "out")
         with_room: Callable[..., None] = lambda folder, needed: None  # it would say so beforehand
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sae_preprocessing, "require_disk", with_room)
+            patch.setattr(manifests, "require_disk", with_room)
             said = refusal(capsys, sae_preprocessing, **options)
         assert "No space left" in said and "free some disk" in said
         assert list((tmp_path / "out").glob("train-*")) and not list((tmp_path / "out").rglob("*.tmp"))

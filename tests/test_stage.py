@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT_DIR
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Stop
 from pipeline.files import atomic_path, locked, read_json, require_disk, sha256, write_json
 from pipeline.manifests import (
     FORMAT_VERSION,
@@ -201,7 +201,7 @@ def test_help_of_every_script_answers_within_3_seconds(script):
 def test_bad_input_is_one_sentence_and_exit_code_2():
     found = python(
         """
-        from pipeline.errors import InputError
+        from pipeline.errors import InputError, Stop
         from pipeline.run import run
         def main():
             print("begun")
@@ -272,9 +272,9 @@ def test_atomic_path_leaves_nothing_behind_after_an_exception(tmp_path, error):
     assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
 
 
-def test_a_full_disk_is_bad_input(tmp_path):
+def test_a_full_disk_stops_the_run(tmp_path):
     with (
-        pytest.raises(InputError, match="Could not write .*a.txt .*No space left"),
+        pytest.raises(Stop, match="Could not write .*a.txt .*No space left"),
         atomic_path(tmp_path / "a.txt") as temporary,
     ):
         temporary.write_text("half")
