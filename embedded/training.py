@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_3.model import ModelArgs, Transformer, hidden_dim
-from llama_3.tokenizer import SPLIT_PATTERN, Tokenizer, write_ranks
+from llama_3.tokenizer import SPLIT_PATTERN, TiktokenTokenizer, write_ranks
 from pipeline.errors import InputError
 from pipeline.files import atomic_path, write_json
 from pipeline.manifests import git_commit, read_manifest
@@ -106,7 +106,7 @@ def main() -> None:
     print(f"Training on {n_chars / 1e6:.1f} MB in {len(documents[False])} documents; writing to {output_dir}.")
 
     ranks = train_tokenizer(documents[False], config.vocab_size)
-    tokenizer = Tokenizer(ranks)
+    tokenizer = TiktokenTokenizer(ranks)
 
     def flat(texts: list[str]) -> np.ndarray:
         return np.array([i for text in texts for i in tokenizer.encode(text, bos=True, eos=True)], dtype=np.int32)

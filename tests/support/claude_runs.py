@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from conftest import PROJECT_DIR, tiny_ranks
 
-from llama_3.tokenizer import Tokenizer, write_ranks
+from llama_3.tokenizer import TiktokenTokenizer, write_ranks
 from support.pipeline_runs import as_flags
 
-TOKENIZER = Tokenizer(tiny_ranks())
+TOKENIZER = TiktokenTokenizer(tiny_ranks())
 
 
 def write_top_sentences(folder: Path, sentences: dict[int, list[str]], row_group_size: int = 7) -> Path:
