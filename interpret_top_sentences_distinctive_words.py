@@ -24,7 +24,7 @@ from latents.meanings import Meaning, write_meanings
 from latents.origin import source_of, tokenizer_of
 from latents.tables import AGGREGATIONS, TOP, Aggregation, TopSentence, open_top, top_sentences
 from latents.words import WORD, features
-from llama_3.tokenizer import JsonTokenizer, Tokenizer
+from llama_3.tokenizer import Tokenizer
 from pipeline.options import Count, Positive, parse_constants
 from pipeline.progress import progress_bar
 from pipeline.run import run
@@ -53,9 +53,7 @@ class Corpus(NamedTuple):
     n: int  # sentences
 
 
-def count_corpus(
-    dataset: SentenceDataset, tokenizer: Tokenizer | JsonTokenizer, max_tokens: int, n_sentences: int
-) -> Corpus:
+def count_corpus(dataset: SentenceDataset, tokenizer: Tokenizer, max_tokens: int, n_sentences: int) -> Corpus:
     """Count the features of about n_sentences sentences, evenly spread."""
     token_bytes = functools.cache(tokenizer.token_bytes)
     counts: Counter[str] = Counter()
