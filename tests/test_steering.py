@@ -284,7 +284,9 @@ def benchmark():
     path = PROJECT_DIR / "benchmarks" / "steering.py"
     spec = importlib.util.spec_from_file_location("steering_benchmark", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)  # as when it is run
+        spec.loader.exec_module(module)
     return module
 
 
