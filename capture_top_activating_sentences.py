@@ -65,6 +65,7 @@ from latents.tables import (
     write_examples,
     write_top,
 )
+from llama_3.checkpoint import differing_field
 from pipeline.activation_store import ActivationStore, Shard, open_shard, write_shard
 from pipeline.distributed import World, world
 from pipeline.errors import InputError
@@ -568,12 +569,12 @@ def open_inputs(
             f"{model_path} has d_model {sae.d_model}, the activations in {data_dir} {store.d_model}; name activations "
             "like those it was trained on."
         )
-    for name in sorted((trained.model or {}).keys() & (captured.model or {}).keys() - {"name"}):
-        if trained.model[name] != captured.model[name]:
-            raise InputError(
-                f"{model_path} was trained on another model than {data_dir} was captured from ({name} is "
-                f"{trained.model[name]}, there it is {captured.model[name]}); name activations of the SAE's model."
-            )
+    of_sae, of_data = trained.model or {}, captured.model or {}
+    if name := differing_field(of_sae, of_data):
+        raise InputError(
+            f"{model_path} was trained on another model than {data_dir} was captured from ({name} is {of_sae[name]} "
+            f"instead of {of_data[name]}); name activations of the SAE's model."
+        )
     note = None
     if trained.activations and captured.activations and trained.activations != captured.activations:
         note = f"Note: {model_path} was trained on activations of another run, of the same model and site."

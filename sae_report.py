@@ -323,9 +323,7 @@ def latents_section(index: LatentIndex, cards: list[Card], where: Pages) -> str:
     )
 
 
-def write_report(
-    sae_path: str | Path, n_latents: int, cards_a_page: int = CARDS_A_PAGE, n_sentences: int = SENTENCES
-) -> list[Path]:
+def write_report(sae_path: str | Path, n_latents: int, cards_a_page: int, n_sentences: int) -> list[Path]:
     """Write the report and, for more latents than one page holds, its pages. Returns what was written, report first."""
     index, files = LatentIndex(sae_path), SaeFiles(sae_path)
     name = Path(files.name).name

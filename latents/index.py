@@ -25,7 +25,7 @@ from latents.origin import read_info, source_of
 from latents.tables import LATENTS, PROMOTED, TOP, Aggregation, Table, TopFile
 from llama_3 import load_model, load_tokenizer
 from llama_3.model import Transformer
-from llama_3.tokenizer import JsonTokenizer, TextStream, Tokenizer
+from llama_3.tokenizer import TextStream, Tokenizer
 from pipeline.errors import InputError
 from pipeline.sae_files import SaeFiles
 from sae import TopKSparseAutoencoder, load_sae_model
@@ -40,7 +40,7 @@ _PROMOTED = ("tokens", "scores"), ("suppressed_tokens", "suppressed_scores")
 class _Given(NamedTuple):
     """What the caller has loaded already."""
 
-    tokenizer: Tokenizer | JsonTokenizer | None
+    tokenizer: Tokenizer | None
     model: Transformer | None
     sae: TopKSparseAutoencoder | None
 
@@ -56,7 +56,7 @@ class LatentIndex:
     def __init__(
         self,
         sae_path: str | Path,
-        tokenizer: Tokenizer | JsonTokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
         model: Transformer | None = None,
         sae: TopKSparseAutoencoder | None = None,
     ):
@@ -237,9 +237,7 @@ class LatentIndex:
                 found[ids] = CardSentence(pieces(self._tokenizer, ids), activations, sentence.activation)
         return list(found.values())
 
-    def _sentences_at_places(
-        self, places: pa.Table, tokenizer: Tokenizer | JsonTokenizer, latent: int, n: int
-    ) -> list[CardSentence]:
+    def _sentences_at_places(self, places: pa.Table, tokenizer: Tokenizer, latent: int, n: int) -> list[CardSentence]:
         """The sentences that NAME.top_places.parquet points at; those that differ in this installation are left out."""
         found = []
         model, sae = self._model_and_sae
@@ -258,7 +256,7 @@ class LatentIndex:
     # ---- the model
 
     @cached_property
-    def _tokenizer(self) -> Tokenizer | JsonTokenizer | None:
+    def _tokenizer(self) -> Tokenizer | None:
         if self._given.tokenizer is not None:
             return self._given.tokenizer
         try:
@@ -269,7 +267,7 @@ class LatentIndex:
 
     @cached_property
     def _model_dir(self) -> str:
-        return source_of(self.sae_path).model_dir()
+        return source_of(self.sae_path).model_dir(option="the page's --llama_model_dir")
 
     @cached_property
     def _model_and_sae(self) -> tuple[Transformer, TopKSparseAutoencoder]:
@@ -277,7 +275,7 @@ class LatentIndex:
         return model, self._given.sae or load_sae_model(self.sae_path, model.device)
 
 
-def pieces(tokenizer: Tokenizer | JsonTokenizer, token_ids: Sequence[int]) -> list[str]:
+def pieces(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
     """The text of each token, in whole characters: one spread over several tokens stands at its last one."""
 
     stream = TextStream(tokenizer)

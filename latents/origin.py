@@ -6,7 +6,7 @@ from typing import Any
 from latents.meanings import is_embedded
 from llama_3 import load_tokenizer
 from llama_3.checkpoint import TINY_LLAMA_DIR
-from llama_3.tokenizer import JsonTokenizer, Tokenizer
+from llama_3.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.files import read_json
 from pipeline.sae_files import SaeFiles
@@ -30,6 +30,6 @@ def source_of(sae_path: str | Path) -> Source:
     return source.with_folder("model_dir", TINY_LLAMA_DIR) if is_embedded(sae_path) else source
 
 
-def tokenizer_of(source: Source, given: str | None, option: str) -> Tokenizer | JsonTokenizer:
+def tokenizer_of(source: Source, given: str | None, option: str) -> Tokenizer:
     """The tokenizer in the model's folder. A folder `given` by the option may hold the tokenizer alone."""
     return load_tokenizer(given or source.model_dir(option=option))

@@ -38,16 +38,15 @@ class Table(NamedTuple):
 
     def open(self, path: Path, columns: list[str]) -> pq.ParquetFile:
         """The file, memory-mapped. Raises InputError unless it is a parquet file with these columns."""
-        fix = f"run {self.made_by} to make it."
         if not path.is_file():
-            raise InputError(f"There is no {path}; {fix}")
+            raise InputError(f"There is no {path}; run {self.made_by} first.")
         try:
             file = pq.ParquetFile(path, memory_map=True)
         except (pa.ArrowInvalid, OSError) as error:
             reason = " ".join(str(error).split())
-            raise InputError(f"{path} cannot be read as a parquet file ({reason}); {fix}") from None
+            raise InputError(f"{path} cannot be read as a parquet file ({reason}); run {self.made_by} again.") from None
         if missing := sorted(set(columns) - set(file.schema_arrow.names)):
-            raise InputError(f"{path} has no column {missing[0]}; {fix}")
+            raise InputError(f"{path} cannot be read: it has no column {missing[0]}; run {self.made_by} again.")
         return file
 
     def write(self, path: Path, columns: Mapping[str, Any]) -> None:
@@ -306,11 +305,6 @@ class TopFile:
 # ---- statistics of latents
 
 
-def highest_activations(path: Path, n_latents: int) -> np.ndarray:
-    """(n_latents,) float32: the column `max` of NAME.latents.parquet. Raises InputError for another SAE's file."""
-    highest = LATENTS.open(path, ["max"]).read(columns=["max"])["max"].to_numpy()
-    if len(highest) != n_latents:
-        raise InputError(
-            f"{path} is of {len(highest)} latents, the SAE has {n_latents}; run {LATENTS.made_by} to make it again."
-        )
-    return highest
+def highest_activations(path: Path) -> np.ndarray:
+    """(n_latents,) float32: the column `max` of NAME.latents.parquet, 0 for a latent that never fired."""
+    return LATENTS.open(path, ["max"]).read(columns=["max"])["max"].to_numpy().astype(np.float32)

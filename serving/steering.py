@@ -20,11 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from latents import tables
 from llama_3.model import Intervention
 from pipeline.errors import InputError
 from pipeline.sae_files import SaeFiles
@@ -130,14 +129,7 @@ def highest_activations(sae_path: str | Path) -> Tensor:
 
     Raises InputError where the file is missing or unreadable.
     """
-    path = SaeFiles(sae_path).beside("latents.parquet")
-    try:
-        highest = pq.ParquetFile(path).read(columns=["max"]).column("max")  # read_table would import pandas
-    except FileNotFoundError:
-        raise InputError(f"There is no {path}; run capture_top_activating_sentences.py first.") from None
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise InputError(f"{path} cannot be read ({error}); run capture_top_activating_sentences.py.") from None
-    return torch.tensor(highest.to_pylist(), dtype=torch.float32)
+    return torch.from_numpy(tables.highest_activations(SaeFiles(sae_path).beside(tables.LATENTS.suffix)))
 
 
 def known_highest(sae_path: str | Path) -> Tensor | None:
