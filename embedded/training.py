@@ -55,7 +55,7 @@ from torch import Tensor
 
 from embedded.corpus import CORPUS_STAGE, read_documents
 from llama_3.model import ModelArgs, Transformer, hidden_dim
-from llama_3.tokenizer import SPLIT_PATTERN, Tokenizer, write_ranks
+from llama_3.tokenizer import SPLIT_PATTERN, TiktokenTokenizer, write_ranks
 from pipeline.errors import InputError
 from pipeline.files import atomic_path, write_json
 from pipeline.manifests import check_complete, git_commit, read_manifest
@@ -109,7 +109,9 @@ def read_corpus(documents_dir: str, sentences_dir: str) -> tuple[Texts, Texts]:
 class Rows:
     """Random rows of tokens and their targets: of documents, which open with begin-of-text, and of lone sentences."""
 
-    def __init__(self, tokenizer: Tokenizer, documents: list[str], sentences: list[str], context: int, seed: int):
+    def __init__(
+        self, tokenizer: TiktokenTokenizer, documents: list[str], sentences: list[str], context: int, seed: int
+    ):
         self.bos_id, self.context = tokenizer.bos_id, context
         self.rng = np.random.default_rng(seed)
         self.stream = encode_all(tokenizer, documents)
@@ -138,7 +140,7 @@ class Rows:
         return tokens, targets
 
 
-def encode_all(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+def encode_all(tokenizer: TiktokenTokenizer, texts: list[str]) -> np.ndarray:
     """The documents' tokens one after the other, each document between begin-of-text and end-of-text."""
     return np.array([i for text in texts for i in tokenizer.encode(text, bos=True, eos=True)], dtype=np.int32)
 
@@ -229,7 +231,7 @@ def write_checkpoint(folder: Path, model: Transformer, ranks: dict[bytes, int], 
 # ---- what it has learnt
 
 
-def measure(model: Transformer, rows: Rows, tokenizer: Tokenizer, held_out: list[str]) -> dict[str, Any]:
+def measure(model: Transformer, rows: Rows, tokenizer: TiktokenTokenizer, held_out: list[str]) -> dict[str, Any]:
     """Losses on held-out documents, of the model and of a table of the tokens' frequencies."""
     stream = encode_all(tokenizer, held_out)
     n_rows = (len(stream) - 1) // rows.context
@@ -247,7 +249,7 @@ def measure(model: Transformer, rows: Rows, tokenizer: Tokenizer, held_out: list
     }
 
 
-def print_samples(model: Transformer, tokenizer: Tokenizer) -> None:
+def print_samples(model: Transformer, tokenizer: TiktokenTokenizer) -> None:
     torch.manual_seed(0)
     for prompt in _PROMPTS:
         ids = tokenizer.encode(prompt, bos=True)
@@ -267,7 +269,7 @@ def main() -> None:
     print(f"Training on {n_chars / 1e6:.1f} MB in {len(documents.training)} documents; writing to {output_dir}.")
 
     ranks = train_tokenizer(documents.training, config.vocab_size)
-    tokenizer = Tokenizer(ranks)
+    tokenizer = TiktokenTokenizer(ranks)
     rows = Rows(tokenizer, documents.training, sentences.training, config.context, config.seed)
     n_tokens = len(rows.stream)
     print(f"{n_tokens:,} tokens, {n_tokens / n_chars:.3f} per character; {len(rows.alone):,} lone sentences.")
