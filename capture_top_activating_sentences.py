@@ -247,7 +247,7 @@ def add_shard(found: Found, job: Job, shard_number: int, min_tokens: int, encode
 def load_found(job: Job, n_top: int, identity: dict[str, Any]) -> Found:
     """What a killed run had found, or nothing yet."""
     n_latents, device = job.sae.n_latents, job.sae.b_pre.device
-    tables = {aggregation: TopTable(n_latents, n_top, device) for aggregation in AGGREGATIONS}
+    tables: dict[Aggregation, TopTable] = {name: TopTable(n_latents, n_top, device) for name in AGGREGATIONS}
     state_path = job.partial("state")
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=True)
@@ -276,7 +276,7 @@ def save_found(found: Found, job: Job, identity: dict[str, Any]) -> None:
 def gather_found(w: World, found: Found) -> Found:
     """What all processes found, on the CPU of each."""
     n_top = found.tables["max"].values.shape[1]
-    tables = {aggregation: TopTable(len(found.fired), n_top) for aggregation in AGGREGATIONS}
+    tables: dict[Aggregation, TopTable] = {name: TopTable(len(found.fired), n_top) for name in AGGREGATIONS}
     for entries_by in w.gather({aggregation: table.entries() for aggregation, table in found.tables.items()}):
         for aggregation, entries in entries_by.items():
             tables[aggregation].add(*entries)
