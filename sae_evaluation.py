@@ -205,7 +205,7 @@ def draw_comparison(path: Path, results: dict[str, dict[str, Any]]) -> None:
     names = list(results)
     height = 2.4 + 0.35 * len(names)
     figure = new_figure(15, height + 2.6)
-    above, below = figure.subfigures(2, 1, height_ratios=[height - 1, 2.6])
+    (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[height - 1, 2.6])
     palette = colormaps["tab10" if len(names) <= 10 else "tab20"]
     colors = [palette(i % palette.N) for i in range(len(names))]
     for axis, (key, title, form) in zip(above.subplots(1, len(_PANELS)), _PANELS, strict=True):
@@ -275,7 +275,7 @@ def main() -> None:
     config = parse_constants(globals())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     saes = load_saes(list(dict.fromkeys(config.sae_model_path)), device)
-    path, sae = next(iter(saes.items()))  # in what matters here the others are as the first
+    path, sae = next(iter(saes.items()))  # the others are of the same model and sentences (load_saes)
     source = Source.read(sae.info, SaeFiles(path).json)
     model_dir = source.model_dir(config.llama_model_dir)
     sites = sites_of(saes, model_dir)

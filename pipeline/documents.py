@@ -50,7 +50,7 @@ def files_below(folder: Path) -> Iterator[Path]:
     """Every file in a folder and its subfolders, through links too; InputError for what cannot be looked into."""
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename} cannot be read ({error.strerror}); mend or remove it.")
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}); fix or remove it.")
 
     seen = set()
     for where, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
@@ -61,7 +61,7 @@ def files_below(folder: Path) -> Iterator[Path]:
         seen.add(real)
         for path in (Path(where) / name for name in names):
             if kind_of(path.name) and not path.exists():
-                raise InputError(f"{path} points to nothing; mend or remove it.")
+                raise InputError(f"{path} points to nothing; fix or remove it.")
             yield path
 
 
@@ -108,11 +108,11 @@ def iter_jsonl(path: Path) -> Iterator[bytes]:
                 try:
                     value = json.loads(line.decode(errors="surrogateescape"))
                 except (ValueError, RecursionError) as error:
-                    raise InputError(f"Line {number} of {path} is not JSON ({error}); mend it.") from None
+                    raise InputError(f"Line {number} of {path} is not JSON ({error}); correct it.") from None
                 text = value.get("text", 0) if isinstance(value, dict) else 0
                 text = "" if text is None else text
                 if not isinstance(text, str):
-                    raise InputError(f'Line {number} of {path} is not an object with a string "text"; mend it.')
+                    raise InputError(f'Line {number} of {path} is not an object with a string "text"; correct it.')
                 try:
                     yield text.encode(errors="surrogateescape")
                 except UnicodeEncodeError:
@@ -134,7 +134,7 @@ def iter_documents(files: list[Path]) -> Iterator[bytes]:
                 try:
                     yield path.read_bytes()
                 except OSError as error:
-                    raise InputError(f"{path} cannot be read ({error}); mend or remove it.") from None
+                    raise InputError(f"{path} cannot be read ({error}); fix or remove it.") from None
 
 
 def as_text(document: bytes) -> str:

@@ -1,4 +1,4 @@
-"""manifest.json: what a folder holds, who made it, whether it is complete; checksums of its shards."""
+"""manifest.json: what a folder holds, which stage made it, whether it is complete; checksums of its shards."""
 
 import contextlib
 import json
@@ -97,8 +97,7 @@ def _differ(name: str, then: Any, now: Any) -> bool:
 
 
 def complete_already(folder: Path | str, stage: str, decides: dict[str, Any]) -> bool:
-    """`begin_or_continue`, and where the work is complete: a look whether its shards are still there, and a line of
-    print."""
+    """`begin_or_continue`; of a complete folder also check that its shards are there, and print that it is complete."""
     if not begin_or_continue(folder, stage, decides):
         return False
     check_complete(folder, stage)
@@ -110,8 +109,8 @@ def complete_already(folder: Path | str, stage: str, decides: dict[str, Any]) ->
 def output_folder(folder: Path | str, stage: str, decides: dict[str, Any], needed_bytes: float) -> Iterator[bool]:
     """Hold an output folder for this run alone, begun or continued. Yields whether its work is complete already.
 
-    needed_bytes: disk for all of it; what is there already is subtracted. Raises InputError as `locked`,
-    `complete_already` and `require_disk` do.
+    needed_bytes: disk for all of it; what is there already is subtracted. Raises InputError as `locked` and
+    `complete_already` do, and Stop as `require_disk` does.
     """
     folder = Path(folder)
     with locked(folder):
@@ -139,7 +138,7 @@ def check_files(folder: Path | str, shards: list[dict], stage: str) -> None:
 
 
 def check_complete(folder: Path | str, stage: str) -> None:
-    """Raise InputError where a complete folder has lost a shard: to run the stage again would not mend that."""
+    """Raise InputError where a complete folder has lost a shard: running the stage again would not bring it back."""
     manifest = read_manifest(folder, stage)
     check_files(folder, manifest["shards"] + manifest.get("validation_shards", []), stage)
 
@@ -147,8 +146,8 @@ def check_complete(folder: Path | str, stage: str) -> None:
 def check_sum(folder: Path | str, shard: dict, stage: str) -> None:
     """Raise InputError unless a shard's bytes are those whose checksum its manifest holds.
 
-    A second of one core for 1.5 GB where the processor has SHA instructions. What it reads stays in the page cache for
-    whoever reads the shard next, so it is no second pass over the disk.
+    A core takes a second for 1.5 GB where the processor has SHA instructions. What it reads stays in the page cache for
+    whoever reads the shard next, so the disk is read once.
     """
     path = Path(folder) / shard["file"]
     try:

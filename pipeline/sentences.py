@@ -85,8 +85,9 @@ class SentenceDataset:
     """
 
     def __init__(self, folder: str | Path, num_samples: int | None = None, seed: int = SHUFFLE_SEED):
-        self.manifest, files = _parquet_files(Path(folder))
-        self.folder = Path(folder).parent if Path(folder).is_file() else Path(folder)
+        self.path = Path(folder)  # a folder, or a single file
+        self.manifest, files = _parquet_files(self.path)
+        self.folder = self.path.parent if self.path.is_file() else self.path
         stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         self.files_sha256: str = describe_files(stats)["listing_sha256"]
         arrow_path, order_path = self.folder / "sentences.arrow", self.folder / f"sentences.order-{seed}.npy"

@@ -178,6 +178,7 @@ def uninterrupted(script, options: dict) -> dict[str, bytes]:
     return expected
 
 
+@pytest.mark.slow
 def test_sentences_survive_kills(documents, tmp_path):
     options = sentences_options(documents, tmp_path / "out")
     expected = uninterrupted(openwebtext_sentences_dataset, options)
@@ -185,6 +186,7 @@ def test_sentences_survive_kills(documents, tmp_path):
     survives_kills(command, tmp_path / "out", expected, N_KILLS or 2, len(expected))
 
 
+@pytest.mark.slow
 def test_capture_survives_kills_under_torchrun(tiny_model_dir, sentences_dir, tmp_path):
     """Two processes, against one."""
     options = capture_options(tiny_model_dir, sentences_dir, tmp_path / "out")
@@ -194,6 +196,7 @@ def test_capture_survives_kills_under_torchrun(tiny_model_dir, sentences_dir, tm
     survives_kills(command, tmp_path / "out", expected, N_KILLS or 1, len(expected) + 2 * len(TEXTS) // 16)
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_torchrun(tiny_model_dir, sentences_dir, tmp_path):
     """kill -9 of torchrun alone: its workers do not go on holding the folder, and the command continues."""
     options = capture_options(tiny_model_dir, sentences_dir, tmp_path / "out")
@@ -224,6 +227,7 @@ def is_free(lock: Path) -> bool:
 
 
 @pytest.mark.parametrize("n_processes", [1, 2] if N_KILLS else [1])
+@pytest.mark.slow
 def test_preprocessing_survives_kills(activations, tmp_path, n_processes):
     options = preprocessing_options(activations, tmp_path / "out")
     expected = uninterrupted(sae_preprocessing, options)

@@ -187,6 +187,7 @@ def test_the_default_folder_bears_the_models_name(hub: FakeHub, tmp_path: Path):
 # ---- downloads that were cut
 
 
+@pytest.mark.slow
 def test_a_killed_download_continues_at_its_commit(hub: FakeHub, tmp_path: Path):
     folder = tmp_path / "smol"
     files = SMOL_FILES | {"model.safetensors": BIG}

@@ -628,6 +628,7 @@ def test_too_small_a_disk_leaves_nothing(own_store, tmp_path, capsys, monkeypatc
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_sentence(own_store, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sae_preprocessing, "scatter_shard", end_at_once)
     said = refusal(

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -25,13 +26,13 @@ def as_flags(options: dict[str, Any]) -> list[str]:
     return flags
 
 
-def call(script, **options: Any) -> None:
+def call(script: ModuleType, **options: Any) -> None:
     """Run a script's main in this process, as `python script.py --name value ...` would."""
     with mock.patch.object(sys, "argv", [script.__file__, *as_flags(options)]):
         run(script.main)
 
 
-def refusal(capsys, script, **options: Any) -> str:
+def refusal(capsys: pytest.CaptureFixture, script: ModuleType, **options: Any) -> str:
     """The sentence with which a script refuses; it must be one, without traceback, and the exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
