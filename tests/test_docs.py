@@ -7,6 +7,7 @@ here. Of a script only what stands above its first function is run: its cheap im
 """
 
 import ast
+import dataclasses
 import json
 import re
 import shlex
@@ -20,8 +21,10 @@ import pytest
 from conftest import PROJECT_DIR
 
 from embedded import recipe
+from latents import tables
 from pipeline.errors import InputError
 from pipeline.options import parse_constants
+from pipeline.source import Source
 
 PAGES = [PROJECT_DIR / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((PROJECT_DIR / "docs").glob("*.md"))
@@ -253,6 +256,10 @@ def test_the_architecture_names_every_room():
 # ---- fields of files
 
 
+def names_on_the_page_of_files() -> set[str]:
+    return set(re.findall(r"`(\w+)`", (PROJECT_DIR / "docs" / "files.md").read_text(encoding="utf-8")))
+
+
 def fields_of(path: Path) -> set[str]:
     if path.suffix == ".parquet":
         return set(pq.read_schema(path).names)
@@ -267,9 +274,19 @@ REFERENCE_FILES = [
     *sorted((PROJECT_DIR / "latent_index_meaning").glob("*max*.parquet")),
     *(PROJECT_DIR / "llama_3" / "tiny_llama" / f"sae.{name}" for name in ("metrics.jsonl", "evaluation.json", "json")),
 ]
+TABLES = [table for table in vars(tables).values() if isinstance(table, tables.Table)]
 
 
 @each(REFERENCE_FILES)
 def test_the_page_of_files_names_every_field(path):
-    named = set(re.findall(r"`(\w+)`", (PROJECT_DIR / "docs" / "files.md").read_text(encoding="utf-8")))
-    assert sorted(fields_of(path) - named) == []
+    assert sorted(fields_of(path) - names_on_the_page_of_files()) == []
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.suffix)
+def test_the_page_of_files_names_every_column(table):
+    assert sorted(set(table.schema.names) - names_on_the_page_of_files()) == []
+
+
+def test_the_page_of_files_names_every_field_of_a_source():
+    fields = {field.name for field in dataclasses.fields(Source)} - {"file", "folders"}
+    assert sorted(fields - names_on_the_page_of_files()) == []
