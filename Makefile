@@ -66,14 +66,4 @@ tiny: install
 
 # ... and its reference SAE: the demo's, in bfloat16, with its names.
 reference: demo
-	$(BIN)/python -c 'import torch; from sae import *; sae = load_sae_model("demo_run/sae/sae.pth"); save_sae(sae, "llama_3/tiny_llama/sae.pth", sae.info, torch.bfloat16)'
-	cd demo_run/sae && cp sae.promoted.parquet sae.curves.png sae.frequencies.png sae.metrics.jsonl ../../llama_3/tiny_llama/
-	$(BIN)/python sae_evaluation.py --sae_model_path llama_3/tiny_llama/sae.pth --num_sentences 1000 --batch_tokens 2048
-	for a in mean max last; do \
-		f=demo_run/sae/sae.meaning_distinctive-words_$$a t=latent_index_meaning/latent_idx_meaning_$$a-aggregated_distinctive-words; \
-		test -f $$f.scores.parquet || $(BIN)/python score_interpretations.py --model_path demo_run/sae/sae.pth --meaning_filepath $$f.yaml --scorer words --shown_sentences 20; \
-		for e in yaml scores.parquet scores.png; do cp $$f.$$e $$t.$$e; done; \
-	done
-	$(BIN)/python capture_top_activating_sentences.py --data_dir demo_run/activations/layers.6.attention_norm --model_path llama_3/tiny_llama/sae.pth --captured_data_output_dir demo_run/reference --top_sentences 20
-	cp demo_run/reference/sae.latents.parquet llama_3/tiny_llama/
-	$(BIN)/python -c 'from embedded.places import write_places; write_places("demo_run/reference/sae.top.parquet", "demo_run/sentences", "demo_run/documents", "llama_3/tiny_llama/sae.top_places.parquet")'
+	$(BIN)/python -m embedded.reference

@@ -9,18 +9,16 @@ Writes  NAME.top.parquet      latent, aggregation, rank, activation, sentence_id
                               sentences it fires in, the same by tenth, and the latents that fire on the same tokens
         beside the SAE NAME.pth, or in CAPTURED_DATA_OUTPUT_DIR
 Method  every latent keeps its own TOP_SENTENCES; ties go to the lower sentence index. Examples are those with the
-        lowest hash of (latent, sentence). So the result does not depend on batch size or process count. Co-firing is
-        the Jaccard index, tokens with both / tokens with either, on COFIRING_TOKENS tokens drawn by hash. Activations
-        are in normalised space
-Cost    reads and encodes the activations once; what fired waits on disk, 6 bytes x k a token, and is deleted at the
-        end. Memory of a process: 36 bytes x n_latents x TOP_SENTENCES, 4 bytes x k x COFIRING_TOKENS, and for the
-        tables 4 bytes a captured token and 2 bytes x the tokens of all rows
+        lowest hash of (latent, sentence), so the result does not depend on batch size or number of processes.
+        Co-firing is the Jaccard index (tokens with both / tokens with either) on COFIRING_TOKENS tokens drawn by hash.
+        Activations are in normalised space
+Cost    reads and encodes the activations once; what fired waits on disk, 6 bytes x k per token, and is deleted at the
+        end. Memory per process: 36 bytes x n_latents x TOP_SENTENCES, 4 bytes x k x COFIRING_TOKENS, and for the
+        tables 4 bytes per captured token and 2 bytes x the tokens of all rows
 
     torchrun --standalone --nproc_per_node=4 capture_top_activating_sentences.py \\
         --data_dir data/activations/layers.22.attention_norm --model_path data/sae.pth
 """
-
-from typing import Any, NamedTuple
 
 from pipeline.options import Count, CountOrZero, Seed, parse_constants
 from pipeline.run import run
@@ -34,56 +32,72 @@ EXAMPLES_PER_TENTH: CountOrZero = 5  # sentences sampled from each tenth of a la
 SILENT_EXAMPLES: CountOrZero = 30  # sentences sampled in which the latent does not fire, where there are enough
 COFIRING_TOKENS: CountOrZero = 2**18  # tokens on which latents that fire together are counted
 COFIRING_LATENTS: CountOrZero = 10  # of them kept per latent
-MIN_TOKENS: Count = 3  # shorter sentences do not count, but in frequency, mean and max
+MIN_TOKENS: Count = 3  # shorter sentences are left out, except from frequency, mean and max
 ENCODE_TOKENS: Count = 4096  # activations encoded at once: bounds memory at 4 bytes x n_latents each
 SEED: Seed = 0  # of the samples
 
-_AGGREGATIONS = ("mean", "max", "last")
-_TENTHS = 10
 _SILENT_TRIES = 8  # sentences looked at for each silent one wanted
 _COUNTED_AT_ONCE = 2**21  # pairs of latents: this fits a cache
-_ROW_GROUP = 2**16  # rows of a table written at once
+_SAVE_S = 60  # seconds between two saves of the progress
 
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
 
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
-from pipeline.activation_store import ActivationStore, open_shard, write_shard
-from pipeline.distributed import world
+from latents.tables import (
+    AGGREGATIONS,
+    EXAMPLES,
+    LATENTS,
+    SILENT,
+    TENTHS,
+    TOP,
+    Aggregation,
+    SentenceColumns,
+    lists,
+    write_examples,
+    write_top,
+)
+from llama_3.checkpoint import differing_field
+from pipeline.activation_store import ActivationStore, Shard, open_shard, write_shard
+from pipeline.distributed import World, world
 from pipeline.errors import InputError
 from pipeline.files import atomic_path, locked, require_disk, sha256
+from pipeline.manifests import MANIFEST
 from pipeline.progress import gb, progress_bar
 from pipeline.sae_files import SaeFiles
 from pipeline.sentences import SentenceDataset
-from sae import load_sae_model
+from pipeline.source import Source
+from sae import TopKSparseAutoencoder, load_sae_model
+
+# ---- what fired
 
 
 class Entries(NamedTuple):
-    """Latents that fired: one entry a (token, latent) or (sentence, latent) pair, tensors of one length."""
+    """Latents that fired: an entry per (token, latent) or (sentence, latent) pair, tensors of one length."""
 
-    row: Any  # token or sentence
-    latent: Any
-    value: Any
+    row: Tensor  # token or sentence
+    latent: Tensor
+    value: Tensor
 
 
-def encode_entries(sae, acts, chunk: int) -> Entries:
+def encode_entries(sae: TopKSparseAutoencoder, acts: Tensor, chunk: int) -> Entries:
     """Encode raw activations (n_tokens, d_model); entries by token, values above zero only, on the SAE's device."""
 
     rows, latents, values = [], [], []
     for start in range(0, len(acts), chunk):
-        v, i = sae.encode(acts[start : start + chunk].to(sae.b_pre.device))
-        token, slot = (v > 0).nonzero(as_tuple=True)
+        kept, indices = sae.encode(acts[start : start + chunk].to(sae.b_pre.device))
+        token, slot = (kept > 0).nonzero(as_tuple=True)
         rows.append(token + start)
-        latents.append(i[token, slot])
-        values.append(v[token, slot])
+        latents.append(indices[token, slot])
+        values.append(kept[token, slot])
     return Entries(torch.cat(rows), torch.cat(latents), torch.cat(values))
 
 
@@ -94,7 +108,7 @@ def write_entries(path: Path, entries: Entries, n_tokens: int) -> None:
     write_shard(path, {name: tensor.cpu() for name, tensor in tensors.items()})
 
 
-def read_entries(path: Path, device="cpu") -> Entries:
+def read_entries(path: Path, device: torch.device | str = "cpu") -> Entries:
     """What `write_entries` wrote: values in float16 steps."""
 
     file = open_shard(path, Path(__file__).name)
@@ -103,7 +117,7 @@ def read_entries(path: Path, device="cpu") -> Entries:
     return Entries(rows, latent.long(), value.float())
 
 
-def aggregate(entries: Entries, offsets, n_latents: int) -> dict[str, Entries]:
+def aggregate(entries: Entries, offsets: Tensor, n_latents: int) -> dict[Aggregation, Entries]:
     """Entries by sentence for each aggregation. The mean counts every token of the sentence, silent ones as 0."""
 
     offsets = offsets.to(entries.row.device)
@@ -124,12 +138,12 @@ def aggregate(entries: Entries, offsets, n_latents: int) -> dict[str, Entries]:
 class TopTable:
     """The highest values of each row (a latent, or a tenth of one) with their sentences; -1 where there is none yet."""
 
-    def __init__(self, n_rows: int, n_top: int, device="cpu"):
+    def __init__(self, n_rows: int, n_top: int, device: torch.device | str = "cpu"):
 
         self.values = torch.full((n_rows, n_top), -torch.inf, device=device)
         self.sentences = torch.full((n_rows, n_top), -1, dtype=torch.int64, device=device)
 
-    def add(self, rows, values, sentences) -> None:
+    def add(self, rows: Tensor, values: Tensor, sentences: Tensor) -> None:
         """Merge candidates, in any order; equal values go to the lower sentence index."""
 
         n_top = self.values.shape[1]
@@ -152,84 +166,138 @@ class TopTable:
         self.values[rows[top], rank[top]] = values[top]
         self.sentences[rows[top], rank[top]] = sentences[top]
 
-    def entries(self) -> tuple[Any, Any, Any]:
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """(rows, values, sentences) of what is filled, by row, best first; on the CPU."""
-        where = (self.sentences >= 0).nonzero(as_tuple=True)
-        return where[0].cpu(), self.values[where].cpu(), self.sentences[where].cpu()
+        row, rank = (self.sentences >= 0).nonzero(as_tuple=True)
+        return row.cpu(), self.values[row, rank].cpu(), self.sentences[row, rank].cpu()
 
 
-class Progress(NamedTuple):
-    """What one process has found so far, on its device; saved, so that a killed run continues."""
-
-    n_shards: int  # of this process's shards, done
-    tables: dict[str, TopTable]
-    fired: Any  # (n_latents,) tokens on which each latent fired
-    total: Any  # (n_latents,) float64 sum of its activations
-    highest: Any  # (n_latents,)
+# ---- pass 1: top sentences
 
 
-def find_top(store, sae, mine: list[int], config, partial: Callable[[Any], Path], identity: dict, bar) -> Progress:
-    """Pass 1, over this process's shards: the top tables and firing statistics. What fired goes to partial(shard)."""
+class Job(NamedTuple):
+    """This process's part of the work."""
 
-    n, device = sae.n_latents, sae.b_pre.device
-    found = Progress(
-        0,
-        {name: TopTable(n, config.top_sentences, device) for name in _AGGREGATIONS},
-        torch.zeros(n, dtype=torch.int64, device=device),
-        torch.zeros(n, dtype=torch.float64, device=device),
-        torch.zeros(n, device=device),
+    world: World
+    store: ActivationStore
+    sae: TopKSparseAutoencoder
+    shards: list[int]  # of the store
+    out: SaeFiles  # what is written lies beside out.path
+
+    def partial(self, name: str | int) -> Path:
+        """Where something waits until the end: `state`, or what fired in a shard."""
+        return self.out.beside(f"top-partial-{name}-{self.world.rank}-of-{self.world.size}")
+
+    def progress(self, about: str) -> Any:
+        """This process's shards, with a progress bar."""
+        return progress_bar(self.shards, unit="shard", desc=about, disable=not self.world.is_main)
+
+
+class Found(NamedTuple):
+    """The top sentences and the statistics of the first n_shards of a process, on its device, or of all on the CPU."""
+
+    n_shards: int
+    tables: dict[Aggregation, TopTable]
+    fired: Tensor  # (n_latents,) tokens on which each latent fired
+    total: Tensor  # (n_latents,) float64 sum of its activations
+    highest: Tensor  # (n_latents,)
+
+
+def find_top(job: Job, n_top: int, min_tokens: int, encode_tokens: int, identity: dict[str, Any]) -> Found:
+    """Encode this process's shards; what fired goes to disk. A killed run with the same `identity` is continued."""
+    records = job.store.records
+    found = load_found(job, n_top, identity)
+    bar = progress_bar(
+        total=sum(records[i]["n_tokens"] for i in job.shards),
+        initial=sum(records[i]["n_tokens"] for i in job.shards[: found.n_shards]),
+        desc="top sentences",
+        unit="act",
+        unit_scale=True,
+        disable=not job.world.is_main,
     )
-    state_path = partial("state")
-    if state_path.exists():
-        state = torch.load(state_path, map_location=device, weights_only=True)
-        if state["identity"] == identity and all(partial(i).exists() for i in mine[: state["n_shards"]]):
-            for name, table in found.tables.items():
-                table.values, table.sentences = state["tables"][name]
-            found = Progress(state["n_shards"], found.tables, *state["statistics"])
-            bar.update(sum(store.records[i]["n_tokens"] for i in mine[: found.n_shards]))
-        else:
-            state_path.unlink()  # it must not outlive what is overwritten now
     saved = time.time()
-    for position, i in enumerate(mine):
-        if position < found.n_shards:
-            continue
-        store.verify(i)
-        shard = store.shard(i)
-        sentence_idx, long = (t.to(device) for t in (shard.sentence_idx, shard.offsets.diff() >= config.min_tokens))
-        entries = encode_entries(sae, shard.acts, config.encode_tokens)
-        write_entries(partial(i), entries, len(shard.acts))
-        found.fired.add_(entries.latent.bincount(minlength=n))
-        found.total.index_add_(0, entries.latent, entries.value.double())
-        found.highest.scatter_reduce_(0, entries.latent, entries.value, "amax")
-        for name, e in aggregate(entries, shard.offsets, n).items():
-            counts = long[e.row]
-            found.tables[name].add(e.latent[counts], e.value[counts], sentence_idx[e.row[counts]])
-        found = found._replace(n_shards=position + 1)
-        bar.update(len(shard.acts))
-        if time.time() - saved > 60 or position == len(mine) - 1:
-            state = {
-                "identity": identity,
-                "n_shards": found.n_shards,
-                "tables": {name: (t.values, t.sentences) for name, t in found.tables.items()},
-                "statistics": (found.fired, found.total, found.highest),
-            }
-            with atomic_path(state_path) as temporary:
-                torch.save(state, temporary)
-            saved = time.time()
+    with bar:
+        for i in job.shards[found.n_shards :]:
+            found = add_shard(found, job, i, min_tokens, encode_tokens)
+            bar.update(records[i]["n_tokens"])
+            if time.time() - saved > _SAVE_S or found.n_shards == len(job.shards):
+                save_found(found, job, identity)
+                saved = time.time()
     return found
 
 
-def sentence_of_token(offsets):
-    """(n_tokens,) each token's row among the sentences of a shard."""
+def add_shard(found: Found, job: Job, shard_number: int, min_tokens: int, encode_tokens: int) -> Found:
+    """Add a shard, in place but for n_shards."""
+    job.store.verify(shard_number)
+    shard = job.store.shard(shard_number)
+    n_latents, device = len(found.fired), found.fired.device
+    sentence_idx, is_long = (t.to(device) for t in (shard.sentence_idx, shard.offsets.diff() >= min_tokens))
+    entries = encode_entries(job.sae, shard.acts, encode_tokens)
+    write_entries(job.partial(shard_number), entries, len(shard.acts))
+    found.fired.add_(entries.latent.bincount(minlength=n_latents))
+    found.total.index_add_(0, entries.latent, entries.value.double())
+    found.highest.scatter_reduce_(0, entries.latent, entries.value, "amax")
+    for aggregation, by_sentence in aggregate(entries, shard.offsets, n_latents).items():
+        counts = is_long[by_sentence.row]
+        row, latent, value = (part[counts] for part in by_sentence)
+        found.tables[aggregation].add(latent, value, sentence_idx[row])
+    return found._replace(n_shards=found.n_shards + 1)
 
+
+def load_found(job: Job, n_top: int, identity: dict[str, Any]) -> Found:
+    """What a killed run had found, or nothing yet."""
+    n_latents, device = job.sae.n_latents, job.sae.b_pre.device
+    tables = {aggregation: TopTable(n_latents, n_top, device) for aggregation in AGGREGATIONS}
+    state_path = job.partial("state")
+    if state_path.exists():
+        state = torch.load(state_path, map_location=device, weights_only=True)
+        done = job.shards[: state["n_shards"]]
+        if state["identity"] == identity and all(job.partial(i).exists() for i in done):
+            for aggregation, table in tables.items():
+                table.values, table.sentences = state["tables"][aggregation]
+            return Found(len(done), tables, *state["statistics"])
+        state_path.unlink()  # it must not outlive what is overwritten now
+    fired = torch.zeros(n_latents, dtype=torch.int64, device=device)
+    total = torch.zeros(n_latents, dtype=torch.float64, device=device)
+    return Found(0, tables, fired, total, torch.zeros(n_latents, device=device))
+
+
+def save_found(found: Found, job: Job, identity: dict[str, Any]) -> None:
+    state = {
+        "identity": identity,
+        "n_shards": found.n_shards,
+        "tables": {aggregation: (table.values, table.sentences) for aggregation, table in found.tables.items()},
+        "statistics": (found.fired, found.total, found.highest),
+    }
+    with atomic_path(job.partial("state")) as temporary:
+        torch.save(state, temporary)
+
+
+def gather_found(w: World, found: Found) -> Found:
+    """What all processes found, on the CPU of each."""
+    n_top = found.tables["max"].values.shape[1]
+    tables = {aggregation: TopTable(len(found.fired), n_top) for aggregation in AGGREGATIONS}
+    for entries_by in w.gather({aggregation: table.entries() for aggregation, table in found.tables.items()}):
+        for aggregation, entries in entries_by.items():
+            tables[aggregation].add(*entries)
+    fired, total, highest = zip(*w.gather((found.fired.cpu(), found.total.cpu(), found.highest.cpu())), strict=True)
+    return Found(found.n_shards, tables, sum_of(fired), sum_of(total), torch.stack(highest).amax(0))
+
+
+def sum_of(tensors: tuple[Tensor, ...]) -> Tensor:
+    return torch.stack(tensors).sum(0)
+
+
+def sentence_of_token(offsets: Tensor) -> Tensor:
+    """(n_tokens,) each token's row among the sentences of a shard."""
     lengths = offsets.diff()
     return torch.arange(len(lengths), device=offsets.device).repeat_interleave(lengths)
 
 
-# ---- samples
+# ---- pass 2: samples
 
 
-def hash32(a, b, seed: int):
+def hash32(a: Tensor, b: Tensor, seed: int) -> Tensor:
     """32 bits, as int64, of each pair of int64 tensors a and b below 2^32: the finaliser of SplitMix64 (Steele, Lea and
     Flood 2014, doi:10.1145/2660193.2660195)."""
     signed = lambda constant: (constant + 2**63) % 2**64 - 2**63
@@ -240,57 +308,95 @@ def hash32(a, b, seed: int):
     return shifted(x ^ shifted(x, 31), 32)
 
 
-class Samples:
-    """Pass 2: sentences from each tenth of each latent's range, silent ones, and tokens to count co-firing on.
+class SampleSizes(NamedTuple):
+    """What is sampled; see the constants."""
 
-    highest: (n_latents,) activation, on the device that is to do the work; sentences: (n_sentences,) indices of all
-    that were captured.
+    examples_per_tenth: int
+    silent_examples: int
+    cofiring_tokens: int
+    min_tokens: int
+    seed: int
+
+
+class Samples:
+    """Sentences from each tenth of each latent's range, silent ones, and tokens on which to count co-firing.
+
+    highest: (n_latents,) activation, on the device that is to do the work; captured: (n_sentences,) indices.
     """
 
-    def __init__(self, highest, sentences, n_tokens: int, k: int, config):
-
+    def __init__(self, highest: Tensor, captured: Tensor, n_tokens: int, k: int, sizes: SampleSizes):
         n, device = len(highest), highest.device
-        self.highest, self.k, self.config = highest, k, config
-        self.tenths = TopTable(n * _TENTHS, config.examples_per_tenth, device)
-        self.silent = TopTable(n, config.silent_examples, device)
-        self.by_tenth = torch.zeros(n * _TENTHS, dtype=torch.int64, device=device)  # sentences in each tenth
-        self.token_share = config.cofiring_tokens / n_tokens
+        self.highest, self.k, self.min_tokens, self.seed = highest, k, sizes.min_tokens, sizes.seed
+        self.tenths = TopTable(n * TENTHS, sizes.examples_per_tenth, device)
+        self.silent = TopTable(n, sizes.silent_examples, device)
+        self.by_tenth = torch.zeros(n * TENTHS, dtype=torch.int64, device=device)  # sentences in each tenth
+        self.token_share = sizes.cofiring_tokens / n_tokens
         self.tokens = torch.empty(0, k, dtype=torch.int32)  # latents of the sampled tokens, -1 where fewer fired; CPU
         # Silent sentences are sought among some (sentence, latent) pairs drawn by hash: all pairs would be too many.
-        living = highest.nonzero().flatten()
-        tries = torch.arange(config.silent_examples * _SILENT_TRIES, device=device)
-        latents = living.repeat_interleave(len(tries))
-        draws = hash32(latents, tries.repeat(len(living)), config.seed + 1)
-        self.tried = (sentences.to(device)[draws * len(sentences) // 2**32] * n + latents).unique()
+        alive = highest.nonzero().flatten()
+        tries = torch.arange(sizes.silent_examples * _SILENT_TRIES, device=device)
+        latents = alive.repeat_interleave(len(tries))
+        draws = hash32(latents, tries.repeat(len(alive)), sizes.seed + 1)
+        self.tried = (captured.to(device)[draws * len(captured) // 2**32] * n + latents).unique()
 
-    def add(self, shard, entries: Entries) -> None:
-
-        n, seed, device = len(self.highest), self.config.seed, self.highest.device
+    def add(self, shard: Shard, entries: Entries) -> None:
+        device = self.highest.device
         offsets, sentence_idx = shard.offsets.to(device), shard.sentence_idx.to(device)
-        of_token = sentence_of_token(offsets)
-        long = offsets.diff() >= self.config.min_tokens
-        best = aggregate(entries, offsets, n)["max"]
-        row, latent, value = (part[long[best.row]] for part in best)
+        self._add_sentences(shard, entries, offsets, sentence_idx)
+        self._add_tokens(entries, offsets, sentence_idx)
+
+    def _add_sentences(self, shard: Shard, entries: Entries, offsets: Tensor, sentence_idx: Tensor) -> None:
+        n = len(self.highest)
+        is_long = offsets.diff() >= self.min_tokens
+        highest = aggregate(entries, offsets, n)["max"]
+        row, latent, value = (part[is_long[highest.row]] for part in highest)
         sentence = sentence_idx[row]
-        tenth = (value / self.highest[latent] * _TENTHS).long().clamp(max=_TENTHS - 1)
-        self.by_tenth += (latent * _TENTHS + tenth).bincount(minlength=len(self.by_tenth))
-        self.tenths.add(latent * _TENTHS + tenth, -hash32(latent, sentence, seed).float(), sentence)
+        tenth = (value / self.highest[latent] * TENTHS).long().clamp(max=TENTHS - 1)
+        self.by_tenth += (latent * TENTHS + tenth).bincount(minlength=len(self.by_tenth))
+        self.tenths.add(latent * TENTHS + tenth, -hash32(latent, sentence, self.seed).float(), sentence)
 
         tried = of_shard(self.tried, shard, n)
-        tried = tried[~is_in(tried, sentence * n + latent) & is_in(tried // n, sentence_idx[long])]
+        tried = tried[~is_in(tried, sentence * n + latent) & is_in(tried // n, sentence_idx[is_long])]
         sentence, latent = tried // n, tried % n
-        self.silent.add(latent, -hash32(latent, sentence, seed).float(), sentence)
+        self.silent.add(latent, -hash32(latent, sentence, self.seed).float(), sentence)
 
-        position = torch.arange(len(of_token), device=device) - offsets[of_token]
-        chosen = hash32(sentence_idx[of_token], position, seed + 2) < self.token_share * 2**32
+    def _add_tokens(self, entries: Entries, offsets: Tensor, sentence_idx: Tensor) -> None:
+        of_token = sentence_of_token(offsets)
+        position = torch.arange(len(of_token), device=offsets.device) - offsets[of_token]
+        chosen = hash32(sentence_idx[of_token], position, self.seed + 2) < self.token_share * 2**32
         fired = entries.row.bincount(minlength=len(of_token))
-        slot = torch.arange(len(entries.row), device=device) - (fired.cumsum(0) - fired)[entries.row]
-        tokens = torch.full((len(of_token), self.k), -1, dtype=torch.int32, device=device)
+        slot = torch.arange(len(entries.row), device=offsets.device) - (fired.cumsum(0) - fired)[entries.row]
+        tokens = torch.full((len(of_token), self.k), -1, dtype=torch.int32, device=offsets.device)
         tokens[entries.row, slot] = entries.latent.int()
         self.tokens = torch.cat([self.tokens, tokens[chosen].cpu()])
 
 
-def of_shard(keys, shard, n_latents: int):
+class Drawn(NamedTuple):
+    """The samples of all processes, on the CPU."""
+
+    tenths: TopTable  # row latent * TENTHS + tenth
+    silent: TopTable  # row latent
+    by_tenth: Tensor  # (n_latents, TENTHS) sentences
+    tokens: Tensor  # see Samples
+
+
+def draw_samples(job: Job, highest: Tensor, sizes: SampleSizes) -> Drawn:
+    captured = torch.cat([shard.sentence_idx for shard in job.store.shards()])
+    device = job.world.device
+    samples = Samples(highest.to(device), captured, job.store.n_tokens, job.sae.k, sizes)
+    for i in job.progress("samples"):
+        samples.add(job.store.shard(i), read_entries(job.partial(i), device))
+    n = len(highest)
+    tenths, silent = TopTable(n * TENTHS, sizes.examples_per_tenth), TopTable(n, sizes.silent_examples)
+    own = samples.tenths.entries(), samples.silent.entries(), samples.by_tenth.cpu(), samples.tokens
+    all_tenths, all_silent, by_tenth, tokens = zip(*job.world.gather(own), strict=True)
+    for table, all_entries in ((tenths, all_tenths), (silent, all_silent)):
+        for entries in all_entries:
+            table.add(*entries)
+    return Drawn(tenths, silent, sum_of(by_tenth).view(n, TENTHS), torch.cat(tokens))
+
+
+def of_shard(keys: Tensor, shard: Shard, n_latents: int) -> Tensor:
     """The part of ascending keys, sentence_idx * n_latents + latent, that lies between a shard's sentences."""
 
     bounds = torch.stack([shard.sentence_idx[0], shard.sentence_idx[-1] + 1]) * n_latents
@@ -298,7 +404,7 @@ def of_shard(keys, shard, n_latents: int):
     return keys[first:last]
 
 
-def is_in(values, ascending):
+def is_in(values: Tensor, ascending: Tensor) -> Tensor:
     """Which values stand in an ascending tensor."""
 
     if len(ascending) == 0:
@@ -306,8 +412,8 @@ def is_in(values, ascending):
     return ascending[torch.searchsorted(ascending, values).clamp(max=len(ascending) - 1)] == values
 
 
-def cofiring(tokens, n_latents: int, n_kept: int):
-    """Each latent's n_kept strongest companions and their Jaccard index, two (n_latents, n_kept) tensors, best first.
+def cofiring(tokens: Tensor, n_latents: int, n_kept: int) -> tuple[Tensor, Tensor]:
+    """Each latent's n_kept closest companions and their Jaccard index, two (n_latents, n_kept) tensors, best first.
 
     tokens: (n_tokens, k) latents of each token, -1 where fewer fired. Where the index is 0 there is no companion; ties
     go to the lower latent. All pairs are counted for some latents at a time, which bounds memory.
@@ -325,8 +431,8 @@ def cofiring(tokens, n_latents: int, n_kept: int):
     for first in range(0, n_latents, height):
         last = min(first + height, n_latents)
         both = torch.zeros((last - first) * (n_latents + 1), dtype=torch.int64)
-        mine = order[ends[first] - fired[first] : ends[last - 1]]
-        for part in mine.split(max(1, _COUNTED_AT_ONCE // tokens.shape[1])):
+        own = order[ends[first] - fired[first] : ends[last - 1]]
+        for part in own.split(max(1, _COUNTED_AT_ONCE // tokens.shape[1])):
             # Column 0 takes the -1 of tokens on which fewer fired.
             pairs = (latent[part] - first)[:, None] * (n_latents + 1) + tokens[token[part]] + 1
             both += pairs.flatten().bincount(minlength=len(both))
@@ -340,20 +446,19 @@ def cofiring(tokens, n_latents: int, n_kept: int):
     return companions, index
 
 
-# ---- tables
+# ---- pass 3: activations per token
 
 
 class Pairs(NamedTuple):
     """Per-token activations of (sentence, latent) pairs of one shard (numpy)."""
 
-    keys: Any  # sentence_idx * n_latents + latent, ascending
-    lengths: Any  # tokens of each pair's sentence
-    activations: Any  # float16, one after another
+    keys: np.ndarray  # sentence_idx * n_latents + latent, ascending
+    lengths: np.ndarray  # tokens of each pair's sentence
+    activations: np.ndarray  # float16, one after another
 
 
-def collect_pairs(shard, entries: Entries, keys, n_latents: int) -> Pairs:
-    """Pass 3: the per-token activations of the kept pairs that lie in a shard. keys: ascending, see Pairs."""
-
+def collect_pairs(shard: Shard, entries: Entries, keys: Tensor, n_latents: int) -> Pairs:
+    """The per-token activations of the pairs that lie in a shard. keys: of all pairs, ascending."""
     keys = of_shard(keys, shard, n_latents)
     row = torch.searchsorted(shard.sentence_idx, keys // n_latents)
     lengths = shard.offsets.diff()[row]
@@ -367,212 +472,183 @@ def collect_pairs(shard, entries: Entries, keys, n_latents: int) -> Pairs:
     return Pairs(keys.numpy(), lengths.numpy(), activations.numpy())
 
 
-class Rows:
-    """Writes tables of (latent, sentence) rows, with the sentence's text, token ids and per-token activations."""
-
-    def __init__(self, store, sentences, pairs: list[Pairs], n_latents: int):
-
-        self.sentences, self.n_latents = sentences, n_latents
-        self.keys = np.concatenate([p.keys for p in pairs])
-        self.key_order = self.keys.argsort()
-        self.activations = lists([p.lengths for p in pairs], [p.activations for p in pairs])
-        shards = list(store.shards())
-        self.sentence_idx = np.concatenate([s.sentence_idx for s in shards])
-        self.token_ids = lists([s.offsets.diff().numpy() for s in shards], [s.token_ids.numpy() for s in shards])
-
-    def write(self, path: Path, columns: dict[str, Any], sentence_idx, latent) -> None:
-        """columns: pyarrow arrays that come before the sentence; the rest is looked up a part at a time."""
-
-        table = pa.table({**columns, "sentence_idx": pa.array(sentence_idx, pa.int64())})
-        keys = sentence_idx * self.n_latents + latent
-        writer = None
-        with atomic_path(path) as temporary:
-            for start in range(0, max(1, len(keys)), _ROW_GROUP):  # an empty table too has its columns
-                some = slice(start, start + _ROW_GROUP)
-                pair = self.key_order[np.searchsorted(self.keys, keys[some], sorter=self.key_order)]
-                sentence = np.searchsorted(self.sentence_idx, sentence_idx[some])
-                part = table.slice(start, _ROW_GROUP)
-                part = part.append_column(
-                    "text", self.sentences.texts.take(pa.array(self.sentences.order[sentence_idx[some]]))
-                )
-                part = part.append_column("token_ids", self.token_ids.take(pa.array(sentence)))
-                part = part.append_column("token_activations", self.activations.take(pa.array(pair)))
-                writer = writer or pq.ParquetWriter(temporary, part.schema, compression="zstd")
-                writer.write_table(part, row_group_size=_ROW_GROUP)
-            writer.close()
+def collect_activations(job: Job, found: Found, drawn: Drawn) -> list[Pairs]:
+    """The per-token activations of every (sentence, latent) pair that the tables show, from all processes."""
+    n = len(found.fired)
+    row, _, sentence = drawn.tenths.entries()
+    keys = [sentence * n + row // TENTHS]
+    for table in (*found.tables.values(), drawn.silent):
+        latent, _, sentence = table.entries()
+        keys.append(sentence * n + latent)
+    all_keys = torch.cat(keys).unique()
+    own = [
+        collect_pairs(job.store.shard(i), read_entries(job.partial(i)), all_keys, n)
+        for i in job.progress("activations")
+    ]
+    return [pairs for part in job.world.gather(own) for pairs in part]
 
 
-def lists(lengths: list, values: list):
-    """A column of lists from parts of their lengths and of their values, one after another (numpy)."""
-
-    offsets = np.concatenate([[0], *(part for part in lengths)]).cumsum()
-    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(np.concatenate(values)))
+# ---- tables
 
 
-def write_top(rows: Rows, path: Path, tables: dict[str, TopTable]) -> None:
-    """NAME.top.parquet, by latent, aggregation and rank."""
+def sentence_columns(
+    store: ActivationStore, dataset: SentenceDataset, pairs: list[Pairs], n_latents: int
+) -> SentenceColumns:
+    shards = list(store.shards())
+    keys = np.concatenate([p.keys for p in pairs])
+    places = keys.argsort()
+    return SentenceColumns(
+        n_latents,
+        dataset,
+        captured=np.concatenate([s.sentence_idx.numpy() for s in shards]),
+        token_ids=lists([s.offsets.diff().numpy() for s in shards], [s.token_ids.numpy() for s in shards]),
+        pair_keys=keys[places],
+        pair_places=places,
+        activations=lists([p.lengths for p in pairs], [p.activations for p in pairs]),
+    )
 
+
+def write_top_table(path: Path, sentences: SentenceColumns, tables: Mapping[Aggregation, TopTable]) -> None:
     parts = []
-    for number, table in enumerate(tables.values()):
+    for aggregation, table in tables.items():
         latent, value, sentence = table.entries()
+        number = torch.full_like(latent, AGGREGATIONS.index(aggregation))
         rank = torch.arange(table.values.shape[1]).expand_as(table.values)[table.sentences >= 0]
-        parts.append((latent, torch.full_like(latent, number), rank, value, sentence))
-    latent, aggregation, rank, value, sentence = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-    order = np.lexsort((rank, aggregation, latent))
+        parts.append((latent, number, rank, value, sentence))
+    write_top(path, sentences, *(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
+
+
+def write_example_table(path: Path, sentences: SentenceColumns, drawn: Drawn) -> None:
+    """A latent's silent sentences come first, then the tenths, each in the order of the sample."""
+    row, _, sentence = drawn.tenths.entries()
+    silent_latent, _, silent_sentence = drawn.silent.entries()
+    latent = torch.cat([silent_latent, row // TENTHS])
+    tenth = torch.cat([torch.full_like(silent_latent, SILENT), row % TENTHS])
+    write_examples(path, sentences, *(c.numpy() for c in (latent, tenth, torch.cat([silent_sentence, sentence]))))
+
+
+def write_latent_table(path: Path, found: Found, drawn: Drawn, n_tokens: int, n_companions: int) -> None:
+    n_latents = len(found.fired)
+    companions, jaccard = cofiring(drawn.tokens, n_latents, n_companions)
+    n_together = (jaccard > 0).sum(1).numpy()
     columns = {
-        "latent": pa.array(latent[order], pa.int32()),
-        "aggregation": pa.DictionaryArray.from_arrays(aggregation[order].astype(np.int32), list(tables)),
-        "rank": pa.array(rank[order], pa.int32()),
-        "activation": pa.array(value[order], pa.float32()),
+        "latent": np.arange(n_latents),
+        "frequency": (found.fired / n_tokens).numpy(),
+        "mean": (found.total / found.fired.clamp(min=1)).float().numpy(),
+        "max": found.highest.numpy(),
+        "sentences": drawn.by_tenth.sum(1).numpy(),
+        "sentences_by_tenth": list(drawn.by_tenth.numpy()),
+        "cofiring_latents": lists([n_together], [companions[jaccard > 0].int().numpy()]),
+        "cofiring_jaccard": lists([n_together], [jaccard[jaccard > 0].float().numpy()]),
     }
-    rows.write(path, columns, sentence[order], latent[order])
-
-
-def write_examples(rows: Rows, path: Path, tenths: TopTable, silent: TopTable) -> None:
-    """NAME.examples.parquet, by latent and tenth, in the order of the sample; the silent ones first, as tenth -1."""
-
-    row, _, sentence = tenths.entries()
-    silent_latent, _, silent_sentence = silent.entries()
-    latent = torch.cat([silent_latent, row // _TENTHS])
-    tenth = torch.cat([torch.full_like(silent_latent, -1), row % _TENTHS])
-    sentence = torch.cat([silent_sentence, sentence])
-    order = latent.argsort(stable=True)
-    columns = {
-        "latent": pa.array(latent[order].numpy(), pa.int32()),
-        "tenth": pa.array(tenth[order].numpy(), pa.int8()),
-    }
-    rows.write(path, columns, sentence[order].numpy(), latent[order].numpy())
-
-
-def write_latents(path: Path, fired, total, highest, n_tokens: int, by_tenth, companions, index) -> None:
-    """NAME.latents.parquet: one row a latent."""
-
-    by_tenth, together = by_tenth.view(-1, _TENTHS), (index > 0).sum(1).numpy()
-    columns = {
-        "latent": pa.array(np.arange(len(fired)), pa.int32()),
-        "frequency": pa.array((fired / n_tokens).numpy(), pa.float32()),
-        "mean": pa.array((total / fired.clamp(min=1)).numpy(), pa.float32()),
-        "max": pa.array(highest.numpy(), pa.float32()),
-        "sentences": pa.array(by_tenth.sum(1).numpy()),
-        "sentences_by_tenth": pa.FixedSizeListArray.from_arrays(pa.array(by_tenth.flatten().numpy()), _TENTHS),
-        "cofiring_latents": lists([together], [companions[index > 0].int().numpy()]),
-        "cofiring_jaccard": lists([together], [index[index > 0].float().numpy()]),
-    }
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.table(columns), temporary, compression="zstd")
+    LATENTS.write(path, columns)
 
 
 # ---- main
 
 
-def open_inputs(config) -> tuple[Any, Any, Any]:
-    """The activations, the SAE and the sentences. Raises InputError unless they belong together."""
+def open_inputs(
+    data_dir: str, model_path: str, sentences_dir: str | None
+) -> tuple[ActivationStore, TopKSparseAutoencoder, SentenceDataset, str | None]:
+    """The activations, the SAE, the sentences, and a note when the SAE was trained on those of another run.
 
-    store = ActivationStore(config.data_dir)
-    sae = load_sae_model(config.model_path)
+    Raises InputError unless they belong together.
+    """
+    store, sae = ActivationStore(data_dir), load_sae_model(model_path)
+    captured = Source.read(store.manifest, store.folder / MANIFEST)
+    trained = Source.read(sae.info, SaeFiles(model_path).json)
     for name in ("site", "begin_of_text"):
-        if sae.info.get(name, store.manifest[name]) != store.manifest[name]:
+        of_sae, of_data = getattr(trained, name), getattr(captured, name)
+        if of_sae not in (None, of_data):
             raise InputError(
-                f"{config.model_path} was trained with {name} = {sae.info[name]}, {config.data_dir} has "
-                f"{store.manifest[name]}; name the activations it was trained on."
+                f"{model_path} was trained with {name} = {of_sae}, {data_dir} has {of_data}; name activations like "
+                "those it was trained on."
             )
     if sae.d_model != store.d_model:
         raise InputError(
-            f"{config.model_path} has d_model {sae.d_model}, the activations in {config.data_dir} {store.d_model}; "
-            "name the activations it was trained on."
+            f"{model_path} has d_model {sae.d_model}, the activations in {data_dir} {store.d_model}; name activations "
+            "like those it was trained on."
         )
-    dataset = store.manifest["dataset"]
-    sentences = SentenceDataset(
-        config.sentences_dir or store.manifest["sentences_dir"], dataset["sentences"], dataset["seed"]
-    )
-    if len(sentences.order) != dataset["sentences_in_all"]:
+    of_sae, of_data = trained.model or {}, captured.model or {}
+    if name := differing_field(of_sae, of_data):
         raise InputError(
-            f"{sentences.folder} has {len(sentences.order)} sentences, {config.data_dir} was captured from "
-            f"{dataset['sentences_in_all']}; name those with --sentences_dir."
+            f"{model_path} was trained on another model than {data_dir} was captured from ({name} is {of_sae[name]} "
+            f"instead of {of_data[name]}); name activations of the SAE's model."
         )
-    return store, sae, sentences
+    note = None
+    if trained.activations and captured.activations and trained.activations != captured.activations:
+        note = f"Note: {model_path} was trained on activations of another run, of the same model and site."
+    return store, sae, captured.sentences(sentences_dir), note
+
+
+def identity_of(model_path: str, store: ActivationStore, n_top: int, min_tokens: int) -> dict[str, Any]:
+    """All that decides what the first pass finds."""
+    return {
+        "sae": sha256(model_path) if Path(model_path).is_file() else model_path,
+        "activations": [record["sha256"] for record in store.records],
+        "top_sentences": n_top,
+        "min_tokens": min_tokens,
+    }
+
+
+def announce(job: Job, data_dir: str, n_top: int) -> None:
+    """Print what will be read and written. Raises InputError where the disk is too small."""
+    needed_bytes = 6 * job.sae.k * job.store.n_tokens
+    job.world.print(
+        f"Reading {job.store.n_tokens:,} activations from {data_dir}; writing the top {n_top} sentences of "
+        f"{job.sae.n_latents:,} latents to {job.out.beside(TOP.suffix)}, and until then about {gb(needed_bytes)} "
+        "beside it."
+    )
+    require_disk(job.out.beside(TOP.suffix).parent, needed_bytes)
+
+
+def summary(found: Found, drawn: Drawn) -> str:
+    n_top = found.tables["max"].values.shape[1]
+    enough = drawn.by_tenth.sum(1) >= n_top
+    full = {
+        aggregation: (table.sentences[enough] >= 0).all(1).sum() / enough.sum().clamp(min=1)
+        for aggregation, table in found.tables.items()
+    }
+    return (
+        f"{int((found.fired > 0).sum()):,} of {len(found.fired):,} latents fire, {int(enough.sum()):,} in {n_top} "
+        f"sentences or more; of these have their {n_top}: "
+        + ", ".join(f"{share:.1%} by {aggregation}" for aggregation, share in full.items())
+        + " (only sentences whose last token fires count there)"
+    )
 
 
 def main() -> None:
     config = parse_constants(globals())
+    n_top, min_tokens = config.top_sentences, config.min_tokens
+    sizes = SampleSizes(
+        config.examples_per_tenth, config.silent_examples, config.cofiring_tokens, min_tokens, config.seed
+    )
+    store, sae, dataset, note = open_inputs(config.data_dir, config.model_path, config.sentences_dir)
+    folder = Path(config.captured_data_output_dir or Path(config.model_path).parent)
+    out = SaeFiles(folder / Path(config.model_path).name)
 
-    store, sae, sentences = open_inputs(config)
-    out_dir = Path(config.captured_data_output_dir or Path(config.model_path).parent)
-    named = lambda suffix: out_dir / SaeFiles(config.model_path).beside(suffix).name
-
-    with world() as w, locked(out_dir, w.rank, w.barrier), torch.inference_mode():
-        sae.to(w.device)
-        n = sae.n_latents
-        identity = {
-            "sae": sha256(config.model_path) if Path(config.model_path).is_file() else str(config.model_path),
-            "activations": [r["sha256"] for r in store.records],
-            "top_sentences": config.top_sentences,
-            "min_tokens": config.min_tokens,
-        }
-        disk = 6 * sae.k * store.n_tokens
-        w.print(
-            f"Reading {store.n_tokens:,} activations from {config.data_dir}; writing the top {config.top_sentences} "
-            f"sentences of {n:,} latents to {named('top.parquet')}, and until then about {gb(disk)} beside it."
-        )
-        require_disk(out_dir, disk)
-        mine = list(range(w.rank, len(store.records), w.size))
-        partial = lambda part: named(f"top-partial-{part}-{w.rank}-of-{w.size}")
-        n_mine = sum(store.records[i]["n_tokens"] for i in mine)
-        shown = {"unit": "act", "unit_scale": True, "disable": not w.is_main}
-        with progress_bar(total=n_mine, desc="top sentences", **shown) as bar:
-            found = find_top(store, sae, mine, config, partial, identity, bar)
-        tables = {name: TopTable(n, config.top_sentences) for name in _AGGREGATIONS}
-        for other in w.gather({name: table.entries() for name, table in found.tables.items()}):
-            for name, entries in other.items():
-                tables[name].add(*entries)
-        statistics = w.gather((found.fired.cpu(), found.total.cpu(), found.highest.cpu()))
-        fired = sum(s[0] for s in statistics)
-        total = sum(s[1] for s in statistics)
-        highest = torch.stack([s[2] for s in statistics]).amax(0)
-        if not (tables["max"].sentences >= 0).any():
+    with world() as w, locked(folder, w.rank, w.barrier), torch.inference_mode():
+        if note:
+            w.print(note)
+        job = Job(w, store, sae.to(w.device), list(range(w.rank, len(store.records), w.size)), out)
+        announce(job, config.data_dir, n_top)
+        identity = identity_of(config.model_path, store, n_top, min_tokens)
+        found = gather_found(w, find_top(job, n_top, min_tokens, config.encode_tokens, identity))
+        if not (found.tables["max"].sentences >= 0).any():
             raise InputError(f"No latent of {config.model_path} fires on {config.data_dir}; train it longer.")
-
-        captured = torch.cat([shard.sentence_idx for shard in store.shards()])
-        samples = Samples(highest.to(w.device), captured, store.n_tokens, sae.k, config)
-        for i in progress_bar(mine, unit="shard", desc="samples", disable=not w.is_main):
-            samples.add(store.shard(i), read_entries(partial(i), w.device))
-        tenths, silent = TopTable(n * _TENTHS, config.examples_per_tenth), TopTable(n, config.silent_examples)
-        gathered = w.gather(
-            (samples.tenths.entries(), samples.silent.entries(), samples.by_tenth.cpu(), samples.tokens)
-        )
-        for other_tenths, other_silent, _, _ in gathered:
-            tenths.add(*other_tenths)
-            silent.add(*other_silent)
-
-        row, _, sentence = tenths.entries()
-        keys = [sentence * n + row // _TENTHS]
-        for table in (*tables.values(), silent):
-            latent, _, sentence = table.entries()
-            keys.append(sentence * n + latent)
-        keys = torch.cat(keys).unique()
-        pairs = []
-        for i in progress_bar(mine, unit="shard", desc="activations", disable=not w.is_main):
-            pairs.append(collect_pairs(store.shard(i), read_entries(partial(i)), keys, n))
-        pairs = [p for part in w.gather(pairs) for p in part]
-
+        drawn = draw_samples(job, found.highest, sizes)
+        pairs = collect_activations(job, found, drawn)
         if w.is_main:
-            rows = Rows(store, sentences, pairs, n)
-            write_top(rows, named("top.parquet"), tables)
-            write_examples(rows, named("examples.parquet"), tenths, silent)
-            by_tenth = sum(g[2] for g in gathered)
-            companions, index = cofiring(torch.cat([g[3] for g in gathered]), n, config.cofiring_latents)
-            write_latents(named("latents.parquet"), fired, total, highest, store.n_tokens, by_tenth, companions, index)
-            enough = by_tenth.view(n, _TENTHS).sum(1) >= config.top_sentences
-            full = [(t.sentences[enough] >= 0).all(1).sum() / enough.sum().clamp(min=1) for t in tables.values()]
-            print(
-                f"{int((fired > 0).sum()):,} of {n:,} latents fire, {int(enough.sum()):,} in {config.top_sentences} "
-                f"sentences or more; of these have their {config.top_sentences}: "
-                + ", ".join(f"{share:.1%} by {name}" for name, share in zip(tables, full, strict=True))
-                + f" (only sentences whose last token fires count there): {named('top.parquet')}"
+            sentences = sentence_columns(store, dataset, pairs, sae.n_latents)
+            write_top_table(out.beside(TOP.suffix), sentences, found.tables)
+            write_example_table(out.beside(EXAMPLES.suffix), sentences, drawn)
+            write_latent_table(
+                out.beside(LATENTS.suffix), found, drawn, store.n_tokens, n_companions=config.cofiring_latents
             )
+            print(f"{summary(found, drawn)}: {out.beside(TOP.suffix)}")
         w.barrier()
         if w.is_main:
-            for path in out_dir.glob(named("top-partial-*").name):
+            for path in folder.glob(out.beside("top-partial-*").name):
                 path.unlink()
 
 

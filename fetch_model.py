@@ -12,15 +12,14 @@ Cost    time is the network's; disk 2.5 GB (1B), 6.4 GB (3B), 16.1 GB (8B), 0.3 
 A download that was cut continues where it was, at the same commit, when the command is run again.
 """
 
-import json
 import os
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Stop
 from pipeline.files import locked, read_json, require_disk
-from pipeline.hub import explain, is_whole
+from pipeline.hub import answers_of_a_hub, connection_errors, describe_file, explain, is_whole
 from pipeline.manifests import MANIFEST, begin_or_continue, write_manifest
 from pipeline.options import parse_constants
 from pipeline.progress import gb, progress_bar
@@ -75,29 +74,16 @@ def read_earlier_run(folder: Path, repo: str) -> tuple[str | None, bool]:
 def list_files(model: Model, revision: str | None) -> tuple[str, list[dict[str, Any]]]:
     """Ask the hub for the commit of `revision` (None: the newest) and the files to fetch at it, smallest first.
 
-    A file: its name here, its source in the repository, bytes, and what the hub has as its checksum: sha256 of a large
-    file, of a small one git_sha1 (git's blob id). Raises InputError when the repository does not have what a model
-    needs, or the answer is not a hub's.
+    A file: its name here (`file`), and what `describe_file` has. Raises InputError when the repository does not have
+    what a model needs, or the answer is not a hub's.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
 
-    try:
-        info = HfApi().model_info(model.repo, revision=revision, files_metadata=True, timeout=30)
-        files = [
-            {
-                "file": Path(found.rfilename).name,
-                "source": found.rfilename,
-                "bytes": found.lfs.size if found.lfs else found.size,
-                **({"sha256": found.lfs.sha256} if found.lfs else {"git_sha1": found.blob_id}),
-            }
-            for found in info.siblings
-            if any(fnmatchcase(found.rfilename, pattern) for pattern in model.files)
-        ]
+    with answers_of_a_hub():
+        info: Any = HfApi().model_info(model.repo, revision=revision, files_metadata=True, timeout=30)
+        wanted = [file for file in info.siblings if any(fnmatchcase(file.rfilename, p) for p in model.files)]
+        files = [{"file": Path(file.rfilename).name, **describe_file(file)} for file in wanted]
         files.sort(key=lambda file: file["bytes"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise InputError(
-            f"{constants.ENDPOINT} does not answer as the Hugging Face hub does; check HF_ENDPOINT and the network."
-        ) from None
     for pattern in model.files:
         if not any(fnmatchcase(file["source"], pattern) for file in files):
             raise InputError(f"{model.repo} has no {pattern} at {info.sha}; fetch another model.")
@@ -132,7 +118,7 @@ def bytes_missing(folder: Path, file: dict[str, Any]) -> int:
 
 
 def fetch_file(repo: str, revision: str, file: dict[str, Any], folder: Path) -> None:
-    """Fetch one file unless it is here. Raises InputError, and removes the file, when it is not what the hub says."""
+    """Fetch one file unless it is here. Raises Stop, and removes the file, when it is not what the hub says."""
     # Not snapshot_download: since huggingface_hub 1.x it forgets a partial file when its process ends (its issue 4196).
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -149,17 +135,36 @@ def fetch_file(repo: str, revision: str, file: dict[str, Any], folder: Path) -> 
                 resume_size=out.tell(),
                 headers=build_hf_headers(headers={"Accept-Encoding": "identity"}),  # a Range counts the file's bytes
                 displayed_filename=file["file"],
-                tqdm_class=progress_bar,
+                tqdm_class=cast(Any, progress_bar),
             )
         out.flush()
         os.fsync(out.fileno())
     print(f"Comparing {file['file']} with the hub's checksum.", flush=True)  # takes a while with 16 GB
     if not is_whole(part, file):
         part.unlink()
-        raise InputError(
+        raise Stop(
             f"{file['file']} arrived damaged (its size or checksum is not the hub's) and was removed; run again."
         )
     os.replace(part, folder / file["file"])
+
+
+def fetch_model(model: Model, revision: str | None, folder: Path, options: dict[str, Any]) -> None:
+    """Fetch what is not in `folder` yet, and write its manifest. Raises Stop, or an error that `explain` knows."""
+    revision, files = list_files(model, revision)
+    check_access(model.repo, revision, files[0]["source"])
+    missing = sum(bytes_missing(folder, file) for file in files)
+    print(
+        f"Fetching {model.repo} at {revision} to {folder}: {len(files)} files, "
+        f"{gb(sum(file['bytes'] for file in files))}, {gb(missing)} of it not yet here.",
+        flush=True,
+    )
+    require_disk(folder, missing)
+    decides = {"repo": model.repo, "revision": revision}
+    with locked(folder):
+        begin_or_continue(folder, _STAGE, decides)
+        for file in files:
+            fetch_file(model.repo, revision, file, folder)
+        write_manifest(folder, _STAGE, True, decides=decides, config=options, shards=files)
 
 
 def main() -> None:
@@ -172,26 +177,10 @@ def main() -> None:
     if complete:
         print(f"{folder} is complete ({model.repo} at {revision}); nothing to do.")
         return
-    from huggingface_hub.errors import HTTPError  # the base of every error of its client, of connections too
-
     try:
-        revision, files = list_files(model, revision)
-        check_access(model.repo, revision, files[0]["source"])
-        missing = sum(bytes_missing(folder, file) for file in files)
-        print(
-            f"Fetching {model.repo} at {revision} to {folder}: {len(files)} files, "
-            f"{gb(sum(file['bytes'] for file in files))}, {gb(missing)} of it not yet here.",
-            flush=True,
-        )
-        require_disk(folder, missing)
-        decides = {"repo": model.repo, "revision": revision}
-        with locked(folder):
-            begin_or_continue(folder, _STAGE, decides)
-            for file in files:
-                fetch_file(model.repo, revision, file, folder)
-            write_manifest(folder, _STAGE, True, decides=decides, config=vars(config), shards=files)
-    except (HTTPError, OSError) as error:
-        raise InputError(explain(error, model.repo)) from error
+        fetch_model(model, revision, folder, vars(config))
+    except (connection_errors(), OSError) as error:
+        raise explain(error, model.repo) from error
     print(f"{folder} is complete. Its licence: https://huggingface.co/{model.repo}")
 
 

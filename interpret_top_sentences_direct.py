@@ -1,7 +1,7 @@
 """Ask what each latent means one request at a time, for servers without batches: local models, or when hours matter.
 
 Reads   what interpret_top_sentences_send_batches.py reads, and its journal: latents in a batch are left out
-Writes  RESPONSE_OUTPUT_DIR/direct.jsonl: a line an answer, as it comes, of the same form as a batch's
+Writes  RESPONSE_OUTPUT_DIR/direct.jsonl: a line per answer, as it comes, of the same form as a batch's
 Method  the same questions, CONCURRENCY at a time, at most REQUESTS_PER_MINUTE. Latents that have an answer are left
         out: after a kill run it again, only what was under way is asked again. A request that breaks off is repeated
 Cost    it prints requests, tokens and price (twice that of batches) before anything is sent, and asks
@@ -13,60 +13,73 @@ Cost    it prints requests, tokens and price (twice that of batches) before anyt
 import json
 from pathlib import Path
 
-from claude import batches, direct, questions
+from claude.answers import answered, fill_in, mean_output_tokens
+from claude.connection import api_errors, connect
 from claude.direct import append_answers, ask_all
-from claude.questions import journal_and_answers, output_tokens
-from latents.tables import Aggregation, check_top_sentences
+from claude.journal import open_journal
+from claude.prices import FULL_PRICE
+from claude.questions import Questions, parse_latents
+from claude.requests import Respondent, announce, may_send, require_consent_possible, spooled
+from latents.origin import source_of, tokenizer_of
+from latents.tables import TOP, Aggregation, open_top
 from pipeline.files import locked
 from pipeline.options import Count, CountOrZero, NotNegative, Positive, parse_constants
 from pipeline.progress import progress_bar
 from pipeline.run import run
 
-TOP_SENTENCES_DICT_FILEPATH = questions.TOP_SENTENCES_DICT_FILEPATH  # top sentences of each latent
-RESPONSE_IDS_FILEPATH = questions.RESPONSE_IDS_FILEPATH  # journal of the batches
-RESPONSE_OUTPUT_DIR = questions.RESPONSE_OUTPUT_DIR  # folder for the answers; latents that have one are not asked again
+# As in interpret_top_sentences_send_batches.py, so that both ask the same.
+TOP_SENTENCES_DICT_FILEPATH = "data/sae.top.parquet"  # top sentences of each latent
+RESPONSE_IDS_FILEPATH = "{name}.{aggregation}.response_ids.jsonl"  # journal; {name} is that of NAME.top.parquet
+RESPONSE_OUTPUT_DIR = "{name}.{aggregation}.responses"  # answers; latents that have one are not asked about again
 MODEL_DIR: str | None = None  # Llama folder, for its tokenizer; the one NAME.json names when not given
-AGGREGATION: Aggregation = questions.AGGREGATION  # how a latent's activation over a sentence is measured
+AGGREGATION: Aggregation = "mean"  # how a latent's activation over a sentence is measured
 LATENTS: str | None = None  # which latents, such as 0-99,512; all when not given
-MODEL = questions.MODEL  # who is asked
-EFFORT = questions.EFFORT  # how much it thinks before it writes; empty where this option is not known
-MAX_TOKENS: Count = questions.MAX_TOKENS  # of an answer, thinking included
-OUTPUT_TOKENS: Count = questions.OUTPUT_TOKENS  # of an answer on average, for the price
-SENTENCES_PER_REQUEST: Count = questions.SENTENCES_PER_REQUEST  # strongest ones shown
-MIN_SENTENCES: Count = questions.MIN_SENTENCES  # a latent with fewer is not asked about
-MARK_SHARE: NotNegative = (
-    questions.MARK_SHARE
-)  # share of the sentence's highest activation from which tokens are marked
-CONCURRENCY: Count = direct.CONCURRENCY  # requests under way at a time
-REQUESTS_PER_MINUTE: Positive = direct.REQUESTS_PER_MINUTE  # at most
-RETRIES: CountOrZero = direct.RETRIES  # of a request when the server is busy or out of order
+MODEL = "claude-haiku-5-5"  # who is asked
+EFFORT = "low"  # how much it thinks before it writes; empty for models and servers that do not know this option
+MAX_TOKENS: Count = 4000  # of an answer, thinking included
+OUTPUT_TOKENS: Count = 500  # of an answer on average, for the price; 387 in the published run, by another tokenizer
+SENTENCES_PER_REQUEST: Count = 50  # strongest ones shown
+MIN_SENTENCES: Count = 5  # a latent with fewer is not asked about
+MARK_SHARE: NotNegative = 0.5  # share of the sentence's highest activation from which tokens are marked
+CONCURRENCY: Count = 8  # requests under way at a time
+REQUESTS_PER_MINUTE: Positive = 1000.0  # at most
+RETRIES: CountOrZero = 6  # of a request when the server is busy or out of order
 YES = False  # send without asking
 DRY_RUN = False  # stop after the price
 
 
 def main() -> None:
     config = parse_constants(globals())
-    check_top_sentences(Path(config.top_sentences_dict_filepath))
-    batches.require_consent_possible(config.yes, config.dry_run)
-    client = batches.connect(config.retries)
-    journal_path, response_dir = journal_and_answers(config)
+    top_path = Path(config.top_sentences_dict_filepath)
+    open_top(top_path).close()  # what is wrong with it is printed first
+    require_consent_possible(config.yes, config.dry_run)
+    client = connect(config.retries)
+    name = str(top_path).removesuffix(f".{TOP.suffix}")
+    journal_path = fill_in(config.response_ids_filepath, config.aggregation, name)
+    response_dir = fill_in(config.response_output_dir, config.aggregation, name)
     out_path = response_dir / "direct.jsonl"
-    print(f"Reading {config.top_sentences_dict_filepath} and the answers in {response_dir}; writing {out_path}.")
+    questions = Questions(
+        top_path,
+        config.aggregation,
+        parse_latents(config.latents),
+        config.sentences_per_request,
+        config.min_sentences,
+        config.mark_share,
+        Respondent(config.model, config.max_tokens, config.effort),
+    )
+    tokenizer = tokenizer_of(source_of(f"{name}.pth"), config.model_dir, "--model_dir")
+    print(f"Reading {top_path} and the answers in {response_dir}; writing {out_path}.")
+
     purpose = f"meanings by {config.aggregation}"
-    with (
-        batches.open_journal(journal_path, purpose) as journal,
-        locked(response_dir),
-        batches.api_errors(),
-    ):
-        done, under_way = batches.answered(response_dir), batches.pending(journal, response_dir)
+    with open_journal(journal_path, purpose) as journal, locked(response_dir), api_errors():
+        done, under_way = answered(response_dir), journal.pending(response_dir)
         print(f"{len(done):,} latents have an answer, {len(under_way):,} are in batches not retrieved yet.")
-        with batches.spooled(questions.questions(config, done | under_way), response_dir) as requests:
+        with spooled(questions.requests(tokenizer.token_bytes, done | under_way), response_dir) as requests:
             if requests.n == 0:
                 print("Nothing is left to ask.")
                 return
-            tokens = output_tokens(response_dir, config.output_tokens)
-            batches.announce(client, requests, tokens, price_ratio=1.0)
-            if batches.may_send(config.yes, config.dry_run):
+            announce(client, requests, mean_output_tokens(response_dir, config.output_tokens), FULL_PRICE)
+            if may_send(config.yes, config.dry_run):
                 each = map(json.loads, requests.lines())
                 answers = ask_all(client, each, config.concurrency, config.requests_per_minute)
                 append_answers(out_path, progress_bar(answers, total=requests.n, desc="asking", unit="request"))

@@ -21,8 +21,7 @@ from typing import Any
 
 import yaml
 
-from claude import batches
-from claude.answers import Answer, Rejection, from_result, write_rejections
+from claude.answers import Answer, Rejection, fill_in, from_result, read_results, write_rejections
 from latents.meanings import Meaning, write_meanings
 from latents.tables import Aggregation
 from pipeline.errors import InputError
@@ -33,7 +32,7 @@ from pipeline.run import run
 
 RETRIEVED_RESPONSES_DIR = "data/sae.{aggregation}.responses"  # folder of answers, or one file
 PARSED_RESPONSES_OUTPUT_FILEPATH = "latent_index_meaning/latent_idx_meaning_{aggregation}-aggregated.yaml"  # meanings
-AGGREGATION: Aggregation = "mean"  # fills in {aggregation}: mean, max or last
+AGGREGATION: Aggregation = "mean"  # fills in {aggregation}
 
 _FIELDS = ("common_semantic", "certainty")
 _REFUSAL = re.compile(
@@ -51,28 +50,28 @@ _DECODER = json.JSONDecoder(strict=False)  # line breaks inside strings are let 
 def read_answers(path: Path) -> Iterator[Answer]:
     """The answers in a file of ours (.jsonl) or of the original (.yaml)."""
     if path.suffix == ".jsonl":
-        return map(from_result, batches.read_results(path))
+        return map(from_result, read_results(path))
     return read_published(path)
 
 
 def read_published(path: Path) -> Iterator[Answer]:
     """Answers as the original stored them."""
 
-    mend = "it is not a file of answers, take it out of the folder."
+    fix = "it is not a file of answers, take it out of the folder."
     try:
         with open(path, encoding="utf-8") as file:
             entries = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())}); {mend}") from None
+        raise InputError(f"{path} cannot be read ({' '.join(str(error).split())}); {fix}") from None
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        raise InputError(f"{path} does not map custom ids to answers; {mend}")
+        raise InputError(f"{path} does not map custom ids to answers; {fix}")
     for custom_id, entry in entries.items():
         content = entry.get("content")
         kind = next((name for name in ("canceled", "expired", "errored") if entry.get(name)), "succeeded")
         yield Answer(str(custom_id), content if isinstance(content, str) else "", kind, "")
 
 
-# ---- what an answer says
+# ---- what an answer means
 
 
 def judge(answer: Answer) -> Meaning | Rejection:
@@ -114,15 +113,15 @@ def _double_unknown(match: re.Match) -> str:
 
 def meaning_of(fields: dict[str, Any]) -> Meaning | Rejection:
     """The two fields, checked."""
-    said = fields["common_semantic"]
-    if said is None or (isinstance(said, str) and not said.strip()):
+    text = fields["common_semantic"]
+    if text is None or (isinstance(text, str) and not text.strip()):
         return Rejection("no_meaning", "Claude found nothing in common")
-    if not isinstance(said, str):
-        return Rejection("bad_common_semantic", f"common_semantic is {said!r}, not a text")
+    if not isinstance(text, str):
+        return Rejection("bad_common_semantic", f"common_semantic is {text!r}, not a text")
     certainty = certainty_of(fields["certainty"])
     if certainty is None:
         return Rejection("bad_certainty", f"certainty is {fields['certainty']!r}, not a number from 0 to 1")
-    return Meaning(said.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), certainty)
+    return Meaning(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), certainty)
 
 
 def certainty_of(value: Any) -> float | None:
@@ -142,26 +141,20 @@ def certainty_of(value: Any) -> float | None:
     return number if 0 <= number <= 1 else None
 
 
-# ---- writing
-
-
-def main() -> None:
-    config = parse_constants(globals())
-    source, out_path = (
-        Path(text.replace("{aggregation}", config.aggregation))
-        for text in (config.retrieved_responses_dir, config.parsed_responses_output_filepath)
-    )
-    paths = (
-        [source] if source.is_file() else sorted(p for p in source.glob("*") if p.suffix in (".jsonl", ".yaml", ".yml"))
-    )
+def answer_files(source: Path) -> list[Path]:
+    """The file itself, or a folder's answer files in order of name. Raises InputError where there is none."""
+    kinds = (".jsonl", ".yaml", ".yml")
+    paths = [source] if source.is_file() else sorted(path for path in source.glob("*") if path.suffix in kinds)
     if not paths:
         raise InputError(
             f"There are no answers in {source}; run interpret_top_sentences_retrieve_batches.py first, or name their "
             "folder with --retrieved_responses_dir."
         )
-    rejected_path = out_path.with_suffix(".rejected.jsonl")
-    print(f"Reading {len(paths)} files in {source}; writing {out_path} and {rejected_path.name}.")
+    return paths
 
+
+def judge_all(paths: list[Path]) -> tuple[dict[int, Meaning], dict[str, tuple[Rejection, str]]]:
+    """The meanings by latent, and by custom_id why there is none, with the answer's text."""
     meanings: dict[int, Meaning] = {}
     rejected: dict[str, tuple[Rejection, str]] = {}
     for path in progress_bar(paths, desc="answers", unit="file"):
@@ -171,13 +164,24 @@ def main() -> None:
                 meanings[int(answer.custom_id)] = found
             else:
                 rejected[answer.custom_id] = found, answer.text
-    rejected = {i: entry for i, entry in rejected.items() if not (i.isdecimal() and int(i) in meanings)}
+    return meanings, {i: entry for i, entry in rejected.items() if not (i.isdecimal() and int(i) in meanings)}
+
+
+def main() -> None:
+    config = parse_constants(globals())
+    source = fill_in(config.retrieved_responses_dir, config.aggregation)
+    out_path = fill_in(config.parsed_responses_output_filepath, config.aggregation)
+    rejected_path = out_path.with_suffix(".rejected.jsonl")
+    paths = answer_files(source)
+    print(f"Reading {len(paths)} files in {source}; writing {out_path} and {rejected_path.name}.")
+
+    meanings, rejected = judge_all(paths)
     with locked(out_path.parent):
         write_meanings(out_path, meanings)
         write_rejections(rejected_path, rejected)
-    statuses = Counter(rejection.status for rejection, _ in rejected.values())
     print(f"{len(meanings):,} latents have a meaning: {out_path}")
     if rejected:
+        statuses = Counter(rejection.status for rejection, _ in rejected.values())
         reasons = ", ".join(f"{n:,} {status}" for status, n in statuses.most_common())
         print(f"{len(rejected):,} have none ({reasons}): {rejected_path}")
 

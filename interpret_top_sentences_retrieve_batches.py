@@ -1,7 +1,7 @@
 """Fetch Claude's answers to the batches that interpret_top_sentences_send_batches.py sent.
 
 Reads   RESPONSE_IDS_FILEPATH, the journal of the batches
-Writes  RESPONSE_OUTPUT_DIR/BATCH_ID.jsonl for each batch that has ended: a line a request, as the API returns it
+Writes  RESPONSE_OUTPUT_DIR/BATCH_ID.jsonl for each batch that has ended: a line per request, as the API returns it
 Method  a batch's file appears when all its answers are there; what is there is not fetched again. Requests that
         errored, expired or were canceled are not paid for; the send script, run again, sends them again
 Cost    nothing; most batches end within an hour, all within 24. The API keeps answers for 29 days
@@ -9,9 +9,11 @@ Cost    nothing; most batches end within an hour, all within 24. The API keeps a
     python interpret_top_sentences_retrieve_batches.py --wait
 """
 
-from pathlib import Path
-
-from claude import batches
+from claude.answers import add_up, fill_in
+from claude.batches import retrieve
+from claude.connection import api_errors, connect
+from claude.journal import read_batches
+from claude.prices import BATCH_PRICE
 from latents.tables import Aggregation
 from pipeline.errors import InputError
 from pipeline.files import locked
@@ -27,19 +29,17 @@ POLL_S: NotNegative = 60.0  # seconds between two looks
 
 def main() -> None:
     config = parse_constants(globals())
-    journal_path, response_dir = (
-        Path(text.replace("{aggregation}", config.aggregation))
-        for text in (config.response_ids_filepath, config.response_output_dir)
-    )
+    journal_path = fill_in(config.response_ids_filepath, config.aggregation)
+    response_dir = fill_in(config.response_output_dir, config.aggregation)
     if not journal_path.is_file():
         raise InputError(f"There is no {journal_path}; run interpret_top_sentences_send_batches.py first.")
-    client = batches.connect()
+    client = connect()
     print(f"Reading {journal_path}; writing answers to {response_dir}.")
-    with locked(response_dir), batches.api_errors():
-        waiting = batches.retrieve(client, journal_path, response_dir, config.wait, config.poll_s)
-    sent = batches.Journal(journal_path).batches
+    with locked(response_dir), api_errors():
+        waiting = retrieve(client, journal_path, response_dir, config.wait, config.poll_s)
+    sent = read_batches(journal_path)
     paths = [path for batch in sent if (path := response_dir / f"{batch['batch_id']}.jsonl").is_file()]
-    print(batches.add_up(paths).report(batches.BATCH_PRICE_RATIO) + f": {response_dir}")
+    print(add_up(paths).report(BATCH_PRICE) + f": {response_dir}")
     if waiting:
         print(f"{len(waiting)} of {len(sent)} batches have not ended; run again later, or with --wait.")
     if any(batch["batch_id"] is None for batch in sent):

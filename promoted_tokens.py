@@ -3,8 +3,8 @@
 Reads   MODEL_PATH, an SAE with its JSON; NAME.latents.parquet (capture_top_activating_sentences.py); the Llama folder
 Writes  NAME.promoted.parquet beside the SAE: latent, tokens, scores (their logits in standard deviations over the
         vocabulary), suppressed_tokens, suppressed_scores, each strongest first
-Method  the direction, as strong as the latent gets, seen through the output layer ("logit lens"); `promoted_logits`
-        says what that leaves out. Beside names, which say when a latent fires, this says what it does
+Method  the direction, as strong as the latent gets, seen through the output layer ("logit lens"). What that leaves out
+        stands in latents/promotion.py. A name tells when a latent fires; this tells what it does
 Cost    2 x d_model x vocabulary x n_latents operations: seconds for the tiny Llama, minutes for Llama 3.2-3B
 
     python promoted_tokens.py --model_path data/sae.pth
@@ -21,61 +21,69 @@ LATENTS_AT_ONCE: Count = 256  # bounds memory at 4 bytes x vocabulary each
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
 
+from pathlib import Path
+
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from latents.promotion import promoted_logits
+from latents.tables import LATENTS, PROMOTED, highest_activations
 from llama_3 import load_model, load_tokenizer
+from llama_3.model import Transformer
+from llama_3.tokenizer import Tokenizer
 from pipeline.errors import InputError
-from pipeline.files import atomic_path
 from pipeline.progress import progress_bar
 from pipeline.sae_files import SaeFiles
-from sae import load_sae_model
+from pipeline.source import Source
+from sae import TopKSparseAutoencoder, load_sae_model
+
+
+def highest_of(sae: TopKSparseAutoencoder, path: Path) -> Tensor:
+    """(n_latents,) highest activations, on the SAE's device. Raises InputError for another SAE's table."""
+    highest = highest_activations(path)
+    if len(highest) != sae.n_latents:
+        raise InputError(f"{path} has {len(highest)} latents, the SAE {sae.n_latents}; run {LATENTS.made_by} again.")
+    return torch.from_numpy(highest).to(sae.b_pre.device)
+
+
+def plain_tokens(tokenizer: Tokenizer, device: str) -> Tensor:
+    """The ids of all tokens but the special ones."""
+    special = set(tokenizer.special_tokens.values())
+    return torch.tensor([i for i in range(tokenizer.vocab_size) if i not in special], device=device)
+
+
+def standard_logits(model: Transformer, site: str, directions: Tensor, base: Tensor, tokens: Tensor) -> Tensor:
+    """(n, len(tokens)) what directions add to the logits of these tokens, in standard deviations over them."""
+    logits = promoted_logits(model, site, directions, base)[:, tokens]
+    return (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp(min=1e-12)
 
 
 def main() -> None:
     config = parse_constants(globals())
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sae = load_sae_model(config.model_path, device)
-    if "site" not in sae.info:
-        raise InputError(f"{config.model_path} has no JSON of sae_training.py that names its site.")
-    latents_path, out_path = (
-        SaeFiles(config.model_path).beside("latents.parquet"),
-        SaeFiles(config.model_path).beside("promoted.parquet"),
-    )
-    if not latents_path.is_file():
-        raise InputError(f"There is no {latents_path}; run capture_top_activating_sentences.py first.")
-    highest = torch.tensor(pq.read_table(latents_path)["max"].to_pylist(), device=device)
-    if len(highest) != sae.n_latents:
-        raise InputError(f"{latents_path} has {len(highest)} latents, {config.model_path} {sae.n_latents}.")
-    model_dir = config.llama_model_dir or sae.info["model_dir"]
-    model = load_model(model_dir, device, rope_scaling_factor=sae.info.get("rope_scaling_factor"))
+    sae, files = load_sae_model(config.model_path, device), SaeFiles(config.model_path)
+    source = Source.read(sae.info, files.json)
+    site = source.need("site")
+    highest = highest_of(sae, files.beside(LATENTS.suffix))
+    model_dir = source.model_dir(config.llama_model_dir)
+    model = load_model(model_dir, device, rope_scaling_factor=source.rope_scaling_factor)
     tokenizer = load_tokenizer(model_dir)
-    special = set(tokenizer.special_tokens.values())
-    plain = torch.tensor([i for i in range(tokenizer.vocab_size) if i not in special], device=device)
+    out_path = files.beside(PROMOTED.suffix)
     print(f"Reading {config.model_path} and {model_dir}; writing {out_path}.")
 
-    names = {1: ("tokens", "scores"), -1: ("suppressed_tokens", "suppressed_scores")}
-    found: dict[str, list[list]] = {name: [] for pair in names.values() for name in pair}
+    plain = plain_tokens(tokenizer, device)
+    columns: dict[str, list] = {name: [] for name in PROMOTED.schema.names if name != "latent"}
     with torch.inference_mode(), progress_bar(total=sae.n_latents, unit="latent", desc="promoted tokens") as bar:
-        for some in torch.arange(sae.n_latents, device=device).split(config.latents_at_once):
-            directions = sae.decoder.weight.t()[some] * highest[some, None]
-            logits = promoted_logits(model, sae.info["site"], directions, sae.b_pre)
-            logits = logits[:, plain]
-            z = (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp(min=1e-12)
-            for sign, (tokens, scores) in names.items():
+        for latents in torch.arange(sae.n_latents, device=device).split(config.latents_at_once):
+            directions = sae.decoder.weight.t()[latents] * highest[latents, None]
+            z = standard_logits(model, site, directions, sae.b_pre, plain)
+            for tokens, scores, sign in (("tokens", "scores", 1), ("suppressed_tokens", "suppressed_scores", -1)):
                 best = (sign * z).topk(config.promoted_tokens)
-                found[tokens] += [[tokenizer.decode([token]) for token in row] for row in plain[best.indices].tolist()]
-                found[scores] += (sign * best.values).tolist()
-            bar.update(len(some))
-    columns = {"latent": pa.array(range(sae.n_latents), pa.int32())}
-    for tokens, scores in names.values():
-        columns[tokens] = pa.array(found[tokens], pa.list_(pa.string()))
-        columns[scores] = pa.array(found[scores], pa.list_(pa.float32()))
-    with atomic_path(out_path) as temporary:
-        pq.write_table(pa.table(columns), temporary, compression="zstd")
+                columns[tokens] += [[tokenizer.decode([i]) for i in row] for row in plain[best.indices].tolist()]
+                columns[scores] += (sign * best.values).tolist()
+            bar.update(len(latents))
+    PROMOTED.write(out_path, {"latent": pa.array(range(sae.n_latents)), **columns})
     print(f"{sae.n_latents:,} latents: {out_path}")
 
 

@@ -1,12 +1,12 @@
-"""The TopK sparse autoencoder (Gao et al. 2024, arXiv:2406.04093, section 2), its sparse training loss, and its files.
+"""The TopK sparse autoencoder (Gao et al. 2024, arXiv:2406.04093, section 2) and its files.
 
     z      = (x - mean(x)) / (std(x) + eps)                 each activation normalised over d_model, std with n - 1
     h      = ReLU(TopK(W_enc (z - b_pre) + b_enc))          k of n_latents stay
     z_hat  = W_dec h + b_pre
     x_hat  = z_hat * std(x) + mean(x)
 
-Only the encoder's product is dense, in blocks of rows that never stand in memory together. Decoding and every gradient
-touch just the k kept latents; sums run in a fixed order. Several processes can hold one SAE, each a slice of latents.
+Only the encoder's product is dense, in blocks of rows that are never all in memory at once; decoding touches just the k
+kept latents. Its sparse training loss is in autoencoder/losses.py.
 """
 
 import json
@@ -24,19 +24,19 @@ from pipeline.files import atomic_path, write_json
 from pipeline.manifests import FORMAT_VERSION
 from pipeline.sae_files import SaeFiles
 
-# Bytes of one block: of a product on a CPU as much as its cache holds, on a GPU enough to keep it busy.
+# Bytes of one block of a product: on a CPU as much as its cache holds, on a GPU enough to keep it busy.
 _BLOCK_BYTES = {"cpu": 2**25, "cuda": 2**31}
 _LEAST_ROWS = 256
 _GROUP = 16  # neighbouring groups of TopK's first round
 
 
 def rows_at_once(row_bytes: int, device: torch.device) -> int:
-    """How many rows of so many bytes make a block."""
+    """Rows per block, of row_bytes each."""
     return max(_LEAST_ROWS, _BLOCK_BYTES.get(device.type, 2**31) // max(1, row_bytes))
 
 
 def top_k(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row (batch, n_latents), in any order, and their indices: (batch, k) each.
+    """The k largest values of each row (batch, n_latents), in any order, and their indices: (batch, k) each.
 
     Exact in two rounds: the k groups of latents with the highest maxima hold the k highest latents.
     """
@@ -56,18 +56,20 @@ class TopKSparseAutoencoder(nn.Module):
     decoder.weight (d_model, n_latents), whose columns are the latents' directions. `info`: the JSON beside the weights.
 
     Construction leaves the weights uninitialised: load a state dict or call `initialize`.
+    n_slices: above 1 for one slice of an SAE that several processes train together (see `slice`); n_latents are then
+    those of the slice, and k is the number kept of all slices.
     """
 
-    def __init__(self, d_model: int, n_latents: int, k: int, normalize_eps: float = 1e-5):
+    def __init__(self, d_model: int, n_latents: int, k: int, normalize_eps: float = 1e-5, n_slices: int = 1):
         super().__init__()
-        if not 0 < k <= n_latents:
-            raise ValueError(f"k = {k} must lie between 1 and n_latents = {n_latents}.")
+        if not 0 < k <= n_latents * n_slices:
+            raise ValueError(f"k = {k} must lie between 1 and n_latents = {n_latents * n_slices}")
         self.d_model, self.n_latents, self.k, self.normalize_eps = d_model, n_latents, k, normalize_eps
         self.info: dict[str, Any] = {}
         self.b_pre = nn.Parameter(torch.empty(d_model))
-        self.encoder, self.decoder = nn.Module(), nn.Module()  # not nn.Linear, which would initialise itself
-        self.encoder.weight = nn.Parameter(torch.empty(n_latents, d_model))
-        self.encoder.bias = nn.Parameter(torch.empty(n_latents))
+        # "meta" and to_empty: without nn.Linear's own initialisation.
+        self.encoder = nn.Linear(d_model, n_latents, device="meta").to_empty(device=self.b_pre.device)
+        self.decoder = nn.Linear(n_latents, d_model, bias=False, device="meta")
         # Stored latent by latent, so that one latent's direction is contiguous; the published shape is the transpose.
         self.decoder.weight = nn.Parameter(torch.empty(n_latents, d_model).t())
 
@@ -75,8 +77,8 @@ class TopKSparseAutoencoder(nn.Module):
     def initialize(self, b_pre: Tensor, generator: torch.Generator | None = None, orthogonal: bool = False) -> None:
         """Random unit directions, the encoder tied to the decoder, encoder bias zero (arXiv:2406.04093, section 2.4).
 
-        b_pre: (d_model), the mean of what the SAE sees: of normalised activations. orthogonal: every d_model
-        directions, from the first on, stand at right angles to one another.
+        b_pre: (d_model), the mean of what the SAE sees, normalised activations. orthogonal: the first d_model
+        directions, the next d_model, and so on are each at right angles to one another.
         """
         if orthogonal:
             n_bases = -(-self.n_latents // self.d_model)
@@ -90,18 +92,15 @@ class TopKSparseAutoencoder(nn.Module):
         self.b_pre.copy_(b_pre)
 
     def slice(self, rank: int, size: int) -> "TopKSparseAutoencoder":
-        """A copy of the latents rank * n_latents / size and following, as many; for training in a `LatentGroup`.
-
-        b_pre is whole. k stays the number of latents kept of all slices.
-        """
+        """A copy of the latents from rank * n_latents / size on, n_latents / size of them, with all of b_pre."""
         n = self.n_latents // size
-        part = TopKSparseAutoencoder(self.d_model, n, min(self.k, n), self.normalize_eps)
-        part.k = self.k
+        own = slice(rank * n, (rank + 1) * n)
+        part = TopKSparseAutoencoder(self.d_model, n, self.k, self.normalize_eps, n_slices=size)
         with torch.no_grad():
             part.b_pre.copy_(self.b_pre)
-            part.encoder.weight.copy_(self.encoder.weight[rank * n : (rank + 1) * n])
-            part.encoder.bias.copy_(self.encoder.bias[rank * n : (rank + 1) * n])
-            part.decoder.weight.copy_(self.decoder.weight[:, rank * n : (rank + 1) * n])
+            part.encoder.weight.copy_(self.encoder.weight[own])
+            part.encoder.bias.copy_(self.encoder.bias[own])
+            part.decoder.weight.copy_(self.decoder.weight[:, own])
         return part
 
     def normalize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,6 +119,7 @@ class TopKSparseAutoencoder(nn.Module):
         return self.encode_normalized(z, h_bias)
 
     def encode_normalized(self, z: Tensor, h_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`encode` for activations that are normalised already."""
         x = (z - self.b_pre).to(self.encoder.weight.dtype)
         blocks = []
         for rows in x.reshape(-1, self.d_model).split(rows_at_once(4 * self.n_latents, x.device)):
@@ -155,20 +155,19 @@ class TopKSparseAutoencoder(nn.Module):
     @torch.no_grad()
     def project_decoder_grad(self) -> None:
         """Remove from each direction's gradient the part along the direction, in place: after backward, before step."""
-        rows = rows_at_once(4 * self.d_model, self.b_pre.device)
-        weight, grad = self.decoder.weight.t(), self.decoder.weight.grad.t()  # (n_latents, d_model)
-        for directions, grads in zip(weight.split(rows), grad.split(rows), strict=True):
+        if (grad := self.decoder.weight.grad) is None:
+            return
+        n_rows = rows_at_once(4 * self.d_model, grad.device)
+        blocks = zip(self.decoder.weight.t().split(n_rows), grad.t().split(n_rows), strict=True)
+        for directions, grads in blocks:  # (n_rows, d_model) each
             grads.addcmul_(directions, (directions * grads).sum(1, keepdim=True), value=-1)
-
-
-# ---- training loss
 
 
 # ---- files
 
 
-def save_tensors(path: Path, state: dict) -> None:
-    """torch.save, atomically; a full disk is an InputError."""
+def save_tensors(path: Path, state: dict[str, Any]) -> None:
+    """torch.save, atomically. Raises Stop for a full disk."""
     with atomic_path(path) as temporary:
         try:
             torch.save(state, temporary)
@@ -176,7 +175,9 @@ def save_tensors(path: Path, state: dict) -> None:
             raise OSError(str(error).partition("\n")[0]) from error
 
 
-def save_sae(sae: TopKSparseAutoencoder, path: str | Path, info: dict[str, Any], dtype=torch.float32) -> None:
+def save_sae(
+    sae: TopKSparseAutoencoder, path: str | Path, info: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> None:
     """Write NAME.pth, a plain state dict in `dtype`, and NAME.json."""
     state = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in sae.state_dict().items()}
     shape = {"d_model": sae.d_model, "n_latents": sae.n_latents, "k": sae.k, "normalize_eps": sae.normalize_eps}
@@ -187,11 +188,24 @@ def save_sae(sae: TopKSparseAutoencoder, path: str | Path, info: dict[str, Any],
 def load_sae_model(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, **keywords: Any
 ) -> TopKSparseAutoencoder:
-    """Load NAME.pth and what NAME.json says of it. Published files without a JSON need k and normalize_eps as keywords.
+    """Load NAME.pth with its NAME.json. Published files without a JSON need k and normalize_eps as keywords.
 
     Raises InputError for a file that is no SAE, and for a keyword that contradicts the JSON.
     """
-    path = str(path)
+    state = _read_state(str(path), device)
+    info = _read_info(str(path), keywords)
+    n_latents, d_model = state["encoder.weight"].shape
+    try:
+        sae = TopKSparseAutoencoder(d_model, n_latents, info["k"], info["normalize_eps"])
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; correct k.") from None
+    sae.to(device=device, dtype=dtype).load_state_dict(state)
+    sae.info = info
+    return sae.requires_grad_(False).eval()
+
+
+def _read_state(path: str, device: str | torch.device) -> dict[str, Tensor]:
+    """The state dict, its names and shapes checked; what else a file holds is left out."""
     try:
         with blobfile.BlobFile(path, "rb") as file:
             state = torch.load(file, map_location=device, weights_only=True)
@@ -201,35 +215,36 @@ def load_sae_model(
         raise InputError(f"{path} is truncated or not a state dict of tensors; fetch or train it again.") from None
     keys = {"b_pre", "encoder.weight", "encoder.bias", "decoder.weight"}
     if not isinstance(state, dict) or not keys <= state.keys():
-        found = sorted(state)[:4] if isinstance(state, dict) else type(state).__name__
+        found = sorted(map(str, state))[:4] if isinstance(state, dict) else type(state).__name__
         raise InputError(f"{path} is not an SAE: it needs {sorted(keys)} and holds {found}.")
-    shapes = {name: tuple(getattr(state[name], "shape", ())) for name in keys}
+    shapes: dict[str, tuple[int, ...]] = {name: tuple(getattr(state[name], "shape", ())) for name in keys}
     if len(shapes["encoder.weight"]) != 2:
         raise InputError(f"{path} holds encoder.weight as {shapes['encoder.weight']}: it is not a matrix.")
     n_latents, d_model = shapes["encoder.weight"]
-    right = {"b_pre": (d_model,), "encoder.bias": (n_latents,), "decoder.weight": (d_model, n_latents)}
-    for name, shape in right.items():
+    expected = {"b_pre": (d_model,), "encoder.bias": (n_latents,), "decoder.weight": (d_model, n_latents)}
+    for name, shape in expected.items():
         if shapes[name] != shape:
             raise InputError(f"{path} holds {name} as {shapes[name]} instead of {shape}.")
+    return {name: state[name] for name in keys}
+
+
+def _read_info(path: str, keywords: dict[str, Any]) -> dict[str, Any]:
+    """NAME.json, where there is one, and the keywords; k and normalize_eps are among them."""
+    json_path = SaeFiles(path).json
     info: dict[str, Any] = {}
-    if blobfile.exists(SaeFiles(path).json):
+    if blobfile.exists(json_path):
         try:
-            info = dict(json.loads(blobfile.read_text(SaeFiles(path).json)))
+            info = dict(json.loads(blobfile.read_text(json_path)))
         except (ValueError, TypeError) as error:
-            raise InputError(f"{SaeFiles(path).json} is not JSON ({error}).") from None
+            raise InputError(f"{json_path} is not JSON ({error}).") from None
     for name, value in keywords.items():
         if name in info and info[name] != value:
-            raise InputError(f"{SaeFiles(path).json} says {name} = {info[name]!r}, not {value!r}; leave {name} out.")
-    info = {**info, **keywords}
+            raise InputError(f"{json_path} says {name} = {info[name]!r}, not {value!r}; leave {name} out.")
+    info |= keywords
     for name in ("k", "normalize_eps"):
         if name not in info:
             raise InputError(
                 f"{path} has no JSON beside it; give {name} (the published SAE: k=64, normalize_eps=1e-6), or write "
-                f'{SaeFiles(path).json}: {{"k": 64, "normalize_eps": 1e-6, "site": "layers.22.attention_norm"}}.'
+                f'{json_path}: {{"k": 64, "normalize_eps": 1e-6, "site": "layers.22.attention_norm"}}.'
             )
-    if not 0 < info["k"] <= n_latents:
-        raise InputError(f"{path} has {n_latents} latents, k = {info['k']} of them cannot stay; correct k.")
-    sae = TopKSparseAutoencoder(d_model, n_latents, info["k"], info["normalize_eps"]).to(device=device, dtype=dtype)
-    sae.load_state_dict({name: state[name] for name in keys})
-    sae.info = info
-    return sae.requires_grad_(False).eval()
+    return info

@@ -21,17 +21,22 @@ from pipeline.run import run
 INPUT_DIR: str  # one site's captured activations
 OUTPUT_DIR = "data/batches"  # folder for batches and statistics
 MEAN_FILEPATH: str | None = None  # file for the statistics; statistics.safetensors in OUTPUT_DIR when not given
-NUM_PROCESSES: CountOrZero = 0  # processes; 0 for one a core
-BATCH_SIZE: Count = 1024  # activations a batch
+NUM_PROCESSES: CountOrZero = 0  # processes; 0 for one per core
+BATCH_SIZE: Count = 1024  # activations per batch
 VALIDATION_FRACTION: ShareBelowOne = 0.05  # share of the sentences, the last of the seeded order, held out
 NORMALIZE_EPS: NotNegative = 1e-5  # added to each activation's standard deviation when it is normalised
 B_PRE_START: Literal["mean", "median"] = "mean"  # where b_pre starts; median: geometric, of a sample
 SHARD_GB: Positive = 1.0  # size of an output shard
-MEMORY_GB: Positive = 16.0  # for all processes together: where it does not suffice for one a core, fewer run at once
+MEMORY_GB: Positive = 16.0  # for all processes together: where that is not enough for one per core, fewer run
 SEED: Seed = 0  # of the order of activations
 
 _STAGE = "sae_preprocessing.py"
 _SPLITS = ("train", "validation")
+_DECIDING = (  # the result, beside the activations
+    *("batch_size", "validation_fraction", "normalize_eps", "seed", "b_pre_start", "shard_gb", "mean_filepath"),
+)
+_PURPOSES = ("moves", "scatter", "gather")  # of random numbers
+_SHUFFLE = 2  # version of the order that a seed gives
 _MEDIAN_ROWS = 2**15  # of the geometric median's sample; its error is then about 1/180 of a standard deviation
 
 if __name__ == "__main__":
@@ -41,15 +46,17 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.activation_store import ActivationStore, open_shard, write_shard
+from pipeline.activation_store import ActivationStore, Shard, open_shard, write_shard
 from pipeline.errors import InputError
-from pipeline.files import locked, remove_leftovers, require_disk, sha256
-from pipeline.manifests import MANIFEST, begin_or_continue, check_complete, write_manifest
+from pipeline.files import remove_leftovers, sha256
+from pipeline.manifests import MANIFEST, output_folder, write_manifest
 from pipeline.progress import gb, progress_bar
+from pipeline.statistics import ActivationStatistics, write_statistics
 from pipeline.workers import Workers
 
 
@@ -102,6 +109,14 @@ def geometric_median(x: np.ndarray, n_steps: int = 200) -> np.ndarray:
 # ---- how many rows go where
 
 
+def random_numbers(seed: int, purpose: str, split: str, shard: int = 0) -> np.random.Generator:
+    """A stream for each purpose, split and shard.
+
+    All seeds have four parts: numpy pads a shorter one with zeros, and (0, 0) would give the numbers of (0, 0, 0, 0).
+    """
+    return np.random.default_rng((seed, _PURPOSES.index(purpose), _SPLITS.index(split), shard))
+
+
 def hypergeometric(rng: np.random.Generator, good: int, bad: int, n: int) -> int:
     """How many of n drawn without replacement are good. numpy's own sampler ends at 10^9.
 
@@ -134,6 +149,7 @@ def consecutive_groups(sizes: np.ndarray, most: int) -> list[slice]:
 
 
 def draw_moves(rng: np.random.Generator, n_rows: np.ndarray, capacities: np.ndarray) -> np.ndarray:
+    """`plan_moves` for fewer rows than numpy's limit."""
     left = capacities.copy()
     moves = np.zeros((len(n_rows), len(capacities)), dtype=np.int64)
     for i, n in enumerate(n_rows):
@@ -142,14 +158,13 @@ def draw_moves(rng: np.random.Generator, n_rows: np.ndarray, capacities: np.ndar
     return moves
 
 
-def plan_moves(n_rows: list[int], capacities: list[int], seed: tuple[int, ...], most: int = 4 * 10**8) -> np.ndarray:
+def plan_moves(rng: np.random.Generator, n_rows: list[int], capacities: list[int], most: int = 4 * 10**8) -> np.ndarray:
     """Rows that input shard i gives to output shard o, (n_inputs, n_outputs), as a uniformly random order implies.
 
     With more than `most` rows (numpy draws from fewer than 10^9), first from groups of input shards to groups of output
     shards; then which of a group's shards those rows leave, and which they reach; then who goes where. Each step is
     uniform given the one before, so that the whole is.
     """
-    rng = np.random.default_rng(seed)
     rows, room = np.array(n_rows, dtype=np.int64), np.array(capacities, dtype=np.int64)
     if rows.sum() <= most:
         return draw_moves(rng, rows, room)
@@ -179,36 +194,89 @@ def shard_sizes(n_rows: int, batch_size: int, rows_per_shard: int, keep_rest: bo
     return sizes, rest
 
 
+class Split(NamedTuple):
+    """The shuffle of the rows to train on, or of those held out."""
+
+    n_rows: list[int]  # of each input shard
+    moves: np.ndarray  # (n_inputs, n_outputs), and a last column of dropped rows
+    n_outputs: int
+
+    @property
+    def n_dropped(self) -> int:
+        return int(self.moves[:, self.n_outputs :].sum())
+
+
+def n_training_rows(shard: Shard, first_validation_sentence: int) -> int:
+    """A shard's first rows are to be trained on: sentences are in order."""
+    return int(shard.offsets[(shard.sentence_idx < first_validation_sentence).sum()])
+
+
+def plan_splits(
+    store: ActivationStore, first_validation_sentence: int, batch_size: int, rows_per_shard: int, seed: int
+) -> dict[str, Split]:
+    """Raises InputError where there is not one batch to train on."""
+    n_rows: dict[str, list[int]] = {split: [] for split in _SPLITS}
+    for shard in store.shards():
+        n_train = n_training_rows(shard, first_validation_sentence)
+        n_rows["train"].append(n_train)
+        n_rows["validation"].append(len(shard.acts) - n_train)
+    if sum(n_rows["train"]) < batch_size:
+        raise InputError(
+            f"{store.folder} has {sum(n_rows['train'])} activations to train on, fewer than one batch of "
+            f"{batch_size}; capture more sentences or lower --batch_size."
+        )
+    splits = {}
+    for split, rows in n_rows.items():
+        sizes, rest = shard_sizes(sum(rows), batch_size, rows_per_shard, keep_rest=split == "validation")
+        moves = plan_moves(random_numbers(seed, "moves", split), rows, [*sizes, rest])
+        splits[split] = Split(rows, moves, len(sizes))
+    return splits
+
+
+# ---- moving the rows
+
+
 class Plan(NamedTuple):
     """What every worker needs to know."""
 
     input_dir: str
-    output_dir: str
-    scratch_dir: str
+    output_dir: Path
     first_validation_sentence: int
     eps: float
     seed: int
 
+    @property
+    def scratch_dir(self) -> Path:
+        return self.output_dir / ".scattered"
 
-def rng_for(plan: Plan, split: str, side: int, shard: int) -> np.random.Generator:
-    return np.random.default_rng((plan.seed, _SPLITS.index(split), side, shard))
+    def scattered(self, i: int) -> Path:
+        return self.scratch_dir / f"scattered-{i:05d}.safetensors"
 
 
 def scatter_shard(plan: Plan, i: int) -> None:
     """Pass 1: permute an input shard's rows, so that those of each output shard lie together; take its statistics."""
-
     torch.set_num_threads(1)
-    path = Path(plan.scratch_dir) / f"scattered-{i:05d}.safetensors"
-    if path.exists():
+    if plan.scattered(i).exists():
         return
     store = ActivationStore(plan.input_dir)
     store.verify(i)
     shard = store.shard(i)
-    n_train = int(shard.offsets[(shard.sentence_idx < plan.first_validation_sentence).sum()])
+    n_train = n_training_rows(shard, plan.first_validation_sentence)
     tensors = {}
-    totals = {name: Statistics.of(np.zeros((0, store.d_model))) for name in ("raw", "normalized")}
+    for name, total in take_statistics(store, i, shard, n_train, plan.eps).items():
+        tensors |= {f"{name}_mean": torch.from_numpy(total.mean), f"{name}_m2": torch.from_numpy(total.m2)}
+    for split, acts in (("train", shard.acts[:n_train]), ("validation", shard.acts[n_train:])):
+        order = torch.from_numpy(random_numbers(plan.seed, "scatter", split, i).permutation(len(acts)))
+        tensors[split] = acts[order]
+    write_shard(plan.scattered(i), tensors)
+
+
+def take_statistics(store: ActivationStore, i: int, shard: Shard, n_train: int, eps: float) -> dict[str, Statistics]:
+    """Of shard i's rows to train on, raw and normalized. Raises InputError for NaN in any row."""
+    nothing = np.zeros((0, store.d_model))
+    raw_total, normalized_total = Statistics.of(nothing), Statistics.of(nothing)
     step = max(1, 2**17 // store.d_model)  # a chunk stays in the processor's cache from one operation to the next
-    for first, last, counts in ((0, n_train, True), (n_train, len(shard.acts), False)):
+    for first, last, is_train in ((0, n_train, True), (n_train, len(shard.acts), False)):
         for start in range(first, last, step):
             chunk = shard.acts[start : min(start + step, last)]
             x = chunk.double().numpy()
@@ -221,48 +289,66 @@ def scatter_shard(plan: Plan, i: int) -> None:
                     f"{store.folder / store.records[i]['file']} holds NaN or infinity in sentence {sentence}; capture "
                     "it again."
                 )
-            if counts:
-                totals["raw"] = totals["raw"].merge(raw)
-                totals["normalized"] = totals["normalized"].merge(Statistics.of(normalize(x, plan.eps)))
-    for name, total in totals.items():
-        tensors |= {f"{name}_mean": torch.from_numpy(total.mean), f"{name}_m2": torch.from_numpy(total.m2)}
-    for split, acts in (("train", shard.acts[:n_train]), ("validation", shard.acts[n_train:])):
-        order = torch.from_numpy(rng_for(plan, split, 0, i).permutation(len(acts)))
-        tensors[split] = acts[order]
-    write_shard(path, tensors)
+            if is_train:
+                raw_total = raw_total.merge(raw)
+                normalized_total = normalized_total.merge(Statistics.of(normalize(x, eps)))
+    return {"raw": raw_total, "normalized": normalized_total}
 
 
-def gather_shard(plan: Plan, split: str, o: int, starts: np.ndarray, counts: np.ndarray) -> dict:
+def gather_shard(plan: Plan, split: str, o: int, starts: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
     """Pass 2: collect an output shard's rows, counts[i] from row starts[i] of scattered shard i, and permute them.
 
     Returns the shard's record.
     """
-
     torch.set_num_threads(1)
-    path = Path(plan.output_dir) / f"{split}-{o:05d}.safetensors"
+    path = plan.output_dir / f"{split}-{o:05d}.safetensors"
     n_rows = int(counts.sum())
     if not path.exists():
-        order = rng_for(plan, split, 1, o).permutation(n_rows)
+        order = random_numbers(plan.seed, "gather", split, o).permutation(n_rows)
         goes_to = torch.from_numpy(np.argsort(order))
         rows, first = None, 0
         for i in np.flatnonzero(counts):
-            scattered = open_shard(Path(plan.scratch_dir) / f"scattered-{i:05d}.safetensors", _STAGE)
+            scattered = open_shard(plan.scattered(int(i)), _STAGE)
             part = scattered.get_slice(split)[int(starts[i]) : int(starts[i] + counts[i])]
             if rows is None:
                 rows = torch.empty(n_rows, part.shape[1], dtype=part.dtype)
             rows[goes_to[first : first + len(part)]] = part
             first += len(part)
+        assert rows is not None  # no output shard is empty
         write_shard(path, {"acts": rows})
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path), "n_rows": n_rows}
 
 
-def gather_jobs(plan: Plan, moves: dict[str, np.ndarray], n_outputs: dict[str, int]) -> Iterator[tuple]:
-    for split in _SPLITS:
-        starts = np.zeros(len(moves[split]), dtype=np.int64)
-        for o in range(n_outputs[split]):
-            counts = moves[split][:, o].copy()
-            yield plan, split, o, starts.copy(), counts
+def gather_jobs(plan: Plan, splits: dict[str, Split]) -> Iterator[tuple[Plan, str, int, np.ndarray, np.ndarray]]:
+    """The arguments of gather_shard for every output shard."""
+    for name, split in splits.items():
+        starts = np.zeros(len(split.moves), dtype=np.int64)
+        for o in range(split.n_outputs):
+            counts = split.moves[:, o].copy()
+            yield plan, name, o, starts.copy(), counts
             starts += counts
+
+
+def shuffle(plan: Plan, store: ActivationStore, splits: dict[str, Split], n_workers: int) -> dict[str, list[dict]]:
+    """Both passes, or what is left of them. Returns the records of each split's shards."""
+    records: dict[str, list[dict]] = {split: [] for split in _SPLITS}
+    row_bytes = 2 * store.d_model
+    plan.scratch_dir.mkdir(exist_ok=True)
+    remove_leftovers(plan.scratch_dir)
+    total = 2 * row_bytes * store.n_tokens
+    with (
+        Workers(n_workers) as workers,
+        progress_bar(total=total, unit="B", unit_scale=True, desc="shuffle") as bar,
+    ):
+        for i, _ in enumerate(workers.map(scatter_shard, ((plan, i) for i in range(len(store.records))))):
+            bar.update(row_bytes * store.records[i]["n_tokens"])
+        for record in workers.map(gather_shard, gather_jobs(plan, splits)):
+            records[record["file"].split("-")[0]].append(record)
+            bar.update(row_bytes * record["n_rows"])
+    return records
+
+
+# ---- the stage
 
 
 def processes_that_fit(wanted: int, memory_gb: float, largest_shard_bytes: int) -> int:
@@ -276,134 +362,93 @@ def processes_that_fit(wanted: int, memory_gb: float, largest_shard_bytes: int) 
     return min(wanted, int(memory_gb * 1e9 / needed))
 
 
-def merge_statistics(plan: Plan, n_train: list[int]) -> dict[str, Statistics]:
-
+def merge_statistics(plan: Plan, n_rows: list[int], b_pre_start: str, first_shard: str) -> ActivationStatistics:
+    """Of all rows to train on, n_rows of each input shard; first_shard: the first one written, for the median."""
     merged: dict[str, Statistics] = {}
-    for i, count in enumerate(n_train):
-        file = open_shard(Path(plan.scratch_dir) / f"scattered-{i:05d}.safetensors", _STAGE)
+    for i, count in enumerate(n_rows):
+        file = open_shard(plan.scattered(i), _STAGE)
         for name in ("raw", "normalized"):
             part = Statistics(count, file.get_tensor(f"{name}_mean").numpy(), file.get_tensor(f"{name}_m2").numpy())
             merged[name] = merged[name].merge(part) if name in merged else part
-    return merged
+    raw, normalized = merged["raw"], merged["normalized"]
+    b_pre = normalized.mean
+    if b_pre_start == "median":
+        # Shards are in random order: the first rows are a sample.
+        acts = open_shard(plan.output_dir / first_shard, _STAGE).get_slice("acts")[:_MEDIAN_ROWS]
+        b_pre = geometric_median(normalize(acts.double().numpy(), plan.eps))
+    return ActivationStatistics(
+        count=raw.count,
+        mean_raw=torch.from_numpy(raw.mean),
+        var_raw=torch.from_numpy(raw.m2 / raw.count),
+        mean_normalized=torch.from_numpy(normalized.mean),
+        var_normalized=torch.from_numpy(normalized.m2 / normalized.count),
+        b_pre=torch.from_numpy(b_pre.copy()),
+    )
+
+
+def finish(
+    plan: Plan,
+    store: ActivationStore,
+    splits: dict[str, Split],
+    records: dict[str, list[dict]],
+    statistics_path: Path,
+    decides: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    counts = {split: sum(record["n_rows"] for record in records[split]) for split in _SPLITS}
+    counts["dropped"] = sum(split.n_dropped for split in splits.values())
+    write_manifest(
+        plan.output_dir,
+        _STAGE,
+        complete=True,
+        decides=decides,
+        config=options,
+        **store.source.as_json(plan.output_dir / MANIFEST),
+        dtype="bfloat16",
+        input_dir=plan.input_dir,
+        first_validation_sentence=plan.first_validation_sentence,
+        normalize_eps=plan.eps,
+        batch_size=options["batch_size"],
+        statistics=os.path.relpath(statistics_path, plan.output_dir),
+        counts=counts,
+        shards=records["train"],
+        validation_shards=records["validation"],
+    )
+    print(
+        f"{counts['train']:,} activations to train on, {counts['validation']:,} held out, {counts['dropped']} dropped: "
+        f"{plan.output_dir}"
+    )
 
 
 def main() -> None:
     config = parse_constants(globals())
-
     store = ActivationStore(config.input_dir)
-    output_dir = Path(config.output_dir)
-    scratch_dir = output_dir / ".scattered"
-    mean_path = Path(config.mean_filepath) if config.mean_filepath else output_dir / "statistics.safetensors"
-    constants = ("batch_size", "validation_fraction", "normalize_eps", "seed", "b_pre_start", "shard_gb")
-    decides = {name: getattr(config, name) for name in constants}
-    decides |= {
-        "mean_filepath": config.mean_filepath,
-        "activations": [s["sha256"] for s in store.records],
-    }
-
-    n_sentences = store.manifest["dataset"]["sentences"]
+    n_sentences = store.source.need("dataset")["sentences"]
     first_validation_sentence = n_sentences - round(config.validation_fraction * n_sentences)
-    n_rows: dict[str, list[int]] = {"train": [], "validation": []}
-    for shard in store.shards():
-        n_train = int(shard.offsets[(shard.sentence_idx < first_validation_sentence).sum()])
-        n_rows["train"].append(n_train)
-        n_rows["validation"].append(len(shard.acts) - n_train)
-    if sum(n_rows["train"]) < config.batch_size:
-        raise InputError(
-            f"{config.input_dir} has {sum(n_rows['train'])} activations to train on, fewer than one batch of "
-            f"{config.batch_size}; capture more sentences or lower --batch_size."
-        )
-    rows_per_shard = max(1, int(config.shard_gb * 1e9 / (2 * store.d_model * config.batch_size))) * config.batch_size
-    moves, n_outputs, n_dropped = {}, {}, 0
-    for number, split in enumerate(_SPLITS):
-        sizes, rest = shard_sizes(sum(n_rows[split]), config.batch_size, rows_per_shard, split == "validation")
-        moves[split] = plan_moves(n_rows[split], [*sizes, rest], (config.seed, number))
-        n_outputs[split] = len(sizes)
-        n_dropped += rest
-    plan = Plan(
-        config.input_dir,
-        config.output_dir,
-        str(scratch_dir),
-        first_validation_sentence,
-        config.normalize_eps,
-        config.seed,
-    )
+    batch_bytes = 2 * store.d_model * config.batch_size
+    rows_per_shard = max(1, int(config.shard_gb * 1e9 / batch_bytes)) * config.batch_size
+    splits = plan_splits(store, first_validation_sentence, config.batch_size, rows_per_shard, config.seed)
+    output_dir = Path(config.output_dir)
+    plan = Plan(config.input_dir, output_dir, first_validation_sentence, config.normalize_eps, config.seed)
+    n_jobs = max(len(store.records), sum(split.n_outputs for split in splits.values()))
     largest = max(*(r["bytes"] for r in store.records), 2 * store.d_model * rows_per_shard)
-    n_jobs = max(len(store.records), sum(n_outputs.values()))
     n_workers = min(config.num_processes or os.cpu_count() or 1, n_jobs)
     n_workers = processes_that_fit(n_workers, config.memory_gb, largest)
+    decides = {name: getattr(config, name) for name in _DECIDING}
+    decides |= {"shuffle": _SHUFFLE, "activations": [record["sha256"] for record in store.records]}
     n_bytes = 2 * store.d_model * store.n_tokens
     print(
         f"Reading {store.n_tokens:,} activations, {gb(n_bytes)}, from {config.input_dir}; writing as much to "
         f"{output_dir}, and once more while it runs."
     )
-
-    with locked(output_dir):
-        if not (output_dir / MANIFEST).exists():
-            require_disk(output_dir, 2 * n_bytes)
-        if begin_or_continue(output_dir, _STAGE, decides):
-            check_complete(output_dir, _STAGE)
-            print(f"{output_dir} is complete already.")
-            shutil.rmtree(scratch_dir, ignore_errors=True)
-            return
-        present = sum(f.stat().st_size for f in output_dir.rglob("*.safetensors"))
-        require_disk(output_dir, 2 * n_bytes - present)
-        scratch_dir.mkdir(exist_ok=True)
-        remove_leftovers(scratch_dir)
-        with (
-            Workers(n_workers) as workers,
-            progress_bar(total=2 * n_bytes, unit="B", unit_scale=True, desc="shuffle") as bar,
-        ):
-            for i, _ in enumerate(workers.map(scatter_shard, [(plan, i) for i in range(len(store.records))])):
-                bar.update(2 * store.d_model * store.records[i]["n_tokens"])
-            records: dict[str, list[dict]] = {"train": [], "validation": []}
-            for record in workers.map(gather_shard, gather_jobs(plan, moves, n_outputs)):
-                records[record["file"].split("-")[0]].append(record)
-                bar.update(2 * store.d_model * record["n_rows"])
-        totals = merge_statistics(plan, n_rows["train"])
-        b_pre = totals["normalized"].mean
-        if config.b_pre_start == "median":
-            # Shards are in random order: the first rows are a sample.
-            acts = open_shard(output_dir / records["train"][0]["file"], _STAGE).get_slice("acts")[:_MEDIAN_ROWS]
-            b_pre = geometric_median(normalize(acts.double().numpy(), config.normalize_eps))
-        write_statistics(mean_path, totals, b_pre)
-        inherited = ("model", "model_dir", "sentences_dir", "site", "layer", "d_model", "dtype", "begin_of_text")
-        counts = {split: sum(r["n_rows"] for r in records[split]) for split in _SPLITS}
-        write_manifest(
-            output_dir,
-            _STAGE,
-            complete=True,
-            decides=decides,
-            config=vars(config),
-            **{
-                name: store.manifest[name]
-                for name in (*inherited, "bos_id", "max_tokens", "rope_scaling_factor", "dataset")
-            },
-            input_dir=str(config.input_dir),
-            first_validation_sentence=first_validation_sentence,
-            normalize_eps=config.normalize_eps,
-            batch_size=config.batch_size,
-            statistics=os.path.relpath(mean_path, output_dir),
-            counts={**counts, "dropped": n_dropped},
-            shards=records["train"],
-            validation_shards=records["validation"],
-        )
-        shutil.rmtree(scratch_dir)
-    print(
-        f"{counts['train']:,} activations to train on, {counts['validation']:,} held out, {n_dropped} dropped: "
-        f"{output_dir}"
-    )
-
-
-def write_statistics(path: Path, statistics: dict[str, Statistics], b_pre: np.ndarray) -> None:
-    """mean_raw, var_raw, mean_normalized, var_normalized (population variance) and b_pre (where the SAE's starts, in
-    normalised space), each (d_model,) float64; count."""
-
-    tensors = {"count": torch.tensor(statistics["raw"].count), "b_pre": torch.from_numpy(b_pre.copy())}
-    for name, s in statistics.items():
-        tensors[f"mean_{name}"] = torch.from_numpy(s.mean)
-        tensors[f"var_{name}"] = torch.from_numpy(s.m2 / s.count)
-    write_shard(path, tensors)
+    with output_folder(output_dir, _STAGE, decides, 2 * n_bytes) as complete:
+        if not complete:
+            records = shuffle(plan, store, splits, n_workers)
+            statistics = merge_statistics(plan, splits["train"].n_rows, config.b_pre_start, records["train"][0]["file"])
+            mean_path = Path(config.mean_filepath or output_dir / "statistics.safetensors")
+            write_statistics(mean_path, statistics)
+            finish(plan, store, splits, records, mean_path, decides, vars(config))
+        shutil.rmtree(plan.scratch_dir, ignore_errors=True)
 
 
 if __name__ == "__main__":

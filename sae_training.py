@@ -4,16 +4,16 @@ Reads   DATA_DIR (sae_preprocessing.py)
 Writes  MODEL_SAVE_PATH: the SAE NAME.pth with NAME.json, NAME.metrics.jsonl, NAME.curves.png and NAME.frequencies.png
         beside it; CHECKPOINT_DIR: checkpoints to resume from (several nodes must all see it)
 Method  Gao et al. 2024, arXiv:2406.04093; departures from it and from the original are listed in the README.
-        The processes form a grid, data x latents: LATENT_PARALLEL neighbours share one SAE, a slice of its latents
-        each, and see the same activations; the groups of neighbours share the batch out. All exchanges of a step come
-        before it changes anything, so that whoever is stopped or left alone holds the whole state of the step before
+        The processes form a grid: LATENT_PARALLEL neighbours share one SAE, a slice of its latents each, and see the
+        same activations; the groups of neighbours share the batch out. The step is in autoencoder/step.py: all its
+        exchanges come before it changes anything, so that whoever is stopped or left alone can save the step before
 Cost    disk: a checkpoint is three times the SAE; rates in the README's table
 
     python sae_training.py --data_dir data/batches --model_save_path data/sae.pth
     torchrun --standalone --nproc_per_node=8 sae_training.py --data_dir data/batches --model_save_path data/sae.pth
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pipeline.options import Count, CountOrZero, NotNegative, Positive, Seed, Share, ShareBelowOne, parse_constants
 from pipeline.run import exit_at_once, run
@@ -26,13 +26,13 @@ CHECKPOINT_DIR = "data/checkpoints"  # folder for checkpoints
 
 N_LATENTS: Count = 2**16  # dictionary size
 K: Count = 64  # latents kept per activation
-K_AUX: CountOrZero = 2048  # dead latents in the auxiliary loss, a power of two near d_model / 2
+K_AUX: CountOrZero = 2048  # dead latents in the auxiliary loss, a power of two near d_model / 2; 0 for none
 AUX_LOSS_COEFF: NotNegative = 1 / 32  # weight of the auxiliary loss
 DEAD_AFTER_TOKENS: Count = 10_000_000  # activations without firing before a latent counts as dead
 
 NUM_EPOCHS: Count = 10  # passes over the training activations
-EARLY_STOP_EPOCHS: Count | None = None  # ends after so many epochs without a better validation FVU
-BATCH_SIZE: Count = 8192  # activations a step, over all processes
+EARLY_STOP_EPOCHS: Count | None = None  # stop after so many epochs without a better validation FVU
+BATCH_SIZE: Count = 8192  # activations per step, over all processes
 LEARNING_RATE: NotNegative = 5e-5  # peak
 LEARNING_RATE_MIN_RATIO: Share = 1 / 5  # the cosine ends at this share of the peak
 WARMUP_STEPS: CountOrZero = 0  # steps of linear warm-up
@@ -45,18 +45,17 @@ SEED: Seed = 0  # of the initialisation and of the order of batches
 
 LATENT_PARALLEL: Count = 1  # processes that share one SAE, a slice of its latents each
 MICRO_BATCH_SIZE: Count | None = None  # activations in one forward pass of a process; all of its share when not given
-ENCODER_DTYPE: Literal["float32", "bfloat16"] = (
-    "float32"  # of the product that chooses latents; chosen values stay float32
-)
+ENCODER_DTYPE: Literal["float32", "bfloat16"] = "float32"  # of the product that chooses latents, not of their values
 ALLOW_TF32 = False  # on GPUs: TF32 in float32 products
-LOGS_PER_EPOCH: Count = 1000  # lines in metrics.jsonl an epoch
-CHECKPOINTS_PER_EPOCH: Count = 1  # checkpoints an epoch
+LOGS_PER_EPOCH: Count = 1000  # lines in metrics.jsonl per epoch
+CHECKPOINTS_PER_EPOCH: Count = 1  # checkpoints per epoch
 KEEP_CHECKPOINTS: Count = 2  # newest checkpoints kept
 REPLICA_CHECK_STEPS: Count = 1000  # steps between comparisons of the parameters that processes hold in common
 EXPLOSION_FACTOR: Positive = 10.0  # a main loss above this many times its running mean stops the run
 WANDB: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online with a key, offline without
 
 _STAGE = "sae_training.py"
+_BATCHES_STAGE = "sae_preprocessing.py"
 _NOT_IN_THE_RESULT = [  # constants that may change between two parts of one run
     *("data_dir", "model_save_path", "checkpoint_dir", "b_pre_path", "latent_parallel", "micro_batch_size", "wandb"),
     *("logs_per_epoch", "checkpoints_per_epoch", "keep_checkpoints", "replica_check_steps", "explosion_factor"),
@@ -74,26 +73,133 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from autoencoder.checkpoints import Slice, checkpoint_files, delete_checkpoints, load_checkpoint, whole_checkpoints
-from autoencoder.curves import plot_curves, plot_frequencies, start_wandb
-from autoencoder.losses import LatentGroup, loss_sums
+from autoencoder.curves import WandbMode, plot_curves, plot_frequencies, start_wandb
+from autoencoder.step import Agreed, Pending, Step, StepOptions
 from pipeline.activation_batches import Batches, Reader, open_rows
 from pipeline.activation_store import open_shard
-from pipeline.distributed import grid, noted_signals, world
-from pipeline.errors import InputError
+from pipeline.distributed import make_grid, noted_signals, world
+from pipeline.errors import InputError, Stop
 from pipeline.files import locked, require_disk
-from pipeline.manifests import begin_or_continue, check_files, git_commit, read_manifest, verifying, write_manifest
+from pipeline.manifests import (
+    MANIFEST,
+    begin_or_continue,
+    check_files,
+    git_commit,
+    read_manifest,
+    verifying,
+    write_manifest,
+)
 from pipeline.progress import gb, progress_bar
 from pipeline.sae_files import SaeFiles
+from pipeline.source import Source
 from sae import TopKSparseAutoencoder, load_sae_model, rows_at_once, save_sae, save_tensors
 
-# ---- validation, schedule
+
+class RunOptions(NamedTuple):
+    """The options of a run but for those of its step (autoencoder.step.StepOptions), under their names."""
+
+    data_dir: str
+    model_save_path: str
+    checkpoint_dir: str
+    n_latents: int
+    k: int
+    num_epochs: int
+    early_stop_epochs: int | None
+    learning_rate: float
+    learning_rate_min_ratio: float
+    warmup_steps: int
+    latent_parallel: int
+    logs_per_epoch: int
+    checkpoints_per_epoch: int
+    keep_checkpoints: int
+    replica_check_steps: int
+    explosion_factor: float
+
+
+# ---- inputs
+
+
+class Data(NamedTuple):
+    """What sae_preprocessing.py left in DATA_DIR."""
+
+    manifest: dict[str, Any]
+    b_pre: Tensor  # (d_model), the mean of normalised activations
+    variance: float  # of normalised activations, per coordinate
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        return self.manifest["shards"] + self.manifest["validation_shards"]
+
+
+def open_data(data_dir: str, b_pre_path: str | None) -> Data:
+    manifest = read_manifest(data_dir, _BATCHES_STAGE)
+    statistics_path = Path(b_pre_path or Path(data_dir) / manifest["statistics"])
+    if not statistics_path.is_file():
+        raise InputError(f"There are no statistics at {statistics_path}; run {_BATCHES_STAGE} again.")
+    statistics = open_shard(statistics_path, _BATCHES_STAGE)
+    variance = float(statistics.get_tensor("var_normalized").mean())
+    data = Data(manifest, statistics.get_tensor("b_pre").float(), variance)
+    check_files(data_dir, data.shards, _BATCHES_STAGE)
+    return data
+
+
+def check_options(options: RunOptions, batch_size: int, manifest: dict[str, Any], n_processes: int) -> None:
+    """Raise InputError for options that do not fit one another, the data or the number of processes."""
+    width, data_dir = options.latent_parallel, options.data_dir
+    if n_processes % width or options.n_latents % width:
+        raise InputError(
+            f"--latent_parallel {width} must divide the {n_processes} processes and --n_latents {options.n_latents}; "
+            "choose another."
+        )
+    if batch_size % manifest["batch_size"] or batch_size % (n_processes // width):
+        raise InputError(
+            f"--batch_size {batch_size} must be a multiple of the stored batches of {manifest['batch_size']} in "
+            f"{data_dir} and of the {n_processes // width} processes that share it out; choose another."
+        )
+    if batch_size > manifest["counts"]["train"]:
+        raise InputError(
+            f"{data_dir} has {manifest['counts']['train']} activations to train on, fewer than --batch_size "
+            f"{batch_size}; capture more or lower it."
+        )
+    if options.early_stop_epochs and not manifest["validation_shards"]:
+        raise InputError(f"{data_dir} holds nothing out, which --early_stop_epochs needs; leave it out.")
+
+
+def empty_sae(options: RunOptions, manifest: dict[str, Any]) -> TopKSparseAutoencoder:
+    """The whole SAE, its weights not set. Raises InputError for an impossible k."""
+    try:
+        return TopKSparseAutoencoder(manifest["d_model"], options.n_latents, options.k, manifest["normalize_eps"])
+    except ValueError as error:
+        raise InputError(f"{error}; correct --k or --n_latents.") from None
+
+
+def starting_sae(
+    options: RunOptions, data: Data, load_path: str | None, seed: int, orthogonal: bool
+) -> TopKSparseAutoencoder:
+    """The whole SAE as training begins; its weights are not set where checkpoints hold others."""
+    sae = empty_sae(options, data.manifest)
+    if whole_checkpoints(Path(options.checkpoint_dir)):
+        return sae
+    if not load_path:
+        sae.initialize(data.b_pre, torch.Generator().manual_seed(seed), orthogonal)
+        return sae
+    loaded = load_sae_model(load_path, normalize_eps=sae.normalize_eps, k=sae.k)
+    if (loaded.d_model, loaded.n_latents) != (sae.d_model, sae.n_latents):
+        raise InputError(
+            f"{load_path} has d_model {loaded.d_model} and {loaded.n_latents} latents, this run {sae.d_model} and "
+            f"{sae.n_latents}; load another or change --n_latents."
+        )
+    return loaded.requires_grad_(True)
+
+
+# ---- training
 
 
 class Validation(NamedTuple):
@@ -114,561 +220,426 @@ def learning_rate(step: int, n_steps: int, peak: float, min_ratio: float, warmup
 
 def stops_early(val_fvus: list[float], patience: int | None) -> bool:
     """Whether the best of the epochs' validation FVUs lies `patience` or more epochs back."""
-    return bool(patience and val_fvus) and len(val_fvus) - 1 - val_fvus.index(min(val_fvus)) >= patience
-
-
-def bytes_sent(config, d_model: int, n_data: int) -> tuple[float, float]:
-    """What a process sends each step: for data parallelism, and for latent parallelism.
-
-    Data: the gradients of its slice and what fired. Latents: the values of its candidates, the partial reconstructions,
-    b_pre's gradient; the auxiliary loss comes on top with min(k_aux, dead latents) candidates and a reconstruction.
-    Published size, eight processes: 2.82 GB as 8 x 1; 0.19 GB as 1 x 8, 0.84 GB once 2048 latents of a slice are dead.
-    """
-    n_slice, width = config.n_latents // config.latent_parallel, config.latent_parallel
-    rows = config.batch_size // n_data
-    ring = lambda n, n_bytes: 2 * (n - 1) / n * n_bytes  # of an all-reduce
-    data = ring(n_data, 4 * n_slice * (2 * d_model + 1) + 8 * n_slice) + ring(n_data * width, 4 * d_model)
-    candidates = (width - 1) * 4 * rows * min(config.k, n_slice)
-    return data, candidates + ring(width, 4 * d_model * (rows + 1))
-
-
-# ---- training
+    return bool(patience and val_fvus) and len(val_fvus) - 1 - val_fvus.index(min(val_fvus)) >= (patience or 0)
 
 
 @dataclasses.dataclass
-class Progress:
+class TrainingProgress:
     """How far a run is; goes into checkpoints. There is no random state: the order of data follows from the seed."""
 
     step: int = 0
     seconds: float = 0.0  # of training, validation and checkpoints left out
     waited: float = 0.0  # seconds of these that went into waiting for data
     mean_loss: float | None = None  # running mean of the main loss
-    counting_since: int = 0  # the step at which `firing` began
+    counting_since: int = 0  # the step at which the counter `firing` began
     metrics: list[str] = dataclasses.field(default_factory=list)  # lines of metrics.jsonl
     val_fvus: list[float] = dataclasses.field(default_factory=list)  # of each epoch
     wandb_id: str | None = None
 
 
-class Agreed(NamedTuple):
-    """What the processes tell one another in a step, the same on each of them."""
-
-    stop: bool  # one of them got a signal
-    main: float  # losses of the whole batch, means
-    aux: float
-    n_dead: list[int]  # dead latents after this step, by slice
-    longest_silence: int  # in activations
-
-
 class Training:
-    """A run: this process's slice of the SAE, its moments and counters, and where they are kept."""
+    """A run: its step, its data, how far it is, and the files it writes."""
 
-    def __init__(self, config, batches, sae, variance: float, w, data, latents):
-
-        self.config, self.batches, self.variance = config, batches, variance
-        self.w, self.data, self.latents = w, data, latents
-        self.latent_group = LatentGroup(latents.group, latents.rank, latents.size)
-        self.folder = Path(config.checkpoint_dir)
+    def __init__(self, options: RunOptions, step: Step, batches: Batches, data: Data):
+        self.options, self.step, self.batches, self.data = options, step, batches, data
+        self.world = step.world
+        self.batch_size = step.options.batch_size
+        self.folder = Path(options.checkpoint_dir)
         self.metrics_path, self.curves_path, self.frequencies_path = (
-            SaeFiles(config.model_save_path).beside(name) for name in ("metrics.jsonl", "curves.png", "frequencies.png")
+            SaeFiles(options.model_save_path).beside(name)
+            for name in ("metrics.jsonl", "curves.png", "frequencies.png")
         )
-        self.sae = sae.to(w.device)
-        self.parameters = dict(sae.named_parameters())
-        # AdamW's moments, laid out in memory as the parameters are.
-        self.exp_avg, self.exp_avg_sq = (
-            {name: torch.zeros_like(p) for name, p in self.parameters.items()} for _ in range(2)
-        )
-        # Activations since each latent last fired, and how often it fired since Progress.counting_since.
-        self.silent_tokens, self.firing = torch.zeros(2, sae.n_latents, dtype=torch.int64, device=w.device)
-        self.progress = Progress()
-        self.wandb_run = None
-        self.stop_signal = SimpleNamespace(number=0)
-        self.verified = lambda: None  # waits for the checksums of the shards; raises InputError
-        self.n_steps = batches.steps_per_epoch * config.num_epochs
-        self.checkpoint_every = math.ceil(batches.steps_per_epoch / config.checkpoints_per_epoch)
+        self.progress = TrainingProgress()
+        self.n_steps = batches.steps_per_epoch * options.num_epochs
+        self.checkpoint_every = math.ceil(batches.steps_per_epoch / options.checkpoints_per_epoch)
 
-    # ---- one step
+    @property
+    def rows_at_once(self) -> int:
+        """Activations in one forward pass of this process."""
+        share = self.batch_size // self.step.data.size
+        return min(self.step.options.micro_batch_size or share, share)
 
-    def dead(self, n_dead: list[int]):
-        return (self.silent_tokens >= self.config.dead_after_tokens).nonzero().flatten() if any(n_dead) else None
-
-    def losses(self, z, n_dead: list[int], dead, encoder_dtype):
-
-        return loss_sums(self.sae, z, dead, self.config.k_aux, self.latent_group, encoder_dtype, n_dead)
-
-    def gradients(self, x, n_dead: list[int]):
-        """Leaves the whole batch's gradients in the parameters. x: this process's rows.
-
-        Returns the losses of these rows (2,), and how often each latent of the slice fired on the whole batch.
-        """
-
-        config = self.config
-        scale = 1 / (config.batch_size * self.sae.d_model)
-        losses, fired = x.new_zeros(2, dtype=torch.float32), torch.zeros_like(self.firing)
-        dead = self.dead(n_dead)
-        for part in x.split(config.micro_batch_size or len(x)):
-            z, _, _ = self.sae.normalize(part)
-            sums = self.losses(z, n_dead, dead, getattr(torch, config.encoder_dtype))
-            ((sums.main + config.aux_loss_coeff * sums.aux) * scale).backward()
-            losses += torch.stack([sums.main, sums.aux]).detach() * scale
-            fired += sums.fired
-        b_pre, *own = (p.grad for p in self.parameters.values())
-        for tensor in (*own, fired):
-            self.data.all_reduce(tensor)
-        # Complete in each slice; by one sum over all processes it stays equal to the last bit on all of them.
-        self.w.all_reduce(b_pre.div_(self.latents.size))
-        self.sae.project_decoder_grad()
-        if config.grad_clip is not None:
-            square = self.latents.all_reduce(sum(grad.square().sum() for grad in own)) + b_pre.square().sum()
-            for grad in (b_pre, *own):
-                grad.mul_((config.grad_clip / square.sqrt()).clamp(max=1))
-        return losses, fired
-
-    def agree(self, losses, silent_tokens) -> Agreed:
-        """The one exchange between all processes in a step, and the point where the CPU waits for the GPU."""
-
-        width = self.latents.size
-        numbers = torch.zeros(3 + 2 * width, dtype=torch.float64, device=self.w.device)
-        numbers[0] = self.stop_signal.number
-        if self.latents.is_main:
-            numbers[1:3] = losses
-        if self.data.is_main:
-            numbers[3 + self.latents.rank] = (silent_tokens >= self.config.dead_after_tokens).sum()
-            numbers[3 + width + self.latents.rank] = silent_tokens.max()
-        stop, main, aux, *rest = self.w.all_reduce(numbers).tolist()
-        return Agreed(stop > 0, main, aux, [int(n) for n in rest[:width]], int(max(rest[width:])))
-
-    def apply(self, fired, silent_tokens, main: float) -> float:
-        """The step itself: only here does anything change, with nothing to wait for. Returns the learning rate."""
-        from torch.optim.adamw import adamw
-
-        config, progress = self.config, self.progress
-        lr = learning_rate(
-            progress.step, self.n_steps, config.learning_rate, config.learning_rate_min_ratio, config.warmup_steps
-        )
-        # The class AdamW does the same, and imports torch's compiler first: seconds for each process.
-        with torch.no_grad():
-            adamw(
-                list(self.parameters.values()),
-                [p.grad for p in self.parameters.values()],
-                list(self.exp_avg.values()),
-                list(self.exp_avg_sq.values()),
-                [],
-                [torch.full((), progress.step, dtype=torch.float32, device=self.w.device) for _ in self.parameters],
-                fused=True,
-                amsgrad=False,
-                beta1=config.betas[0],
-                beta2=config.betas[1],
-                lr=lr,
-                weight_decay=config.weight_decay,
-                eps=config.adam_eps,
-                maximize=False,
-            )
-        self.sae.zero_grad()
-        self.sae.normalize_decoder()
-        if self.checkpoint_due():  # after the last step: counting begins anew
-            self.firing.zero_()
-            progress.counting_since = progress.step
-        self.firing += fired
-        self.silent_tokens.copy_(silent_tokens)
-        mean = main if progress.mean_loss is None else progress.mean_loss
-        progress.mean_loss = _LOSS_MEMORY * mean + (1 - _LOSS_MEMORY) * main
-        progress.step += 1
-        return lr
-
-    def check_loss(self, agreed: Agreed) -> None:
-        """Raise InputError before a bad step changes anything."""
-
-        progress, mean = self.progress, self.progress.mean_loss
-        exploded = mean is not None and agreed.main > self.config.explosion_factor * mean
-        if math.isfinite(agreed.main + agreed.aux) and not exploded:
-            return
-        what = f"{agreed.main:.4g}, more than {self.config.explosion_factor:g} times its running mean {mean:.4g},"
-        rows = self.batches.stored_batches(*divmod(progress.step, self.batches.steps_per_epoch))
-        shards = sorted({self.batches.names[shard] for shard, _ in rows})
-        good = whole_checkpoints(self.folder)
-        raise InputError(
-            f"The loss is {what if exploded else agreed.main + agreed.aux} at step {progress.step + 1} (activations of "
-            f"{', '.join(shards)} in {self.config.data_dir}); the last good checkpoint is "
-            f"{good[-1][0] if good else 'none'}: look at these activations, or begin again in another --checkpoint_dir "
-            "with a lower --learning_rate or a --grad_clip."
-        )
-
-    # ---- now and then
+    def epoch_ends(self) -> bool:
+        return self.progress.step % self.batches.steps_per_epoch == 0
 
     def checkpoint_due(self) -> bool:
         return self.progress.step % self.batches.steps_per_epoch % self.checkpoint_every == 0
 
     def goes_on(self) -> bool:
-        early = stops_early(self.progress.val_fvus, self.config.early_stop_epochs)
+        early = stops_early(self.progress.val_fvus, self.options.early_stop_epochs)
         return self.progress.step < self.n_steps and not early
 
-    def check_replicas(self) -> None:
-        """Compare sums over the bits of what processes hold in common."""
-
-        if self.w.size == 1:
+    def check_loss(self, agreed: Agreed) -> None:
+        """Raise Stop before a bad step changes anything."""
+        progress, mean = self.progress, self.progress.mean_loss
+        exploded = mean is not None and agreed.main > self.options.explosion_factor * mean
+        if math.isfinite(agreed.main + agreed.aux) and not exploded:
             return
-        own = [int(p.detach().view(torch.int32).sum()) for p in self.parameters.values()]  # b_pre is the first
-        own.append(int(self.silent_tokens.sum()))
-        every, width = self.w.gather(own), self.latents.size
+        loss = f"{agreed.main + agreed.aux}"
+        if exploded:
+            factor = self.options.explosion_factor
+            loss = f"{agreed.main:.4g}, more than {factor:g} times its running mean {mean:.4g},"
+        rows = self.batches.stored_batches(*divmod(progress.step, self.batches.steps_per_epoch))
+        shards = sorted({self.batches.names[shard] for shard, _ in rows})
+        good = whole_checkpoints(self.folder)
+        raise Stop(
+            f"The loss is {loss} at step {progress.step + 1} (activations of {', '.join(shards)} in "
+            f"{self.options.data_dir}); the last good checkpoint is {good[-1][0] if good else 'none'}: look at these "
+            "activations, or begin again in another --checkpoint_dir with a lower --learning_rate or a --grad_clip."
+        )
+
+    def apply(self, pending: Pending, agreed: Agreed) -> float:
+        """Take the step. Returns its learning rate."""
+        options, progress = self.options, self.progress
+        rate = learning_rate(
+            progress.step, self.n_steps, options.learning_rate, options.learning_rate_min_ratio, options.warmup_steps
+        )
+        if self.checkpoint_due():  # the step before ended with a checkpoint: counting begins anew
+            self.step.firing.zero_()
+            progress.counting_since = progress.step
+        self.step.apply(pending, agreed, rate, progress.step)
+        mean = agreed.main if progress.mean_loss is None else progress.mean_loss
+        progress.mean_loss = _LOSS_MEMORY * mean + (1 - _LOSS_MEMORY) * agreed.main
+        progress.step += 1
+        return rate
+
+    # ---- now and then
+
+    def validate(self) -> Validation | None:
+        """Measure the SAE on all held-out activations, shared out over the data ranks; None where there are none."""
+        step, device = self.step, self.world.device
+        d = step.sae.d_model
+        n_rows = step.options.micro_batch_size or self.batch_size // step.data.size
+        # Sums of z, of z^2, of both squared errors, and the count; fired values apart, which slices do not share.
+        sums, l0 = (torch.zeros(n, dtype=torch.float64, device=device) for n in (2 * d + 3, 1))
+        dead, chunk = step.dead(), 0
+        with torch.no_grad():
+            for record in self.data.manifest["validation_shards"]:
+                path = Path(self.options.data_dir) / record["file"]
+                for rows in torch.from_numpy(open_rows(path)).view(torch.bfloat16).split(n_rows):
+                    chunk += 1
+                    if chunk % step.data.size != step.data.rank:
+                        continue
+                    z, _, _ = step.sae.normalize(rows.to(device))
+                    parts = step.losses(z, dead, torch.float32)
+                    l0 += parts.fired.sum()
+                    z = z.double()
+                    counted = torch.stack([parts.main, parts.aux, z.new_tensor(len(z))])
+                    sums += torch.cat([z.sum(0), z.square().sum(0), counted])
+        step.data.all_reduce(sums)
+        self.world.all_reduce(l0)
+        total, squares, (main, aux, count) = sums[:d], sums[d : 2 * d], sums[2 * d :].tolist()
+        if count == 0:
+            return None
+        variance = float((squares - total.square() / count).sum())
+        loss = (main + step.options.aux_loss_coeff * aux) / (count * d)
+        return Validation(main / (count * d), aux / (count * d), loss, main / variance, float(l0) / count)
+
+    def measure(self, agreed: Agreed, rate: float, since: TrainingProgress) -> dict[str, float]:
+        """A line of metrics.jsonl, validation included at the end of an epoch. since: where the line before stood."""
+        progress = self.progress
+        seconds = progress.seconds - since.seconds
+        values = {
+            "train_main": agreed.main,
+            "train_aux": agreed.aux,
+            "train_total": agreed.main + self.step.options.aux_loss_coeff * agreed.aux,
+            "train_fvu": agreed.main / self.data.variance,
+            "dead_frac": sum(agreed.n_dead) / self.options.n_latents,
+            "longest_silence_tokens": agreed.longest_silence,
+            "learning_rate": rate,
+            "acts_per_s": (progress.step - since.step) * self.batch_size / seconds,
+            "data_wait_frac": (progress.waited - since.waited) / seconds,
+        }
+        if self.epoch_ends() and (quality := self.validate()):
+            values |= quality._asdict()
+            progress.val_fvus.append(quality.val_fvu)
+        return values
+
+    def log(self, values: dict[str, float]) -> None:
+        step = self.progress.step
+        line = json.dumps({"step": step, "tokens": step * self.batch_size, **values})
+        self.progress.metrics.append(line)
+        if self.world.is_main:
+            try:
+                with open(self.metrics_path, "a") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                raise Stop(
+                    f"Could not write {self.metrics_path} ({error}); free some disk and run again to continue."
+                ) from error
+
+    def draw(self, firing: Tensor) -> None:
+        """firing: the counters of all slices."""
+        plot_curves(self.progress.metrics, self.curves_path)
+        n_activations = (self.progress.step - self.progress.counting_since) * self.batch_size
+        plot_frequencies(firing, n_activations, self.frequencies_path)
+
+    # ---- checkpoints
+
+    def save(self, whoever_comes_first: bool = False) -> None:
+        """Write this process's slice, without waiting for other processes. Of those that hold the same slice the first
+        writes, or, where that one may be gone, whoever comes first."""
+        step = self.step
+        path = Slice(self.progress.step, step.slices.rank, step.slices.size).path(self.folder)
+        if self.progress.step == 0 or path.exists():
+            return
+        if whoever_comes_first:
+            try:
+                path.with_name(f".{path.name}.claimed.tmp").touch(exist_ok=False)
+            except FileExistsError:
+                return
+        elif not step.data.is_main:
+            return
+        if not all(p.isfinite().all() for p in step.parameters.values()):
+            raise Stop(
+                f"The weights are not finite after step {self.progress.step}, no checkpoint of them was written; begin "
+                "again in another --checkpoint_dir with a lower --learning_rate or a --grad_clip."
+            )
+        save_tensors(path, {"progress": dataclasses.asdict(self.progress), **step.state()})
+
+    @contextlib.contextmanager
+    def saved_when_left_alone(self) -> Iterator[None]:
+        """For what waits for other processes and changes nothing: where one of them is gone, the state is saved."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise Stop(
+                f"{self.world.device} has too little memory for {self.rows_at_once} activations at a time; give a "
+                "smaller --micro_batch_size, or a larger --latent_parallel."
+            ) from error
+        except RuntimeError:
+            if self.world.size > 1:
+                self.save(whoever_comes_first=True)
+            raise
+
+    def check_data(self, verified: Callable[[], None]) -> None:
+        """Raise InputError on every process where one found a shard altered."""
+        found = None
+        try:
+            verified()
+        except InputError as error:
+            found = str(error)
+        for message in self.world.gather(found):
+            if message:
+                raise InputError(message)
+
+    def check_replicas(self) -> None:
+        """Compare sums over the bits of what processes hold in common. Raises Stop where they differ."""
+        if self.world.size == 1:
+            return
+        step, width = self.step, self.step.slices.size
+        own = [int(p.detach().view(torch.int32).sum()) for p in step.parameters.values()]  # b_pre is the first
+        own.append(int(step.silent_tokens.sum()))
+        every = self.world.gather(own)
         wrong = [rank for rank, sums in enumerate(every) if sums != every[rank % width] or sums[0] != every[0][0]]
         if wrong:
             others = "rank 0" if width == 1 else f"ranks 0 to {width - 1}"
-            raise InputError(
+            raise Stop(
                 f"The parameters of rank {', '.join(map(str, wrong))} differ at step {self.progress.step} from "
                 f"those of {others}, which should hold the same; look for a faulty device, and run the same command "
                 "again to continue from the last checkpoint."
             )
 
-    def validate(self, data_dir: str, manifest: dict, n_dead: list[int]) -> Validation | None:
-        """Measure the SAE on all held-out activations, shared out over the data ranks; None where there are none."""
-
-        d = self.sae.d_model
-        n_rows = self.config.micro_batch_size or self.config.batch_size // self.data.size
-        # Sums of z, of z^2, of both squared errors, and the count; fired values apart, which slices do not share.
-        sums, l0 = (torch.zeros(n, dtype=torch.float64, device=self.w.device) for n in (2 * d + 3, 1))
-        dead, chunk = self.dead(n_dead), 0
-        with torch.no_grad():
-            for record in manifest["validation_shards"]:
-                shard = torch.from_numpy(open_rows(Path(data_dir) / record["file"])).view(torch.bfloat16)
-                for rows in shard.split(n_rows):
-                    chunk += 1
-                    if chunk % self.data.size != self.data.rank:
-                        continue
-                    z, _, _ = self.sae.normalize(rows.to(self.w.device))
-                    parts = self.losses(z, n_dead, dead, torch.float32)
-                    l0 += parts.fired.sum()
-                    z = z.double()
-                    counted = torch.stack([parts.main, parts.aux, z.new_tensor(len(z))])
-                    sums += torch.cat([z.sum(0), z.square().sum(0), counted])
-        self.data.all_reduce(sums)
-        self.w.all_reduce(l0)
-        total, squares, (main, aux, count) = sums[:d], sums[d : 2 * d], sums[2 * d :].tolist()
-        if count == 0:
-            return None
-        variance = float((squares - total.square() / count).sum())
-        loss = (main + self.config.aux_loss_coeff * aux) / (count * d)
-        return Validation(main / (count * d), aux / (count * d), loss, main / variance, float(l0) / count)
-
-    def log(self, **values: float) -> None:
-        step = self.progress.step
-        line = json.dumps({"step": step, "tokens": step * self.config.batch_size, **values})
-        self.progress.metrics.append(line)
-        if self.w.is_main:
-            try:
-                with open(self.metrics_path, "a") as file:
-                    file.write(line + "\n")
-            except OSError as error:
-                raise InputError(
-                    f"Could not write {self.metrics_path} ({error}); free some disk and run again to continue."
-                ) from error
-            if self.wandb_run:
-                self.wandb_run.log(values, step=step)
-
-    def draw(self, firing) -> None:
-
-        progress = self.progress
-        plot_curves(progress.metrics, self.curves_path)
-        n_activations = (progress.step - progress.counting_since) * self.config.batch_size
-        plot_frequencies(firing, n_activations, self.frequencies_path)
-
-    # ---- checkpoints
-
-    def save(self, by_whoever_comes_first: bool = False) -> None:
-        """Write this process's slice, without a word to the others. Processes with the same slice leave it to the first
-        of them, or, where that one may be gone, to whoever comes first."""
-
-        path = Slice(self.progress.step, self.latents.rank, self.latents.size).path(self.folder)
-        if self.progress.step == 0 or path.exists():
-            return
-        if by_whoever_comes_first:
-            try:
-                path.with_name(f".{path.name}.claimed.tmp").touch(exist_ok=False)
-            except FileExistsError:
-                return
-        elif not self.data.is_main:
-            return
-        if not all(p.isfinite().all() for p in self.parameters.values()):
-            raise InputError(
-                f"The weights are not finite after step {self.progress.step}, no checkpoint of them was written; begin "
-                "again in another --checkpoint_dir with a lower --learning_rate or a --grad_clip."
-            )
-        state = {"progress": dataclasses.asdict(self.progress), "sae": self.sae.state_dict()}
-        state |= {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        state["counters"] = {"silent_tokens": self.silent_tokens, "firing": self.firing}
-        save_tensors(path, state)
-
-    @contextlib.contextmanager
-    def saved_when_left_alone(self) -> Iterator[None]:
-        """For what waits for other processes and changes nothing: where one of them is gone, the state is saved."""
-
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            rows = self.config.micro_batch_size or self.config.batch_size // self.data.size
-            raise InputError(
-                f"{self.w.device} has too little memory for {rows} activations at a time; give a smaller "
-                "--micro_batch_size, or a larger --latent_parallel."
-            ) from error
-        except RuntimeError:
-            if self.w.size > 1:
-                self.save(by_whoever_comes_first=True)
-            raise
-
-    def check_data(self) -> None:
-        """InputError on every process where one found a shard altered."""
-        said = None
-        try:
-            self.verified()
-        except InputError as error:
-            said = str(error)
-        for message in self.w.gather(said):
-            if message:
-                raise InputError(message)
-
-    def checkpoint(self) -> None:
+    def checkpoint(self, verified: Callable[[], None]) -> None:
         """A checkpoint that all processes come to: checked, written, older ones deleted, figures drawn."""
-        self.check_data()
+        self.check_data(verified)
         self.check_replicas()
         self.save()
-        # Behind this all have written.
-        firing = self.w.gather(self.firing.cpu() if self.data.is_main else None)
-        if self.w.is_main:
-            delete_checkpoints(self.folder, self.config.keep_checkpoints)
+        # gather doubles as a barrier: all have written.
+        firing = self.world.gather(self.step.firing.cpu() if self.step.data.is_main else None)
+        if self.world.is_main:
+            delete_checkpoints(self.folder, self.options.keep_checkpoints)
             if self.goes_on():  # else they are drawn at the end
                 self.draw(torch.cat([part for part in firing if part is not None]))
 
-    def load(self, paths: list[Path]) -> None:
+    def resume(self) -> None:
+        """Continue from the newest whole checkpoint, if any; metrics.jsonl is cut where that ends."""
+        if self.world.is_main:
+            delete_checkpoints(self.folder, self.options.keep_checkpoints)  # slices without the others
+        found = self.world.gather(whole_checkpoints(self.folder))[0]
+        if found:
+            state = load_checkpoint(found[-1], self.step.slices.rank, self.step.slices.size)
+            self.progress = TrainingProgress(**state["progress"])
+            self.step.load(state)
+            self.world.print(f"Continuing from step {self.progress.step} ({found[-1][0]}).")
+        if self.world.is_main:
+            self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
+            self.metrics_path.write_text("".join(line + "\n" for line in self.progress.metrics))
 
-        state = load_checkpoint(paths, self.latents.rank, self.latents.size)
-        self.progress = Progress(**state["progress"])
-        self.sae.load_state_dict(state["sae"])
-        for name in self.parameters:
-            self.exp_avg[name].copy_(state["exp_avg"][name])
-            self.exp_avg_sq[name].copy_(state["exp_avg_sq"][name])
-        self.silent_tokens.copy_(state["counters"]["silent_tokens"])
-        self.firing.copy_(state["counters"]["firing"])
 
+def train(training: Training, verified: Callable[[], None], report: Callable[[dict[str, float], int], None]) -> int:
+    """Train to the end; returns 0. A signal stops it at a checkpoint of the last whole step; returns its number.
 
-def train(t: Training, manifest: dict) -> int:
-    """Train to the end; returns 0. A signal stops it at a checkpoint of the last whole step; returns its number."""
-
-    config, progress, w, batches = t.config, t.progress, t.w, t.batches
-    log_every = max(1, batches.steps_per_epoch // config.logs_per_epoch)
+    verified: waits for the checksums of the shards, and raises InputError. report: gets each line's values and step.
+    """
+    options, step, progress, batches = training.options, training.step, training.progress, training.batches
+    log_every = max(1, batches.steps_per_epoch // options.logs_per_epoch)
     with (
-        noted_signals() as t.stop_signal,
-        Reader(batches, range(progress.step, t.n_steps), t.data.rank, t.data.size, w.device) as reader,
+        noted_signals() as stop_signal,
+        Reader(
+            batches, range(progress.step, training.n_steps), step.data.rank, step.data.size, step.world.device
+        ) as reader,
         progress_bar(
-            total=t.n_steps * config.batch_size,
-            initial=progress.step * config.batch_size,
+            total=training.n_steps * training.batch_size,
+            initial=progress.step * training.batch_size,
             unit="act",
             unit_scale=True,
             desc="SAE",
-            disable=not w.is_main,
+            disable=not step.world.is_main,
         ) as bar,
     ):
-        agreed = t.agree(torch.zeros(2), t.silent_tokens)
         logged = dataclasses.replace(progress)
-        while t.goes_on():
+        while training.goes_on():
             started = time.perf_counter()
             x, waited = reader.next()
-            with t.saved_when_left_alone():
-                losses, fired = t.gradients(x, agreed.n_dead)
-                silent_tokens = (t.silent_tokens + config.batch_size).masked_fill_(fired > 0, 0)
-                agreed = t.agree(losses, silent_tokens)
+            with training.saved_when_left_alone():
+                pending = step.gradients(x)
+                agreed = step.agree(pending, stop_signal.number)
             if agreed.stop:
-                t.save()
-                return t.stop_signal.number or signal.SIGTERM
-            t.check_loss(agreed)
-            lr = t.apply(fired, silent_tokens, agreed.main)
+                training.save()
+                return stop_signal.number or signal.SIGTERM
+            training.check_loss(agreed)
+            rate = training.apply(pending, agreed)
             progress.seconds += time.perf_counter() - started
             progress.waited += waited
-            bar.update(config.batch_size)
+            bar.update(training.batch_size)
 
-            step = progress.step
-            epoch_ends = step % batches.steps_per_epoch == 0
-            if step % log_every == 0 or t.checkpoint_due():
-                seconds = progress.seconds - logged.seconds
-                values = {
-                    "train_main": agreed.main,
-                    "train_aux": agreed.aux,
-                    "train_total": agreed.main + config.aux_loss_coeff * agreed.aux,
-                    "train_fvu": agreed.main / t.variance,
-                    "dead_frac": sum(agreed.n_dead) / config.n_latents,
-                    "longest_silence_tokens": agreed.longest_silence,
-                    "learning_rate": lr,
-                    "acts_per_s": (step - logged.step) * config.batch_size / seconds,
-                    "data_wait_frac": (progress.waited - logged.waited) / seconds,
-                }
-                if epoch_ends and (quality := t.validate(config.data_dir, manifest, agreed.n_dead)):
-                    values |= quality._asdict()
-                    progress.val_fvus.append(quality.val_fvu)
-                t.log(**values)
+            if progress.step % log_every == 0 or training.checkpoint_due():
+                values = training.measure(agreed, rate, logged)
+                training.log(values)
+                report(values, progress.step)
                 logged = dataclasses.replace(progress)
-                postfix = f"loss {values['train_total']:.4f}, FVU {values['train_fvu']:.3f}, "
-                bar.set_postfix_str(postfix + f"dead {values['dead_frac']:.1%}", refresh=False)
-            with t.saved_when_left_alone():
-                if t.checkpoint_due():
-                    t.checkpoint()
-                elif step % config.replica_check_steps == 0:
-                    t.check_replicas()
+                state = "loss {train_total:.4f}, FVU {train_fvu:.3f}, dead {dead_frac:.1%}".format(**values)
+                bar.set_postfix_str(state, refresh=False)
+            with training.saved_when_left_alone():
+                if training.checkpoint_due():
+                    training.checkpoint(verified)
+                elif progress.step % options.replica_check_steps == 0:
+                    training.check_replicas()
     return 0
 
 
-def check_options(config, manifest: dict, size: int) -> None:
-    """size: processes. Raises InputError."""
-    width = config.latent_parallel
-    if size % width or config.n_latents % width:
-        raise InputError(
-            f"--latent_parallel {width} must divide the {size} processes and --n_latents {config.n_latents}; choose "
-            "another."
-        )
-    if config.batch_size % manifest["batch_size"] or config.batch_size % (size // width):
-        raise InputError(
-            f"--batch_size {config.batch_size} must be a multiple of the stored batches of {manifest['batch_size']} in "
-            f"{config.data_dir} and of the {size // width} processes that share it out; choose another."
-        )
-    if config.batch_size > manifest["counts"]["train"]:
-        raise InputError(
-            f"{config.data_dir} has {manifest['counts']['train']} activations to train on, fewer than --batch_size "
-            f"{config.batch_size}; capture more or lower it."
-        )
-    if not 0 < config.k <= config.n_latents:
-        raise InputError(f"--k {config.k} must lie between 1 and --n_latents {config.n_latents}.")
-    if config.early_stop_epochs and not manifest["validation_shards"]:
-        raise InputError(f"{config.data_dir} holds nothing out, --early_stop_epochs needs that; leave it out.")
+# ---- main
 
 
-def starting_sae(config, manifest: dict, mean):
-    """The whole SAE as training begins; its weights are left unset where checkpoints hold others."""
-
-    sae = TopKSparseAutoencoder(manifest["d_model"], config.n_latents, config.k, manifest["normalize_eps"])
-    if whole_checkpoints(Path(config.checkpoint_dir)):
-        return sae
-    if not config.model_load_path:
-        sae.initialize(mean, torch.Generator().manual_seed(config.seed), config.orthogonal_start)
-        return sae
-    loaded = load_sae_model(config.model_load_path, normalize_eps=manifest["normalize_eps"], k=config.k)
-    if (loaded.d_model, loaded.n_latents) != (sae.d_model, sae.n_latents):
-        raise InputError(
-            f"{config.model_load_path} has d_model {loaded.d_model} and {loaded.n_latents} latents, this run "
-            f"{sae.d_model} and {sae.n_latents}; load another or change --n_latents."
-        )
-    return loaded.requires_grad_(True)
-
-
-def announce(t: Training, manifest: dict) -> None:
-    """What will be read, written, held in memory and sent; InputError where the disk is too small."""
-
-    config, d_model = t.config, manifest["d_model"]
-    sae_bytes = 4 * (2 * config.n_latents * d_model + config.n_latents + d_model)
-    present = sum(path.stat().st_size for path in checkpoint_files(t.folder))
-    require_disk(t.folder, 3 * sae_bytes * (config.keep_checkpoints + 1) + sae_bytes - present)
-    n_slice, share = config.n_latents // t.latents.size, config.batch_size // t.data.size
-    rows = min(config.micro_batch_size or share, share)
-    block = 4 * n_slice * min(rows, rows_at_once(4 * n_slice, t.w.device))
-    copies = 4 if rows == share else 5  # weights, two moments, gradients, those of one micro-batch
-    memory = copies * sae_bytes // t.latents.size + block + rows * (24 * d_model + 80 * min(config.k, n_slice))
-    t.w.print(
-        f"Reading {manifest['counts']['train']:,} activations of {manifest['site']} from {config.data_dir}; "
-        f"writing {config.model_save_path} ({gb(sae_bytes)}) and checkpoints ({gb(3 * sae_bytes)} each) to "
-        f"{t.folder}; {t.n_steps:,} steps of {config.batch_size} on {t.w.size} x {t.w.device.type}, about "
-        f"{gb(memory)} of memory each for the weights, their gradients and moments, and {rows} activations."
+def announce(training: Training) -> None:
+    """Print what will be read, written, held in memory and sent. Raises InputError where the disk is too small."""
+    options, step, manifest = training.options, training.step, training.data.manifest
+    d_model = manifest["d_model"]
+    sae_bytes = 4 * (2 * options.n_latents * d_model + options.n_latents + d_model)
+    present = sum(path.stat().st_size for path in checkpoint_files(training.folder))
+    require_disk(training.folder, 3 * sae_bytes * (options.keep_checkpoints + 1) + sae_bytes - present)
+    n_slice, n_rows = step.sae.n_latents, training.rows_at_once
+    block = 4 * n_slice * min(n_rows, rows_at_once(4 * n_slice, step.world.device))
+    # Weights, two moments, gradients; with micro-batches those of one of them too.
+    copies = 4 if n_rows == training.batch_size // step.data.size else 5
+    memory = copies * sae_bytes // step.slices.size + block + n_rows * (24 * d_model + 80 * min(options.k, n_slice))
+    print(
+        f"Reading {manifest['counts']['train']:,} activations of {manifest['site']} from {options.data_dir}; "
+        f"writing {options.model_save_path} ({gb(sae_bytes)}) and checkpoints ({gb(3 * sae_bytes)} each) to "
+        f"{training.folder}; {training.n_steps:,} steps of {training.batch_size} on {step.world.size} x "
+        f"{step.world.device.type}, about {gb(memory)} of memory each for the weights, their gradients and moments, "
+        f"and {n_rows} activations.",
+        flush=True,
     )
-    if t.w.size > 1:
-        data, latents = map(gb, bytes_sent(config, d_model, t.data.size))
-        t.w.print(f"Each process sends in a step {data} of gradients and {latents} between slices of the latents.")
+    if step.world.size > 1:
+        data, latents = map(gb, step.bytes_sent())
+        print(
+            f"Each process sends in a step {data} of gradients and {latents} between slices of the latents.", flush=True
+        )
 
 
-def finish(t: Training, manifest: dict, decides: dict) -> None:
+def train_until_stopped(training: Training, wandb_mode: WandbMode, config: dict[str, Any]) -> None:
+    """Train to the end, with W&B where it is on. After a signal this does not return: the process ends."""
+    everyone, progress = training.world, training.progress
+    wandb_run = start_wandb(wandb_mode, training.folder, config, progress.wandb_id) if everyone.is_main else None
+    progress.wandb_id = everyone.gather(wandb_run.id if wandb_run else progress.wandb_id)[0]
+
+    def report(values: dict[str, float], step: int) -> None:
+        if wandb_run:
+            wandb_run.log(values, step=step)
+
+    own_shards = training.data.shards[everyone.rank :: everyone.size]
+    with verifying(training.options.data_dir, own_shards, _BATCHES_STAGE) as verified:
+        number = train(training, verified, report)
+    if wandb_run:
+        wandb_run.finish(exit_code=1 if number else 0)
+    if number:
+        if everyone.is_main:
+            print(
+                f"\nStopped by {signal.Signals(number).name} after step {progress.step}, which is saved; run the same "
+                "command again to continue.",
+                file=sys.stderr,
+                flush=True,
+            )
+        exit_at_once(128 + number)
+
+
+def finish(training: Training, config: dict[str, Any], decides: dict[str, Any]) -> None:
     """Write the SAE, its JSON and figures from the last checkpoint, which holds it whole."""
-
-    config, progress = t.config, t.progress
-    state = load_checkpoint(whole_checkpoints(t.folder)[-1], 0, 1)
-    sae = TopKSparseAutoencoder(manifest["d_model"], config.n_latents, config.k, manifest["normalize_eps"])
+    options, progress, manifest = training.options, training.progress, training.data.manifest
+    state = load_checkpoint(whole_checkpoints(training.folder)[-1], 0, 1)
+    sae = empty_sae(options, manifest)
     sae.load_state_dict(state["sae"])
-    t.draw(state["counters"]["firing"])
-    last, tokens = json.loads(progress.metrics[-1]), progress.step * config.batch_size
-    inherited = ("model", "model_dir", "sentences_dir", "site", "layer", "begin_of_text", "bos_id", "max_tokens")
-    more = ("rope_scaling_factor", "dataset", "first_validation_sentence")
+    training.draw(state["counters"]["firing"])
+    last, tokens = json.loads(progress.metrics[-1]), progress.step * training.batch_size
     quality = {name: last.get(name) for name in (*Validation._fields, "dead_frac")}
     cost = {"tokens": tokens, "seconds": progress.seconds, "acts_per_s": tokens / progress.seconds}
-    info = {name: manifest[name] for name in (*inherited, *more)} | {
+    source = Source.read(manifest, Path(options.data_dir) / MANIFEST)
+    if "activations_dir" not in source.folders:  # batches of an older version
+        source = source.with_folder("activations_dir", manifest["input_dir"])
+    info = {
+        **source.as_json(SaeFiles(options.model_save_path).json),
+        "first_validation_sentence": manifest["first_validation_sentence"],
         "normalization": "layer_norm",
-        "activations_dir": manifest["input_dir"],
         "tokens_trained": tokens,
         "quality": quality | cost,
-        "config": vars(config),
+        "config": config,
         "git_commit": git_commit(),
     }
-    save_sae(sae, config.model_save_path, info)
-    write_manifest(t.folder, _STAGE, complete=True, decides=decides, config=vars(config))
-    if t.wandb_run:
-        t.wandb_run.finish()
+    save_sae(sae, options.model_save_path, info)
+    write_manifest(training.folder, _STAGE, complete=True, decides=decides, config=config)
     held_out = "val_fvu" in last and f"FVU {last['val_fvu']:.4f}, L0 {last['val_l0']:.1f} on held-out activations, "
     print(
         f"{held_out or ''}{last['dead_frac']:.1%} dead latents; {cost['acts_per_s']:,.0f} activations/s, "
-        f"{progress.waited / progress.seconds:.1%} of the time waiting for data: {config.model_save_path}",
+        f"{progress.waited / progress.seconds:.1%} of the time waiting for data: {options.model_save_path}",
         flush=True,
     )
 
 
+_T = TypeVar("_T", RunOptions, StepOptions)
+
+
+def options_of(kind: type[_T], config: dict[str, Any]) -> _T:
+    return kind(**{name: config[name] for name in kind._fields})
+
+
 def main() -> None:
-    config = parse_constants(globals())
-    manifest = read_manifest(config.data_dir, "sae_preprocessing.py")
-    check_files(config.data_dir, manifest["shards"] + manifest["validation_shards"], "sae_preprocessing.py")
-    check_options(config, manifest, int(os.environ.get("WORLD_SIZE", 1)))
+    config = vars(parse_constants(globals()))
+    options, step_options = options_of(RunOptions, config), options_of(StepOptions, config)
+    data = open_data(options.data_dir, config["b_pre_path"])
+    check_options(options, step_options.batch_size, data.manifest, int(os.environ.get("WORLD_SIZE", 1)))
+    torch.backends.cuda.matmul.allow_tf32 = config["allow_tf32"]
+    decides = {name: value for name, value in config.items() if name not in _NOT_IN_THE_RESULT}
+    decides["batches"] = [shard["sha256"] for shard in data.manifest["shards"]]
+    sae = starting_sae(options, data, config["model_load_path"], config["seed"], config["orthogonal_start"])
 
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    save_path, folder = Path(config.model_save_path), Path(config.checkpoint_dir)
-    b_pre_path = Path(config.b_pre_path or Path(config.data_dir) / manifest["statistics"])
-    if not b_pre_path.is_file():
-        raise InputError(f"There are no statistics at {b_pre_path}; run sae_preprocessing.py again.")
-    statistics = open_shard(b_pre_path, "sae_preprocessing.py")
-    variance = float(statistics.get_tensor("var_normalized").mean())
-    decides = {name: value for name, value in vars(config).items() if name not in _NOT_IN_THE_RESULT}
-    decides["batches"] = [s["sha256"] for s in manifest["shards"]]
-    sae = starting_sae(config, manifest, statistics.get_tensor("b_pre").float())
-
-    with world() as w, locked(folder, w.rank, w.barrier):
-        done = begin_or_continue(folder, _STAGE, decides) if w.is_main else False
-        if w.gather(done)[0] and save_path.exists():
-            w.print(f"{save_path} is complete already.")
+    folder = Path(options.checkpoint_dir)
+    with world() as everyone, locked(folder, everyone.rank, everyone.barrier):
+        done = begin_or_continue(folder, _STAGE, decides) if everyone.is_main else False
+        if everyone.gather(done)[0] and Path(options.model_save_path).exists():
+            everyone.print(f"{options.model_save_path} is complete already.")
             return
-        data, latents = grid(w, config.latent_parallel)
-        sae = sae.slice(latents.rank, latents.size) if latents.size > 1 else sae
-        batches = Batches(config.data_dir, manifest, config.batch_size, config.seed)
-        t = Training(config, batches, sae, variance, w, data, latents)
-        if w.is_main:
-            announce(t, manifest)
-            delete_checkpoints(folder, config.keep_checkpoints)  # slices without the others
-        found = w.gather(whole_checkpoints(folder))[0]
-        if found:
-            t.load(found[-1])
-            w.print(f"Continuing from step {t.progress.step} ({found[-1][0]}).")
-        if w.is_main:  # lines beyond the checkpoint come again
-            save_path.parent.mkdir(parents=True, exist_ok=True)
-            t.metrics_path.write_text("".join(line + "\n" for line in t.progress.metrics))
-        if t.goes_on():
-            if w.is_main:
-                t.wandb_run = start_wandb(config.wandb, folder, vars(config), t.progress.wandb_id)
-            t.progress.wandb_id = w.gather(t.wandb_run.id if t.wandb_run else t.progress.wandb_id)[0]
-            shards = manifest["shards"] + manifest["validation_shards"]
-            mine = shards[w.rank :: w.size]
-            with verifying(config.data_dir, mine, "sae_preprocessing.py") as t.verified:
-                number = train(t, manifest)
-            if number:
-                if w.is_main:
-                    if t.wandb_run:
-                        t.wandb_run.finish(exit_code=1)
-                    print(
-                        f"\nStopped by {signal.Signals(number).name} after step {t.progress.step}, which is saved; run "
-                        "the same command again to continue.",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                exit_at_once(128 + number)
-        if w.is_main:
-            finish(t, manifest, decides)
+        step = Step(sae, step_options, make_grid(everyone, options.latent_parallel))
+        batches = Batches(options.data_dir, data.manifest, step_options.batch_size, config["seed"])
+        training = Training(options, step, batches, data)
+        if everyone.is_main:
+            announce(training)
+        training.resume()
+        if training.goes_on():
+            train_until_stopped(training, config["wandb"], config)
+        if everyone.is_main:
+            finish(training, config, decides)
 
 
 if __name__ == "__main__":

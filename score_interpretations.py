@@ -1,16 +1,17 @@
 """Score meanings: can one tell, by the meaning alone, sentences in which the latent fires from others?
 
 Reads   MEANING_FILEPATH (latent -> {certainty, common_semantic}); NAME.examples.parquet, NAME.top.parquet and NAME.json
-        beside MODEL_PATH; the tokenizer of the SAE's Llama folder
+        beside MODEL_PATH; the tokenizer of the SAE's model
 Writes  beside MEANING.yaml: MEANING.scores.parquet (latent, balanced_accuracy, shuffled, sentences), a histogram in
         MEANING.scores.png, and in MEANING.scores.rejected.jsonl answers that could not be read. What was sent to Claude
         and what it answered is in MEANING.score_responses-*: keep it, it was paid for
 Method  detection (Paulo et al. 2024, arXiv:2410.13928): up to SENTENCES sentences in which the latent fires, drawn from
-        all tenths of its range, and as many in which it is silent, shuffled, none of them one the meaning was found by.
-        The scorer says in which it fires. Balanced accuracy is the mean of the share of firing sentences found and of
-        silent ones passed: a guess has 0.5. The scorer is Claude, in batches (claude) or one request at a time
-        (direct), or no model at all (words): the latent fires where a feature stands that is in the name which
-        interpret_top_sentences_distinctive_words.py gave. `shuffled` is then the score of another latent's name
+        all tenths of its range, and as many in which it is silent, shuffled. None of them is one by which the meaning
+        was found. The scorer picks those in which it fires. Balanced accuracy is the mean of two shares, of firing
+        sentences picked and of silent ones passed over: a guess has 0.5. The scorer is Claude, in batches (claude) or
+        one request at a time (direct), or no model at all (words): it picks sentences with a feature that is in the
+        name which interpret_top_sentences_distinctive_words.py gave. `shuffled` is then the score of another latent's
+        name
 Cost    words: half a minute for 4,096 latents. Claude: prints its price first and asks; waits for the answers; after a
         kill, or when some requests failed, run it again: what has an answer is not asked again
 
@@ -22,27 +23,37 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator
-from itertools import groupby
+import statistics
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-import yaml
-
-from claude import batches, direct
-from claude.answers import Rejection, from_result, write_rejections
-from claude.batches import read_results, require_consent_possible
-from claude.questions import output_tokens, request
+from claude.answers import (
+    Answer,
+    Rejection,
+    answered,
+    from_result,
+    mean_output_tokens,
+    read_folder,
+    write_rejections,
+)
+from claude.batches import reconcile, retrieve, send
+from claude.connection import api_errors, connect
+from claude.direct import append_answers, ask_all
+from claude.journal import open_journal
+from claude.prices import BATCH_PRICE, FULL_PRICE
+from claude.requests import Respondent, announce, may_send, require_consent_possible, spooled
+from latents.meanings import Meaning, Score, read_meanings, scores_path, write_scores
+from latents.origin import source_of, tokenizer_of
+from latents.tables import EXAMPLES, SILENT, TENTHS, TOP, example_sentences, top_texts
 from latents.words import features
-from llama_3 import load_tokenizer
 from pipeline.errors import InputError
-from pipeline.files import atomic_path, locked, read_json, sha256
+from pipeline.figures import new_figure, save_figure
+from pipeline.files import locked, sha256
 from pipeline.options import Count, CountOrZero, NotNegative, parse_constants
 from pipeline.progress import progress_bar
 from pipeline.run import run
+from pipeline.sae_files import SaeFiles
 
 MEANING_FILEPATH = "latent_index_meaning/latent_idx_meaning_mean-aggregated.yaml"  # meanings to score
 MODEL_PATH = "data/sae.pth"  # the SAE
@@ -50,7 +61,7 @@ LLAMA_MODEL_DIR: str | None = None  # Llama folder, for its tokenizer; the one t
 SCORER: Literal["claude", "direct", "words"] = "claude"  # Claude in batches, Claude one request at a time, or no model
 SENTENCES: Count = 20  # firing ones, and as many silent ones, at most
 MIN_SENTENCES: CountOrZero = 5  # a latent with fewer firing or silent ones gets no score
-SHOWN_SENTENCES: CountOrZero = 50  # top sentences the meaning was found by, of any aggregation: they are left out
+SHOWN_SENTENCES: CountOrZero = 50  # top sentences, of each aggregation, by which the meaning was found: left out here
 MODEL = "claude-haiku-5-5"  # who is asked
 EFFORT = "low"  # how much it thinks before it writes; empty for models and servers that do not know this option
 MAX_TOKENS: Count = 2000  # of an answer, thinking included
@@ -61,6 +72,8 @@ POLL_S: NotNegative = 60.0  # seconds between two looks at the batches
 YES = False  # send without asking
 DRY_RUN = False  # stop after the price
 SEED = 0  # of the sentences' order and the shuffled names
+
+_CONCURRENCY, _REQUESTS_PER_MINUTE, _RETRIES = 8, 1000.0, 6  # of the scorer `direct`
 
 _PROMPT = """\
 Inside a language model one direction was found, called a latent, that fires on some texts and is silent on others. \
@@ -79,105 +92,108 @@ Answer with the numbers of those sentences as a JSON list, such as [2, 3], and n
 """
 
 
+# ---- sentences
+
+
 class Example(NamedTuple):
     """A sentence as the model read it."""
 
     tokens: list[bytes]
-    tenth: int  # of the latent's range; -1 where it is silent
+    tenth: int  # of the latent's range; SILENT where it does not fire
+
+    @property
+    def fires(self) -> bool:
+        return self.tenth != SILENT
 
 
-class Verdict(NamedTuple):
-    """In which of a latent's sentences it fires, as the scorer says: their numbers, from 1."""
+class Draw(NamedTuple):
+    """How sentences are chosen; see the constants."""
 
-    latent: int
-    examples: list[Example]
-    said: set[int]
-    said_of_other: set[int] | None  # the same, by another latent's name
-
-
-# ---- sentences
+    sentences: int
+    min_sentences: int
+    shown_sentences: int
+    seed: int
 
 
-def grouped(path: Path, columns: list[str], keep: Any = None) -> Iterator[tuple[int, list[tuple]]]:
-    """(latent, its rows) of a table sorted by latent, a row group in memory. keep: an expression on the columns."""
-
-    def entries() -> Iterator[tuple]:
-        with pq.ParquetFile(path) as file:
-            for i in range(file.num_row_groups):
-                table = file.read_row_group(i, columns=columns)
-                table = table if keep is None else table.filter(keep)
-                yield from zip(*(table[name].to_pylist() for name in columns), strict=True)
-
-    return ((latent, list(group)) for latent, group in groupby(entries(), key=lambda entry: entry[0]))
-
-
-def questions(name: str, meanings: dict[int, str], token_bytes, config) -> Iterator[tuple[int, list[Example]]]:
-    """The latents of NAME that have a meaning and enough sentences, with these in the order in which they are shown."""
-
-    is_shown = pc.field("rank") < config.shown_sentences
-    shown = grouped(Path(f"{name}.top.parquet"), ["latent", "rank", "text"], is_shown)
-    shown_latent, shown_rows = -1, []
-    examples = grouped(Path(f"{name}.examples.parquet"), ["latent", "tenth", "text", "token_ids"])
+def draw_examples(
+    files: SaeFiles, wanted: Container[int], token_bytes: Callable[[int], bytes], draw: Draw
+) -> Iterator[tuple[int, list[Example]]]:
+    """The wanted latents that have enough sentences, with these in the order in which they are shown."""
+    shown = top_texts(files.beside(TOP.suffix), draw.shown_sentences)
+    shown_latent, shown_texts = -1, set()
+    examples = example_sentences(files.beside(EXAMPLES.suffix))
     for latent, rows in progress_bar(examples, unit="latent", desc="sentences"):
-        if latent not in meanings:
+        if latent not in wanted:
             continue
         while shown_latent < latent:
-            shown_latent, shown_rows = next(shown, (2**63, []))
-        seen = {text for of, _, text in shown_rows if of == latent}
+            shown_latent, shown_texts = next(shown, (2**63, set()))
+        seen = shown_texts if shown_latent == latent else set()
         by_tenth: dict[int, list[Example]] = {}
-        for _, tenth, text, token_ids in rows:
-            if text not in seen:
-                by_tenth.setdefault(tenth, []).append(Example([token_bytes(i) for i in token_ids], tenth))
-        silent = by_tenth.pop(-1, [])
+        for row in rows:
+            if row.text not in seen:
+                tokens = [token_bytes(i) for i in row.token_ids]
+                by_tenth.setdefault(row.tenth, []).append(Example(tokens, row.tenth))
+        silent = by_tenth.pop(SILENT, [])
         # One of each tenth, strongest first, then a second one of each, and so on.
-        places = sorted((place, -tenth) for tenth, some in by_tenth.items() for place in range(len(some)))
-        firing = [by_tenth[-tenth][place] for place, tenth in places]
-        n = min(len(firing), len(silent), config.sentences)
-        if n >= max(1, config.min_sentences):
+        turns = sorted((turn, -tenth) for tenth, sentences in by_tenth.items() for turn in range(len(sentences)))
+        firing = [by_tenth[-tenth][turn] for turn, tenth in turns]
+        n = min(len(firing), len(silent), draw.sentences)
+        if n >= max(1, draw.min_sentences):
             chosen = firing[:n] + silent[:n]
-            random.Random(f"{config.seed} {latent}").shuffle(chosen)
+            random.Random(f"{draw.seed} {latent}").shuffle(chosen)
             yield latent, chosen
 
 
 # ---- scorers
 
 
-def by_words(questions: Iterator[tuple[int, list[Example]]], meanings: dict[int, str], seed: int) -> Iterator[Verdict]:
-    """A latent fires where a feature of its name stands; the other name is that of the next in a shuffled circle."""
+class Verdict(NamedTuple):
+    """The sentences that the scorer picked: their numbers, from 1."""
 
+    latent: int
+    examples: list[Example]
+    picked: set[int]
+    picked_by_other: set[int] | None  # by another latent's name
+
+
+def by_words(
+    questions: Iterator[tuple[int, list[Example]]], meanings: dict[int, Meaning], seed: int
+) -> Iterator[Verdict]:
+    """Pick sentences in which a feature of the name stands. The other name is that of the next in a shuffled circle."""
     circle = sorted(meanings)
     random.Random(seed).shuffle(circle)
     other = dict(zip(circle, [*circle[1:], circle[0]], strict=True))
     for latent, examples in questions:
-        held = [features(e.tokens, [True] * len(e.tokens)) for e in examples]
-        said, said_of_other = (
-            {number for number, found in enumerate(held, 1) if not found.isdisjoint(meanings[of].split(", "))}
-            for of in (latent, other[latent])
+        held = [features(example.tokens, [True] * len(example.tokens)) for example in examples]
+        picked, picked_by_other = (
+            {number for number, found in enumerate(held, 1) if not found.isdisjoint(meanings[named].text.split(", "))}
+            for named in (latent, other[latent])
         )
-        yield Verdict(latent, examples, said, said_of_other)
+        yield Verdict(latent, examples, picked, picked_by_other)
 
 
 def by_answers(
-    questions: Iterator[tuple[int, list[Example]]], answers: dict[str, Any], rejected: dict[str, Any]
+    questions: Iterator[tuple[int, list[Example]]],
+    answers: dict[str, Answer],
+    rejected: dict[str, tuple[Rejection, str]],
 ) -> Iterator[Verdict]:
-    """What Claude said. answers: custom_id -> Answer. Fills `rejected` with those that cannot be read."""
-
+    """What Claude picked. answers: by custom_id. Fills `rejected` with those that cannot be used."""
     for latent, examples in questions:
         answer = answers.get(str(latent))
         if answer is None:
             continue
-        said = numbers_in(answer.text, len(examples))
+        picked = numbers_in(answer.text, len(examples))
         if answer.type != "succeeded":
             rejected[answer.custom_id] = Rejection(answer.type, answer.detail), ""
-        elif said is None:
+        elif picked is None:
             reason = f"the answer does not end in a list of numbers from 1 to {len(examples)}"
             rejected[answer.custom_id] = Rejection("no_list", reason), answer.text
         else:
-            yield Verdict(latent, examples, said, None)
+            yield Verdict(latent, examples, picked, None)
 
 
-def prompt(meaning: str, examples: list[Example]) -> str:
-    texts = [b"".join(e.tokens).decode("utf-8", "replace").strip() for e in examples]
+def detection_prompt(meaning: str, examples: list[Example]) -> str:
+    texts = [b"".join(example.tokens).decode("utf-8", "replace").strip() for example in examples]
     texts = [text.replace("\r", "\\r").replace("\n", "\\n") for text in texts]
     lines = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
     return _PROMPT.format(meaning=meaning, n=len(examples), sentences=lines)
@@ -190,68 +206,101 @@ def numbers_in(answer: str, n: int) -> set[int] | None:
             numbers = json.loads(candidate)
         except ValueError:
             continue
-        right = all(type(number) is int and 1 <= number <= n for number in numbers)
-        return set(numbers) if right else None
+        is_right = all(type(number) is int and 1 <= number <= n for number in numbers)
+        return set(numbers) if is_right else None
     return None
 
 
-def ask_claude(requests: Iterator[dict], folder: Path, config) -> bool:
-    """Send what has no answer yet, and wait for all answers, which come into `folder`. False when nothing was sent."""
+class Sending(NamedTuple):
+    """How Claude is asked; see the constants."""
 
-    client = batches.connect(direct.RETRIES)
+    in_batches: bool
+    output_tokens: float
+    requests_per_batch: int
+    settle_s: float
+    poll_s: float
+    yes: bool
+    dry_run: bool
+
+
+def ask_claude(requests: Iterator[dict[str, Any]], folder: Path, sending: Sending) -> bool:
+    """Send what has no answer yet, and wait for all answers, which come into `folder`. False when nothing was sent."""
+    client = connect(_RETRIES)
     journal_path = folder.with_name(folder.name + ".ids.jsonl")
-    with (
-        batches.open_journal(journal_path, "scores") as journal,
-        locked(folder),
-        batches.api_errors(),
-    ):
-        if config.scorer == "claude":
-            batches.reconcile(client, journal, config.settle_s)
-            batches.retrieve(client, journal_path, folder, wait=False, poll_s=config.poll_s)
-        skip = batches.answered(folder) | batches.pending(journal, folder)
-        left = (request for request in requests if request["custom_id"] not in skip)
-        with batches.spooled(left, folder) as spooled:
-            price_ratio = batches.BATCH_PRICE_RATIO if config.scorer == "claude" else 1.0
-            if spooled.n:
-                batches.announce(client, spooled, output_tokens(folder, config.output_tokens), price_ratio)
-                if not batches.may_send(config.yes, config.dry_run):
+    with open_journal(journal_path, "scores") as journal, locked(folder), api_errors():
+        if sending.in_batches:
+            reconcile(client, journal, sending.settle_s)
+            retrieve(client, journal_path, folder, wait=False, poll_s=sending.poll_s)
+        skip = answered(folder) | journal.pending(folder)
+        with spooled((request for request in requests if request["custom_id"] not in skip), folder) as unanswered:
+            if unanswered.n:
+                output_tokens = mean_output_tokens(folder, sending.output_tokens)
+                announce(client, unanswered, output_tokens, BATCH_PRICE if sending.in_batches else FULL_PRICE)
+                if not may_send(sending.yes, sending.dry_run):
                     return False
-            if config.scorer == "claude":
-                batches.send(client, journal, spooled, config.requests_per_batch, config.settle_s)
+            if sending.in_batches:
+                send(client, journal, unanswered, sending.requests_per_batch, sending.settle_s)
             else:
-                each = map(json.loads, spooled.lines())
-                answers = direct.ask_all(client, each, direct.CONCURRENCY, direct.REQUESTS_PER_MINUTE)
-                answers = progress_bar(answers, total=spooled.n, desc="asking", unit="request")
-                direct.append_answers(folder / "direct.jsonl", answers)
-        if config.scorer == "claude":
-            batches.retrieve(client, journal_path, folder, wait=True, poll_s=config.poll_s)
+                each = map(json.loads, unanswered.lines())
+                answers = ask_all(client, each, _CONCURRENCY, _REQUESTS_PER_MINUTE)
+                answers = progress_bar(answers, total=unanswered.n, desc="asking", unit="request")
+                append_answers(folder / "direct.jsonl", answers)
+        if sending.in_batches:
+            retrieve(client, journal_path, folder, wait=True, poll_s=sending.poll_s)
     return True
+
+
+def response_folder(meaning_path: Path, examples_path: Path, draw: Draw, model: str) -> Path:
+    """Where the answers go. Other meanings, sentences or models are other questions: their answers go elsewhere."""
+    decides = [sha256(meaning_path), sha256(examples_path), draw.sentences, draw.shown_sentences, draw.seed, model]
+    checksum = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+    return meaning_path.with_suffix(f".score_responses-{checksum[:8]}")
+
+
+def read_answers(folder: Path) -> dict[str, Answer]:
+    """By custom_id; of several the one that succeeded."""
+    answers = map(from_result, read_folder(folder))
+    return {answer.custom_id: answer for answer in sorted(answers, key=lambda a: a.type == "succeeded")}
 
 
 # ---- scores
 
 
-def balanced_accuracy(examples: list[Example], said: set[int]) -> float:
-    """The mean of two shares: of firing sentences said to fire, and of silent ones said to be silent."""
-    right = [(e.tenth >= 0) == (number in said) for number, e in enumerate(examples, 1)]
-    firing, silent = ([r for r, e in zip(right, examples, strict=True) if (e.tenth >= 0) == f] for f in (True, False))
+class Result(NamedTuple):
+    """All scores, and of the firing sentences in each tenth how many were shown and how many picked."""
+
+    scores: list[Score]
+    shown: list[int]
+    picked: list[int]
+
+
+def score_verdicts(verdicts: Iterable[Verdict]) -> Result:
+    result = Result([], [0] * TENTHS, [0] * TENTHS)
+    for latent, examples, picked, picked_by_other in verdicts:
+        shuffled = None if picked_by_other is None else balanced_accuracy(examples, picked_by_other)
+        result.scores.append(Score(latent, balanced_accuracy(examples, picked), shuffled, len(examples)))
+        for number, example in enumerate(examples, 1):
+            if example.fires:
+                result.shown[example.tenth] += 1
+                result.picked[example.tenth] += number in picked
+    return result
+
+
+def balanced_accuracy(examples: list[Example], picked: set[int]) -> float:
+    """The mean of two shares: of firing sentences that were picked, and of silent ones that were not."""
+    firing = [number in picked for number, example in enumerate(examples, 1) if example.fires]
+    silent = [number not in picked for number, example in enumerate(examples, 1) if not example.fires]
     return (sum(firing) / len(firing) + sum(silent) / len(silent)) / 2
 
 
 def describe(values: list[float]) -> str:
-    import statistics
-
     share = sum(value > 0.7 for value in values) / len(values)
     return f"mean {statistics.mean(values):.3f}, median {statistics.median(values):.3f}, {share:.1%} above 0.7"
 
 
 def draw_histogram(path: Path, scores: list[float], shuffled: list[float], title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+    figure = new_figure(6, 3)
+    axes = figure.subplots()
     bins = [i / 20 for i in range(21)]
     axes.hist(scores, bins, label=f"its meaning: {len(scores):,} latents")
     if shuffled:
@@ -259,95 +308,90 @@ def draw_histogram(path: Path, scores: list[float], shuffled: list[float], title
     axes.axvline(0.5, color="grey", linewidth=1, linestyle=":")
     axes.set(xlabel="balanced accuracy of detection (a guess: 0.5)", ylabel="latents", xlim=(0, 1), title=title)
     axes.legend(frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)
 
 
-def read_meanings(path: Path) -> dict[int, str]:
-    """latent -> common_semantic. Raises InputError for a file that is none of meanings."""
+def report(result: Result, meaning_path: Path, n_meanings: int, scorer: str) -> None:
+    """Draw and print the scores."""
+    scores = [score.balanced_accuracy for score in result.scores]
+    shuffled = [score.shuffled for score in result.scores if score.shuffled is not None]
+    picture_path = meaning_path.with_suffix(".scores.png")
+    draw_histogram(picture_path, scores, shuffled, f"{meaning_path.stem}, scored by {scorer}")
+    print(f"{len(scores):,} of {n_meanings:,} meanings scored: balanced accuracy {describe(scores)}")
+    if shuffled:
+        print(f"another latent's meaning on the same sentences: {describe(shuffled)}")
+    shares = ", ".join(
+        f"{picked / shown:.0%}" if shown else "-" for picked, shown in zip(result.picked, result.shown, strict=True)
+    )
+    print(f"firing sentences picked, by tenth of the latent's range, weakest first: {shares}")
+    print(f"{scores_path(meaning_path)}, {picture_path}")
 
-    mend = "name a file that a naming script wrote with --meaning_filepath."
-    try:
-        with open(path, encoding="utf-8") as file:
-            entries = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        meanings = {int(latent): str(entry["common_semantic"]) for latent, entry in entries.items()}
-    except FileNotFoundError:
-        raise InputError(f"There is no {path}; {mend}") from None
-    except (yaml.YAMLError, OSError, AttributeError, TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{path} holds no meanings ({' '.join(str(error).split())}); {mend}") from None
+
+def write_rejected(meaning_path: Path, rejected: dict[str, tuple[Rejection, str]]) -> None:
+    """Write the answers that cannot be used, and remove those of an earlier run."""
+    path = meaning_path.with_suffix(".scores.rejected.jsonl")
+    path.unlink(missing_ok=True)
+    if rejected:
+        write_rejections(path, rejected)
+        print(f"{len(rejected):,} answers could not be read or failed: {path}")
+
+
+def open_inputs(meaning_path: Path, files: SaeFiles) -> dict[int, Meaning]:
+    """The meanings, once the tables are known to be there. Raises InputError."""
+    fix = "name a file that a naming script wrote with --meaning_filepath."
+    meanings = read_meanings(meaning_path, fix)
     if not meanings:
-        raise InputError(f"{path} holds no meanings; {mend}")
+        raise InputError(f"{meaning_path} holds no meanings; {fix}")
+    for table in (TOP, EXAMPLES):
+        table.open(files.beside(table.suffix), ["latent", "text"]).close()
     return meanings
 
 
 def main() -> None:
     config = parse_constants(globals())
-
     if config.scorer != "words":
         require_consent_possible(config.yes, config.dry_run)
-    meaning_path, name = Path(config.meaning_filepath), config.model_path.removesuffix(".pth")
-    meanings = read_meanings(meaning_path)
-    for table in ("top", "examples"):
-        if not Path(f"{name}.{table}.parquet").is_file():
-            raise InputError(f"There is no {name}.{table}.parquet; run capture_top_activating_sentences.py first.")
-    info = read_json(f"{name}.json", "name an SAE that sae_training.py wrote.")
-    token_bytes = functools.cache(load_tokenizer(config.llama_model_dir or info["model_dir"]).token_bytes)
-    named = lambda suffix: meaning_path.with_suffix(f".{suffix}")
-    print(f"Reading {meaning_path} and {name}.examples.parquet; writing {named('scores.parquet')}.")
-    ask = lambda: questions(name, meanings, token_bytes, config)
+    meaning_path, files = Path(config.meaning_filepath), SaeFiles(config.model_path)
+    meanings = open_inputs(meaning_path, files)
+    examples_path = files.beside(EXAMPLES.suffix)
+    tokenizer = tokenizer_of(source_of(config.model_path), config.llama_model_dir, "--llama_model_dir")
+    token_bytes = functools.cache(tokenizer.token_bytes)
+    draw = Draw(config.sentences, config.min_sentences, config.shown_sentences, config.seed)
+    print(f"Reading {meaning_path} and {examples_path}; writing {scores_path(meaning_path)}.")
 
-    rejected: dict[str, Any] = {}
+    rejected: dict[str, tuple[Rejection, str]] = {}
+    questions = functools.partial(draw_examples, files, meanings, token_bytes, draw)
     if config.scorer == "words":
-        verdicts = by_words(ask(), meanings, config.seed)
+        verdicts = by_words(questions(), meanings, config.seed)
     else:
-        # Other meanings, sentences or models are other questions: their answers go elsewhere.
-        files = [sha256(path) for path in (meaning_path, f"{name}.examples.parquet")]
-        asked = [*files, config.sentences, config.shown_sentences, config.seed, config.model]
-        folder = named(f"score_responses-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}")
+        respondent = Respondent(config.model, config.max_tokens, config.effort)
         requests = (
-            request(latent, prompt(meanings[latent], examples), config.model, config.max_tokens, config.effort)
-            for latent, examples in ask()
+            respondent.request(str(latent), detection_prompt(meanings[latent].text, examples))
+            for latent, examples in questions()
         )
-        if not ask_claude(requests, folder, config):
+        sending = Sending(
+            config.scorer == "claude",
+            config.output_tokens,
+            config.requests_per_batch,
+            config.settle_s,
+            config.poll_s,
+            config.yes,
+            config.dry_run,
+        )
+        folder = response_folder(meaning_path, examples_path, draw, config.model)
+        if not ask_claude(requests, folder, sending):
             return
-        lines = (line for path in sorted(folder.glob("*.jsonl")) for line in read_results(path))
-        answers = {a.custom_id: a for a in sorted(map(from_result, lines), key=lambda a: a.type == "succeeded")}
-        verdicts = by_answers(ask(), answers, rejected)
+        verdicts = by_answers(questions(), read_answers(folder), rejected)
+    result = score_verdicts(verdicts)
 
-    table: dict[str, list] = {"latent": [], "balanced_accuracy": [], "shuffled": [], "sentences": []}
-    by_tenth = [[0, 0] for _ in range(10)]  # of firing sentences in each tenth: all, found
-    for verdict in verdicts:
-        shuffled = None
-        if verdict.said_of_other is not None:
-            shuffled = balanced_accuracy(verdict.examples, verdict.said_of_other)
-        row = verdict.latent, balanced_accuracy(verdict.examples, verdict.said), shuffled, len(verdict.examples)
-        for column, value in zip(table.values(), row, strict=True):
-            column.append(value)
-        for number, example in enumerate(verdict.examples, 1):
-            if example.tenth >= 0:
-                by_tenth[example.tenth][0] += 1
-                by_tenth[example.tenth][1] += number in verdict.said
-    named("scores.rejected.jsonl").unlink(missing_ok=True)  # of an earlier run
-    if rejected:
-        write_rejections(named("scores.rejected.jsonl"), rejected)
-        print(f"{len(rejected):,} answers could not be read or failed: {named('scores.rejected.jsonl')}")
-    if not table["latent"]:
+    write_rejected(meaning_path, rejected)
+    if not result.scores:
         raise InputError(
-            f"No latent of {meaning_path} has an answer and {config.min_sentences} sentences that its meaning was not "
-            "found by; lower --min_sentences or --shown_sentences."
+            f"No latent of {meaning_path} has an answer and {config.min_sentences} sentences by which its meaning was "
+            "not found; lower --min_sentences or --shown_sentences."
         )
-    scores, others = table["balanced_accuracy"], [value for value in table["shuffled"] if value is not None]
-    types = {"latent": pa.int32(), "balanced_accuracy": pa.float32(), "shuffled": pa.float32(), "sentences": pa.int32()}
-    with atomic_path(named("scores.parquet")) as temporary:
-        pq.write_table(pa.table(table, schema=pa.schema(types)), temporary, compression="zstd")
-    draw_histogram(named("scores.png"), scores, others, f"{meaning_path.stem}, scored by {config.scorer}")
-    print(f"{len(scores):,} of {len(meanings):,} meanings scored: balanced accuracy {describe(scores)}")
-    if others:
-        print(f"another latent's meaning on the same sentences: {describe(others)}")
-    shares = ", ".join(f"{found / n:.0%}" if n else "-" for n, found in by_tenth)
-    print(f"firing sentences found, by tenth of the latent's range, weakest first: {shares}")
-    print(f"{named('scores.parquet')}, {named('scores.png')}")
+    write_scores(meaning_path, result.scores)
+    report(result, meaning_path, len(meanings), config.scorer)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The sparse autoencoder's training: losses, the step, checkpoints, curves, measures."""
+"""The sparse autoencoder beyond sae.py: losses, the training step, checkpoints, curves, evaluation, measures."""

@@ -1,19 +1,20 @@
 """Checkpoints of sae_training.py: a file for each slice of the latents, step-000000123.0-of-2.pt and 1-of-2.
 
-Processes write their slices without a word to one another, so that they can do so when one of them is gone. A
-checkpoint counts when all of its slices are there, and is read by any number of processes, each a slice of its own.
+Each process writes its slice without waiting for the others, so that it can when one of them is gone. A checkpoint
+counts when all of its slices are there, and can be read by any number of processes, a slice each.
 """
 
 import pickle
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pipeline.errors import InputError
 
-# The dimension that is cut in slices; what has none is whole in every slice.
+# The dimension that is cut into slices; what has none is whole in every slice.
 _LATENT_DIM = {"encoder.weight": 0, "encoder.bias": 0, "decoder.weight": 1, "silent_tokens": 0, "firing": 0}
 
 
@@ -37,8 +38,8 @@ def whole_checkpoints(folder: Path) -> list[list[Path]]:
     """The checkpoints of which every slice is there, oldest first: their files, in order of rank."""
     slices = {s: path for path, s in checkpoint_files(folder).items()}
     kinds = sorted({(s.step, s.size) for s in slices})
-    whole = [[slices.get(Slice(step, rank, size)) for rank in range(size)] for step, size in kinds]
-    return [paths for paths in whole if None not in paths]
+    checkpoints = [[Slice(step, rank, size) for rank in range(size)] for step, size in kinds]
+    return [[slices[s] for s in checkpoint] for checkpoint in checkpoints if slices.keys() >= set(checkpoint)]
 
 
 def delete_checkpoints(folder: Path, keep: int) -> None:
@@ -48,22 +49,11 @@ def delete_checkpoints(folder: Path, keep: int) -> None:
         path.unlink()
 
 
-def load_checkpoint(paths: list[Path], rank: int, size: int) -> dict:
+def load_checkpoint(paths: list[Path], rank: int, size: int) -> dict[str, dict[str, Any]]:
     """Slice `rank` of `size` of a checkpoint, whatever number of slices it was written in.
 
     Raises InputError for a damaged file.
     """
-
-    def own_share(tensors: list, dim: int):
-        length = sum(tensor.shape[dim] for tensor in tensors) // size
-        begin, parts = rank * length, []
-        for tensor in tensors:
-            first, last = max(begin, 0), min(begin + length, tensor.shape[dim])
-            if first < last:
-                parts.append(tensor.narrow(dim, first, last - first))
-            begin -= tensor.shape[dim]
-        return torch.cat(parts, dim)
-
     slices = []
     for path in paths:
         try:
@@ -74,6 +64,18 @@ def load_checkpoint(paths: list[Path], rank: int, size: int) -> dict:
     for part in slices[0].keys() - state.keys():
         state[part] = {}
         for name, tensor in slices[0][part].items():
-            parts = [other[part][name] for other in slices]
-            state[part][name] = own_share(parts, _LATENT_DIM[name]) if name in _LATENT_DIM else tensor
+            tensors = [other[part][name] for other in slices]
+            state[part][name] = _cut(tensors, _LATENT_DIM[name], rank, size) if name in _LATENT_DIM else tensor
     return state
+
+
+def _cut(tensors: list[Tensor], dim: int, rank: int, size: int) -> Tensor:
+    """Part `rank` of `size` of the tensors put together along `dim`, without a copy of the whole."""
+    length = sum(tensor.shape[dim] for tensor in tensors) // size
+    begin, parts = rank * length, []
+    for tensor in tensors:
+        first, last = max(begin, 0), min(begin + length, tensor.shape[dim])
+        if first < last:
+            parts.append(tensor.narrow(dim, first, last - first))
+        begin -= tensor.shape[dim]
+    return torch.cat(parts, dim)

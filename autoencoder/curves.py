@@ -1,14 +1,27 @@
 """What one watches sae_training.py by: training curves, how often latents fire, Weights & Biases."""
 
 import json
-import math
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
+from torch import Tensor
 
+from autoencoder.frequencies import draw_histogram, frequency_histogram
 from pipeline.errors import InputError
-from pipeline.files import atomic_path
+from pipeline.figures import new_figure, save_figure
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run as WandbRun
+
+WandbMode = Literal["auto", "online", "offline", "off"]
+
+_PANELS = (  # name in metrics.jsonl, title, whether its axis is logarithmic
+    ("train_total", "total loss, training", True),
+    ("val_total", "total loss, held out", True),
+    ("dead_frac", "dead latents", False),
+    ("train_aux", "auxiliary loss, training", False),
+)
 
 
 def plot_curves(metrics: list[str], png_path: Path) -> None:
@@ -16,21 +29,12 @@ def plot_curves(metrics: list[str], png_path: Path) -> None:
 
     metrics: lines of metrics.jsonl.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.ticker import PercentFormatter
 
     lines = [json.loads(line) for line in metrics]
-    panels = [
-        ("train_total", "total loss, training", True),
-        ("val_total", "total loss, held out", True),
-        ("dead_frac", "dead latents", False),
-        ("train_aux", "auxiliary loss, training", False),
-    ]
     end = lines[-1]["tokens"] / 1e6
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), constrained_layout=True)
-    for axis, (name, title, log) in zip(axes, panels, strict=True):
+    figure = new_figure(16, 3.6)
+    for axis, (name, title, log) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
         points = [(line["tokens"] / 1e6, line[name]) for line in lines if name in line]
         if points:
             axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, color="tab:blue")
@@ -43,43 +47,31 @@ def plot_curves(metrics: list[str], png_path: Path) -> None:
         else:
             axis.set_ylim(0, max([1.05 * y for _, y in points if y > 0], default=1.0))
         if name == "dead_frac":
-            axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-    with atomic_path(png_path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    save_figure(figure, png_path)
 
 
-def plot_frequencies(firing, n_activations: int, png_path: Path) -> None:
-    """On what share of activations each latent fired, as a histogram; those that never did apart.
+def plot_frequencies(firing: Tensor, n_activations: int, png_path: Path) -> None:
+    """On what share of activations each latent fired, as a histogram; those that never did stand apart, grey.
 
-    firing: (n_latents,), how many of the last n_activations each latent fired on.
+    firing: (n_latents), on how many of the last n_activations each latent fired.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    counts = np.asarray(firing)
-    fired = np.log10(counts[counts > 0] / n_activations)
-    floor = math.floor(-math.log10(n_activations))
-    bins = np.arange(floor, 0.01, 0.25)
-    figure, axis = plt.subplots(figsize=(7, 3.6), constrained_layout=True)
-    axis.hist(fired, bins=bins, color="tab:blue", label=f"{len(fired):,} latents that fired")
-    silent = len(counts) - len(fired)
-    axis.bar(floor - 0.5, silent, width=0.4, color="tab:gray", label=f"{silent:,} that never fired")
-    ticks = range(floor, 1)
-    axis.set_xticks([floor - 0.5, *ticks], ["never", *(f"$10^{{{tick}}}$" for tick in ticks)])
+    fired = firing[firing > 0].tolist()
+    n_silent = len(firing) - len(fired)
+    histogram = frequency_histogram(fired, n_activations)
+    figure = new_figure(7, 3.6)
+    axis = figure.subplots()
+    draw_histogram(axis, histogram, f"{len(fired):,} latents that fired")
+    never = histogram.log10_edges[0] - 0.5
+    axis.bar(never, n_silent, width=0.4, color="tab:gray", label=f"{n_silent:,} that never fired")
     axis.set_xlabel(f"share of the last {n_activations:,} activations that a latent fired on")
-    axis.set_ylabel("latents")
     axis.set_axisbelow(True)
     axis.grid(alpha=0.3)
     axis.legend()
-    with atomic_path(png_path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
+    save_figure(figure, png_path)
 
 
-def start_wandb(mode: str, folder: Path, config: dict, run_id: str | None):
+def start_wandb(mode: WandbMode, folder: Path, config: dict[str, Any], run_id: str | None) -> "WandbRun | None":
     """run_id: of the run to continue, if any. None where W&B is off."""
     if mode == "off":
         return None

@@ -18,37 +18,26 @@ Cost    8 minutes on two cores, and half a minute more the first time
 """
 
 import json
-import os
 import shutil
-import statistics
-import subprocess
-import sys
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from embedded.recipe import command
-from llama_3.padding import make_batches
-from pipeline.errors import InputError
-from pipeline.files import PROJECT_DIR, atomic_path, write_json
-from pipeline.options import parse_constants
-from pipeline.progress import gb, progress_bar
+from common import machine, median_rates, run_script, spread, timed
+
+from pipeline.options import Count, CountOrZero, parse_constants
 from pipeline.run import run
-from pipeline.workers import ahead
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 
 DATA_DIR = "data/benchmark_capture"  # folder for documents, sentences, models and activations
 INPUT_PATH: str | None = None  # documents to use instead, as openwebtext_sentences_dataset.py reads them
-NUM_SAMPLES = 1000  # sentences for the tiny Llama
-NUM_SAMPLES_LARGER = 200  # sentences for the larger model
-SHAPE = "1B"  # of the larger model: Llama 3.2 1B's or 3B's
-SHRINK = 4  # what its widths are divided by; 1 is the real shape, for a GPU
-BATCH_TOKENS = 0  # of ours; 0: 1024 on a CPU, the script's default on a GPU
-DTYPES = ("float32", "bfloat16")  # of the computation
-REPEATS = 5  # runs of each way
+NUM_SAMPLES: Count = 1000  # sentences for the tiny Llama
+NUM_SAMPLES_LARGER: Count = 200  # sentences for the larger model
+SHAPE: Literal["1B", "3B"] = "1B"  # of the larger model: Llama 3.2 1B's or 3B's
+SHRINK: Count = 4  # what its widths are divided by; 1 is the real shape, for a GPU
+BATCH_TOKENS: CountOrZero = 0  # of ours; 0: 1024 on a CPU, the script's default on a GPU
+DTYPES: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")  # of the computation
+REPEATS: Count = 5  # runs of each way
 
-_TINY_DIR = PROJECT_DIR / "llama_3" / "tiny_llama"
 _ORIGINAL_BATCH = 32  # sentences
 _MAX_TOKENS = 192
 # Llama 3.2's shapes (https://github.com/meta-llama/llama-models) and a site at the published share of the depth. The
@@ -60,28 +49,44 @@ _SHAPES = {
     "3B": ({"dim": 3072, "n_heads": 24, "n_kv_heads": 8}, {"n_layers": 28, "ffn_dim_multiplier": 1.0}, 22),
 }
 
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # dense, as NVIDIA's data sheets say
+
+if __name__ == "__main__":
+    run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
+
+import torch
+from torch import Tensor
+
+from llama_3 import load_model, load_tokenizer
+from llama_3.checkpoint import TINY_LLAMA_DIR
+from llama_3.loading import HF_NAMES, read_params
+from llama_3.model import ModelArgs, Transformer
+from llama_3.padding import make_batches
+from llama_3.tokenizer import Tokenizer
+from pipeline.errors import InputError
+from pipeline.files import atomic_path, write_json
+from pipeline.progress import gb, progress_bar
+from pipeline.sentences import SentenceDataset
+from pipeline.workers import ahead
+
+_TINY_DIR = Path(TINY_LLAMA_DIR)
+
+# ---- what is captured
+
 
 def make_sentences(folder: Path, input_path: str | None) -> Path:
     """Documents and sentences by the scripts themselves; nothing when they are there."""
-    run = lambda script, *flags: subprocess.run(
-        [*command(script), *map(str, flags)], cwd=PROJECT_DIR, check=True, stdout=subprocess.DEVNULL
-    )
     name = Path(input_path).stem if input_path else "documentation"
+    documents = Path(input_path).resolve() if input_path else folder / "documents"
     if not input_path:
-        run("embedded/corpus.py", "--output_dir", folder / "documents", "--max_mb", 6)
-        input_path = folder / "documents"
-    flags = ("--input_path", input_path, "--output_dir", folder / name, "--punkt", "corpus", "--punkt_train_mb", 1)
-    run("openwebtext_sentences_dataset.py", *flags)
+        run_script("embedded/corpus.py", output_dir=documents, max_mb=6)
+    punkt = {"punkt": "corpus", "punkt_train_mb": 1}
+    run_script("openwebtext_sentences_dataset.py", input_path=documents, output_dir=folder / name, **punkt)
     return folder / name
 
 
 def make_larger_model(folder: Path, shape: str, shrink: int) -> Path:
     """A checkpoint in Meta's format with random weights and the embedded tokenizer; nothing when it is there."""
-    import torch
-
-    from llama_3.loading import read_params
-    from llama_3.model import Transformer
-
     if (folder / "consolidated.00.pth").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,20 +99,17 @@ def make_larger_model(folder: Path, shape: str, shrink: int) -> Path:
         shapes = {name: p.shape for name, p in Transformer(read_params(str(folder))).state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     state = {}
-    for name, shape in shapes.items():
-        weight = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+    for name, size in shapes.items():
+        weight = torch.ones(size) if len(size) == 1 else torch.randn(size, generator=generator) / size[-1] ** 0.5
         state[name] = weight.to(torch.bfloat16)
     with atomic_path(folder / "consolidated.00.pth") as temporary:
         torch.save(state, temporary)
     return folder
 
 
-def as_transformers(model_dir: Path, dtype, device):
+def as_transformers(model_dir: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The same weights in transformers' Llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from llama_3 import load_model
-    from llama_3.loading import HF_NAMES
 
     model = load_model(str(model_dir), "cpu", dtype)
     args = model.args
@@ -138,28 +140,27 @@ def as_transformers(model_dir: Path, dtype, device):
     return peer.requires_grad_(False).eval().to(device)
 
 
-def padded(token_ids: list[list[int]], device):
-    import torch
+# ---- the three ways
 
+
+def padded(token_ids: list[list[int]], device: torch.device) -> Tensor:
     tokens = torch.zeros(len(token_ids), max(map(len, token_ids)), dtype=torch.long)
     for row, ids in enumerate(token_ids):
         tokens[row, : len(ids)] = torch.tensor(ids)
     return tokens.to(device)
 
 
-def random_batches(sentences, tokenizer):
+def random_batches(sentences: SentenceDataset, tokenizer: Tokenizer) -> Iterator[list[list[int]]]:
     """The sentences' tokens, 32 at a time, as they come in the seeded (random) order."""
     for start in range(0, len(sentences), _ORIGINAL_BATCH):
         texts = [sentences[i] for i in range(start, min(start + _ORIGINAL_BATCH, len(sentences)))]
         yield [ids for ids in (tokenizer.encode(text)[:_MAX_TOKENS] for text in texts) if ids]
 
 
-def original(model, tokenizer, sentences, site: str, folder: Path) -> None:
-    import torch
+def original(model: Transformer, tokenizer: Tokenizer, sentences: SentenceDataset, site: str, folder: Path) -> None:
+    captured: list[Tensor] = []
 
-    captured: list = []
-
-    def record(x):
+    def record(x: Tensor) -> Tensor:
         captured.append(x)
         return x
 
@@ -175,26 +176,9 @@ def original(model, tokenizer, sentences, site: str, folder: Path) -> None:
             n += 1
 
 
-def check_same(model, peer, tokenizer, sentences, layer: int) -> None:
-    """Both models compute the same, or the comparison is worth nothing."""
-    import torch
-
-    captured: list = []
-    hook = peer.model.layers[layer].input_layernorm.register_forward_hook(lambda m, args, out: captured.append(out))
-    tokens = torch.tensor([next(ids for ids in map(tokenizer.encode, sentences) if len(ids) > 8)], device=model.device)
-    peer(tokens)
-    hook.remove()
-    mine = model.activations(tokens, f"layers.{layer}.attention_norm")
-    error = (mine - captured[0]).float().norm() / mine.float().norm()
-    if not error < (1e-4 if model.dtype == torch.float32 else 0.05):
-        raise InputError(f"transformers' activations differ by {error:.2g} of their norm; mend the benchmark.")
-
-
-def hooked_transformers(peer, tokenizer, sentences, layer: int) -> int:
+def hooked_transformers(peer: Any, tokenizer: Tokenizer, sentences: SentenceDataset, layer: int) -> int:
     """Returns the number of activations."""
-    import torch
-
-    captured: list = []
+    captured: list[Tensor] = []
     hook = peer.model.layers[layer].input_layernorm.register_forward_hook(lambda m, args, out: captured.append(out))
     n = 0
     for batch in random_batches(sentences, tokenizer):
@@ -208,128 +192,146 @@ def hooked_transformers(peer, tokenizer, sentences, layer: int) -> int:
     return n
 
 
-def ours(capturer, tokenizer, sentences, folder: Path, window_sentences: int, shard_gb: float) -> None:
-    """The stage's own loop."""
-    import capture_activations as capture
+def ours(
+    batch_tokens: int, site: str, sentences: SentenceDataset, tokenizer: Tokenizer
+) -> Callable[[Transformer, Path], None]:
+    """capture_activations.py's own loop, with its own sizes. On a GPU batch_tokens 0 stands for the script's."""
+    # The loop is that stage's method, and it is what is timed: without it this benchmark would time a copy.
+    import capture_activations as stage
 
-    starts = range(0, len(sentences), window_sentences)
-    read = lambda number: capture.read_window(
-        sentences,
-        tokenizer,
-        number,
-        range(starts[number], min(starts[number] + window_sentences, len(sentences))),
-        _MAX_TOKENS,
-    )
-    windows = ahead(read, range(len(starts)), capture._READERS)
-    with progress_bar(total=len(sentences), disable=True) as bar:
-        capture.capture_windows(capturer, windows, folder, int(shard_gb * 1e9), bar)
+    windows = stage.Windows(sentences, tokenizer, stage.WINDOW_SENTENCES, _MAX_TOKENS)
+    shard_bytes = int(stage.SHARD_GB * 1e9)
+
+    def capture(model: Transformer, folder: Path) -> None:
+        capturer = stage.Capturer(model, [site], batch_tokens or stage.BATCH_TOKENS, None)
+        read = ahead(windows.read, range(windows.n_windows), stage._READERS)
+        with progress_bar(total=len(sentences), disable=True) as bar:
+            stage.capture_windows(capturer, read, folder, shard_bytes, bar)
+
+    return capture
+
+
+def check_same(model: Transformer, peer: Any, tokenizer: Tokenizer, sentences: SentenceDataset, layer: int) -> None:
+    """Both models compute the same, or the comparison is worth nothing."""
+    captured: list[Tensor] = []
+    hook = peer.model.layers[layer].input_layernorm.register_forward_hook(lambda m, args, out: captured.append(out))
+    tokens = torch.tensor([next(ids for ids in map(tokenizer.encode, sentences) if len(ids) > 8)], device=model.device)
+    peer(tokens)
+    hook.remove()
+    mine = model.activations(tokens, f"layers.{layer}.attention_norm")
+    error = (mine - captured[0]).float().norm() / mine.float().norm()
+    if not error < (1e-4 if model.dtype == torch.float32 else 0.05):
+        raise InputError(f"transformers' activations differ by {error:.2g} of their norm; fix the benchmark.")
+
+
+# ---- measures
 
 
 def disk_of(folder: Path) -> tuple[int, int]:
-    """Bytes and files. Of ours also a note per window, whose place in the end a line in the manifest takes."""
+    """Bytes and files. Ours count a note per window, which in the end becomes a line of the manifest."""
     files = [f for f in folder.rglob("*") if f.is_file()]
     return sum(f.stat().st_size for f in files), len(files)
 
 
-def padding(sentences, tokenizer, n_sentences: int, batch_tokens: int) -> tuple[float, float]:
+def padding(
+    sentences: SentenceDataset, tokenizer: Tokenizer, n_sentences: int, batch_tokens: int
+) -> tuple[float, float]:
     """Padding over real tokens: of ours in one window, and of random batches of 32."""
-    import capture_activations as capture
-
-    window = capture.read_window(sentences, tokenizer, 0, range(min(n_sentences, len(sentences.order))), _MAX_TOKENS)
-    lengths = list(map(len, window.token_ids))
+    texts = (sentences[i] for i in range(min(n_sentences, len(sentences))))
+    lengths = [len(ids) for ids in (tokenizer.encode(text)[:_MAX_TOKENS] for text in texts) if ids]
     share = lambda batches: sum(len(b) * max(lengths[i] for i in b) for b in batches) / sum(lengths) - 1
     in_order = list(range(len(lengths)))
     random = [in_order[i : i + _ORIGINAL_BATCH] for i in range(0, len(lengths), _ORIGINAL_BATCH)]
     return share(make_batches(lengths, batch_tokens)), share(random)
 
 
-def flops_per_token(args, layer: int) -> float:
+def flops_per_token(args: ModelArgs, layer: int) -> float:
     """Of the products with weights up to attention_norm of `layer`; attention's own are under 1 % at 27 tokens."""
     attention = args.dim * args.head_dim * (2 * args.n_heads + 2 * args.n_kv_heads)
     return 2.0 * layer * (attention + 3 * args.dim * args.hidden_dim)
 
 
-def compare(title: str, model_dir: Path, sentences, layer: int, dtype: str, config, folder: Path) -> str:
+def share_of_peak(args: ModelArgs, layer: int, tokens_per_s: float) -> str:
+    """What part of a known GPU's FLOPs that is; nothing for another one."""
+    name = torch.cuda.get_device_name()
+    peak = next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None)
+    return f", {flops_per_token(args, layer) * tokens_per_s / peak:.0%} of {name}'s FLOPs" if peak else ""
+
+
+class Case(NamedTuple):
+    """A model whose activations are captured."""
+
+    title: str
+    model_dir: Path
+    layer: int
+    num_samples: int
+
+
+def compare(
+    case: Case, sentences: SentenceDataset, dtype_name: str, batch_tokens: int, repeats: int, folder: Path
+) -> str:
     """A row of the table."""
-    import torch
-
-    import capture_activations as capture
-    from llama_3 import load_model, load_tokenizer
-
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    site = f"layers.{layer}.attention_norm"
-    batch_tokens = config.batch_tokens or (capture.BATCH_TOKENS if on_gpu else 1024)
-    tokenizer = load_tokenizer(str(model_dir))
-    plain = load_model(str(model_dir), "cpu", getattr(torch, dtype)).to(device)
-    packed = load_model(str(model_dir), "cpu", getattr(torch, dtype), packed=not on_gpu).to(device)
-    peer = as_transformers(model_dir, getattr(torch, dtype), device)
-    check_same(packed, peer, tokenizer, sentences, layer)
-    seconds: dict[str, list[float]] = {"ours": [], "original": [], "transformers": []}
-    for round_ in progress_bar(range(-1, config.repeats), unit="round", desc=f"{title}, {dtype}"):
-        for way in seconds:
+    device, dtype = torch.device("cuda" if on_gpu else "cpu"), getattr(torch, dtype_name)
+    model_dir, site = str(case.model_dir), f"layers.{case.layer}.attention_norm"
+    tokenizer = load_tokenizer(model_dir)
+    plain = load_model(model_dir, "cpu", dtype).to(device)
+    packed = load_model(model_dir, "cpu", dtype, packed=not on_gpu).to(device)
+    peer = as_transformers(case.model_dir, dtype, device)
+    check_same(packed, peer, tokenizer, sentences, case.layer)
+    capture = ours(batch_tokens or (0 if on_gpu else 1024), site, sentences, tokenizer)
+    ways: dict[str, Callable[[Path], Any]] = {
+        "ours": lambda out: capture(packed, out),
+        "original": lambda out: original(plain, tokenizer, sentences, site, out / site),
+        "transformers": lambda out: hooked_transformers(peer, tokenizer, sentences, case.layer),
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    n_tokens = 0
+    for number in progress_bar(range(-1, repeats), unit="round", desc=f"{case.title}, {dtype_name}"):
+        for way, run_way in ways.items():
             out = folder / way
             shutil.rmtree(out, ignore_errors=True)
             (out / site).mkdir(parents=True)
-            started = time.perf_counter()
-            if way == "ours":
-                capturer = capture.Capturer(packed, [site], batch_tokens, None)
-                ours(capturer, tokenizer, sentences, out, capture.WINDOW_SENTENCES, capture.SHARD_GB)
-            elif way == "original":
-                original(plain, tokenizer, sentences, site, out / site)
-            else:
-                n_tokens = hooked_transformers(peer, tokenizer, sentences, layer)
-            if round_ >= 0:  # the first round warms up
-                seconds[way].append(time.perf_counter() - started)
-    rates = {way: n_tokens / statistics.median(times) for way, times in seconds.items()}
-    spread = max(max(times) / min(times) for times in seconds.values())
+            took, found = timed(run_way, out)
+            n_tokens = found or n_tokens  # transformers' way counts them
+            if number >= 0:  # the first round warms up
+                seconds[way].append(took)
+    rates = median_rates(n_tokens, seconds)
     disk = {way: [x / n_tokens * 1e6 for x in disk_of(folder / way)] for way in ("ours", "original")}
-    mfu = ""
-    if on_gpu and dtype == "bfloat16":
-        peak = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # dense, as NVIDIA's data sheets say
-        name = torch.cuda.get_device_name()
-        known = next((flops for key, flops in peak.items() if key in name), None)
-        if known:
-            mfu = f", {flops_per_token(plain.args, layer) * rates['ours'] / known:.0%} of {name}'s FLOPs"
+    flops = share_of_peak(plain.args, case.layer, rates["ours"]) if on_gpu and dtype_name == "bfloat16" else ""
     return (
-        f"| {title}, {site}, {dtype} | {rates['ours']:,.0f} | {rates['original']:,.0f} | {rates['transformers']:,.0f} "
+        f"| {case.title}, {site}, {dtype_name} "
+        f"| {rates['ours']:,.0f} | {rates['original']:,.0f} | {rates['transformers']:,.0f} "
         f"| {rates['ours'] / rates['original']:.1f} x, {rates['ours'] / rates['transformers']:.1f} x "
         f"| {gb(disk['ours'][0])} in {disk['ours'][1]:,.0f} | {gb(disk['original'][0])} in "
         f"{disk['original'][1]:,.0f} | {len(sentences):,} sentences, {n_tokens:,} tokens, slowest / fastest run "
-        f"{spread:.2f}{mfu} |"
+        f"{spread(seconds):.2f}{flops} |"
     )
 
 
 def main() -> None:
     config = parse_constants(globals())
-    if config.shape not in _SHAPES:
-        raise InputError(f"--shape {config.shape} is unknown; write {' or '.join(_SHAPES)}.")
-    folder = Path(config.data_dir)
+    folder = Path(config.data_dir).resolve()
     sentences_dir = make_sentences(folder, config.input_path)
-    import torch
-
-    from llama_3 import load_tokenizer
-    from pipeline.sentences import SentenceDataset
-
-    larger = make_larger_model(
-        folder / f"llama_3.2-{config.shape}_widths_over_{config.shrink}", config.shape, config.shrink
-    )
+    larger = folder / f"llama_3.2-{config.shape}_widths_over_{config.shrink}"
+    make_larger_model(larger, config.shape, config.shrink)
     title = f"Llama 3.2 {config.shape}'s shape, widths / {config.shrink}, random"
     cases = [
-        ("tiny Llama", _TINY_DIR, 6, config.num_samples),
-        (title, larger, _SHAPES[config.shape][2], config.num_samples_larger),
+        Case("tiny Llama", _TINY_DIR, 6, config.num_samples),
+        Case(title, larger, _SHAPES[config.shape][2], config.num_samples_larger),
     ]
-    print(f"{os.cpu_count()} cores, {processor()}, {torch.get_num_threads()} threads", flush=True)
+    print(f"{machine()}, {torch.get_num_threads()} threads", flush=True)
     print(
         "| model, site, dtype | ours, tokens/s | original's way | transformers | ours / original, / transformers "
         "| ours: bytes in files per million tokens | original | |"
     )
     print("|---|---|---|---|---|---|---|---|")
     with torch.inference_mode():
-        for title, model_dir, layer, n in cases:
-            sentences = SentenceDataset(sentences_dir, n)
+        for case in cases:
+            sentences = SentenceDataset(sentences_dir, case.num_samples)
             for dtype in config.dtypes:
-                print(compare(title, model_dir, sentences, layer, dtype, config, folder), flush=True)
+                row = compare(case, sentences, dtype, config.batch_tokens, config.repeats, folder)
+                print(row, flush=True)
     tokenizer, sentences = load_tokenizer(str(_TINY_DIR)), SentenceDataset(sentences_dir)
     for batch_tokens in (1024, 4096, 16384):
         own, random = padding(sentences, tokenizer, 16_384, batch_tokens)
@@ -337,11 +339,6 @@ def main() -> None:
             f"Padding over real tokens in a window of 16,384 sentences, batches of {batch_tokens}: {own:.1%}; in "
             f"random batches of {_ORIGINAL_BATCH}: {random:.0%}."
         )
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

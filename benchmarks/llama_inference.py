@@ -8,33 +8,31 @@ loading is measured in processes of its own. Ours uses `pack()` on a CPU, as lla
 """
 
 import json
-import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
+from typing import Any, Literal, NamedTuple
+
+from common import processor, timed
 
 from pipeline.files import PROJECT_DIR
-from pipeline.options import parse_constants
+from pipeline.options import Count, parse_constants
 from pipeline.run import run
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-
-ROUNDS = 5  # measurements of each, interleaved; the median counts
-PROMPT_TOKENS = 256  # of each prompt
-NEW_TOKENS = 32  # decoded after the first
-BATCH_SIZES = (1, 8)
-DTYPES = ("float32", "bfloat16")
+ROUNDS: Count = 5  # measurements of each, interleaved; the median counts
+PROMPT_TOKENS: Count = 256  # of each prompt
+NEW_TOKENS: Count = 32  # decoded after the first
+BATCH_SIZES: tuple[Count, ...] = (1, 8)
+DTYPES: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
 DEVICE = "cpu"  # or cuda
-DIM = 1024  # 3072 with 28 layers, 24 heads, 8 kv heads, vocabulary 128256, feed-forward 8192 is Llama 3.2 3B
-N_LAYERS = 16
-N_HEADS = 16
-N_KV_HEADS = 4
-FEED_FORWARD = 4096
-VOCAB_SIZE = 64128
+DIM: Count = 1024  # 3072 with 28 layers, 24 heads, 8 kv heads, vocabulary 128256, feed-forward 8192 is Llama 3.2 3B
+N_LAYERS: Count = 16
+N_HEADS: Count = 16
+N_KV_HEADS: Count = 4
+FEED_FORWARD: Count = 4096
+VOCAB_SIZE: Count = 64128
 
 _LOAD = """
 import re, sys, threading, time
@@ -72,27 +70,51 @@ print("RESULT", loaded, ran, max(loading, 0), highest - before, memory("VmHWM") 
 """
 
 
-def machine() -> str:
-    import torch
+_WHAT_LOADING_TAKES = (
+    "seconds to load",
+    "seconds to load and run 8 tokens",
+    "GB of private memory while loading",
+    "GB of private memory in all",
+    "GB of resident memory in all",
+)
 
-    if DEVICE == "cuda":
+if __name__ == "__main__":
+    run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
+
+import torch
+
+from llama_3 import load_model
+from llama_3.generation import generate
+
+
+class Shape(NamedTuple):
+    """Of the model; named as the options."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    feed_forward: int
+    vocab_size: int
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
         return torch.cuda.get_device_name()
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return f"{torch.get_num_threads()} cores, {found[1] if found else 'unknown CPU'}"
+    return f"{torch.get_num_threads()} cores, {processor()}"
 
 
-def write_checkpoint(folder: Path, config) -> None:
-    import torch
+def write_checkpoint(folder: Path, shape: Shape) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     llama = LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.dim,
-        intermediate_size=config.feed_forward,
-        num_hidden_layers=config.n_layers,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.dim,
+        intermediate_size=shape.feed_forward,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.n_heads,
+        num_key_value_heads=shape.n_kv_heads,
         rms_norm_eps=1e-5,
         max_position_embeddings=131072,
         rope_parameters=dict(
@@ -111,56 +133,65 @@ def write_checkpoint(folder: Path, config) -> None:
 
 
 def measure_loading(folder: Path, dtype: str, rounds: int) -> dict[str, list[float]]:
-    """Medians of seconds to load, seconds to load and run 8 tokens, and private bytes at the highest."""
+    """Medians of _WHAT_LOADING_TAKES, in seconds and bytes."""
     results: dict[str, list[list[float]]] = {"ours": [], "transformers": []}
     for _ in range(rounds):
         for kind, found in results.items():
             command = [sys.executable, "-c", _LOAD, str(folder), dtype, kind]
-            run = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, check=True)
-            found.append([float(x) for x in run.stdout.split("RESULT")[1].split()])
+            done = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, check=True)
+            found.append([float(x) for x in done.stdout.split("RESULT")[1].split()])
     return {kind: [median(column) for column in zip(*found, strict=True)] for kind, found in results.items()}
 
 
-def measure_rates(folder: Path, dtype: str, batch_size: int, config) -> dict[str, tuple[float, float]]:
+class Decoding(NamedTuple):
+    """What is decoded; named as the options."""
+
+    device: str
+    rounds: int
+    prompt_tokens: int
+    new_tokens: int
+    vocab_size: int
+
+
+def measure_rates(folder: Path, dtype: str, batch_size: int, what: Decoding) -> dict[str, tuple[float, float]]:
     """Medians of prefill and decode tokens/s."""
-    import torch
     from transformers import LlamaForCausalLM
 
-    from llama_3 import load_model
-    from llama_3.generation import generate
-
-    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(config.device)
-    ours = load_model(folder, config.device, getattr(torch, dtype), packed=True)
-    prompts = torch.randint(
-        config.vocab_size, (batch_size, config.prompt_tokens), generator=torch.Generator().manual_seed(0)
-    )
+    theirs = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(what.device)
+    ours = load_model(str(folder), what.device, getattr(torch, dtype), packed=True)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(what.vocab_size, (batch_size, what.prompt_tokens), generator=generator)
     rows = prompts.tolist()
-    prompts = prompts.to(config.device)
-    options = dict(attention_mask=torch.ones_like(prompts), do_sample=False, pad_token_id=0)
+    prompts = prompts.to(what.device)
+    options: dict[str, Any] = dict(attention_mask=torch.ones_like(prompts), do_sample=False, pad_token_id=0)
 
-    def seconds(kind: str, n_new: int) -> tuple[float, list]:
-        begin = time.perf_counter()
+    def decode(kind: str, n_new: int) -> list[Any]:
         if kind == "ours":
-            found = list(generate(ours, rows, n_new, stop_tokens=[]))
-        else:
-            with torch.inference_mode():
-                found = theirs.generate(prompts, max_new_tokens=n_new, **options)[:, config.prompt_tokens :].T.tolist()
-        return time.perf_counter() - begin, found
+            return list(generate(ours, rows, n_new, stop_tokens=[]))
+        with torch.inference_mode():
+            return theirs.generate(prompts, max_new_tokens=n_new, **options)[:, what.prompt_tokens :].T.tolist()
 
     times: dict[str, list[tuple[float, float]]] = {"ours": [], "transformers": []}
-    first = {kind: seconds(kind, 4)[1] for kind in times}  # to warm up
+    first = {kind: decode(kind, 4) for kind in times}  # to warm up
     assert dtype != "float32" or first["ours"] == first["transformers"]  # the same tokens
-    for _ in range(config.rounds):
+    for _ in range(what.rounds):
         for kind, found in times.items():
-            prefill, whole = seconds(kind, 1)[0], seconds(kind, 1 + config.new_tokens)[0]
+            prefill, whole = timed(decode, kind, 1)[0], timed(decode, kind, 1 + what.new_tokens)[0]
             found.append((prefill, whole - prefill))
     return {
         kind: (
-            batch_size * config.prompt_tokens / median(prefill for prefill, _ in found),
-            batch_size * config.new_tokens / median(decode for _, decode in found),
+            batch_size * what.prompt_tokens / median(prefill for prefill, _ in found),
+            batch_size * what.new_tokens / median(decode for _, decode in found),
         )
         for kind, found in times.items()
     }
+
+
+def row(name: str, ours: float, transformers: float, digits: int) -> str:
+    """A row of the table, printed at once."""
+    text = f"| {name} | {ours:.{digits}f} | {transformers:.{digits}f} | {ours / max(transformers, 1e-9):.2f} |"
+    print(text, flush=True)
+    return text
 
 
 def main() -> None:
@@ -169,32 +200,24 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    rows, results = [], {}
+    shape = Shape(*(getattr(config, name) for name in Shape._fields))
+    what = Decoding(*(getattr(config, name) for name in Decoding._fields))
+    rows: list[str] = []
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), config)
+        write_checkpoint(Path(folder), shape)
         for dtype in config.dtypes:
             for batch_size in config.batch_sizes:
-                found = measure_rates(folder, dtype, batch_size, config)
-                results[f"{dtype}, batch {batch_size}"] = found
-                for i, what in enumerate(("prefill", "decode")):
-                    a, b = found["ours"][i], found["transformers"][i]
-                    rows.append(f"| {what}, {dtype}, batch {batch_size} | {a:.1f} | {b:.1f} | {a / b:.2f} |")
-                    print(rows[-1], flush=True)
+                found = results[f"{dtype}, batch {batch_size}"] = measure_rates(Path(folder), dtype, batch_size, what)
+                for name, ours, theirs in zip(("prefill", "decode"), found["ours"], found["transformers"], strict=True):
+                    rows.append(row(f"{name}, {dtype}, batch {batch_size}", ours, theirs, 1))
             if config.device == "cpu":
-                found = measure_loading(Path(folder), dtype, config.rounds)
-                results[f"loading, {dtype}"] = found
-                names = (
-                    "seconds to load",
-                    "seconds to load and run 8 tokens",
-                    "GB of private memory while loading",
-                    "GB of private memory in all",
-                    "GB of resident memory in all",
-                )
-                for name, a, b in zip(names, found["ours"], found["transformers"], strict=True):
-                    a, b = (a / 1e9, b / 1e9) if name.startswith("GB") else (a, b)
-                    rows.append(f"| {name}, {dtype} | {a:.2f} | {b:.2f} | {a / max(b, 1e-9):.2f} |")
-                    print(rows[-1], flush=True)
-    print(f"\n| {machine()}; tokens/s | ours | transformers {transformers.__version__} | ratio |\n|---|---|---|---|")
+                loading = results[f"loading, {dtype}"] = measure_loading(Path(folder), dtype, config.rounds)
+                for name, *pair in zip(_WHAT_LOADING_TAKES, loading["ours"], loading["transformers"], strict=True):
+                    ours, theirs = (x / 1e9 if name.startswith("GB") else x for x in pair)
+                    rows.append(row(f"{name}, {dtype}", ours, theirs, 2))
+    columns = f"tokens/s | ours | transformers {transformers.__version__} | ratio"
+    print(f"\n| {machine(config.device)}; {columns} |\n|---|---|---|---|")
     print(*rows, sep="\n")
     print(json.dumps(results))
 

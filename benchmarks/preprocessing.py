@@ -11,37 +11,37 @@ Cost    3 minutes on two cores
 
 import os
 import shutil
-import statistics
 import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
-from pipeline.files import PROJECT_DIR, require_disk, sha256
+from common import machine, median_rates, run_script, spread, timed
+
+from pipeline.files import require_disk, sha256
 from pipeline.manifests import begin_or_continue, write_manifest
-from pipeline.options import parse_constants
+from pipeline.options import Count, CountOrZero, Positive, parse_constants
 from pipeline.progress import gb, progress_bar
 from pipeline.run import run
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-
 DATA_DIR = "data/benchmark_preprocessing"  # folder for activations, batches and the copy
-SIZE_GB = 4.0  # of activations
-D_MODEL = 3072  # of them: Llama 3.2 3B's
-SHARD_GB = 0.25  # of a shard, so that every core has some
-NUM_PROCESSES = 0  # processes; 0 for one a core
-REPEATS = 5  # runs of each way
+SIZE_GB: Positive = 4.0  # of activations
+D_MODEL: Count = 3072  # of them: Llama 3.2 3B's
+SHARD_GB: Positive = 0.25  # of a shard, so that every core has some
+NUM_PROCESSES: CountOrZero = 0  # processes; 0 for one per core
+REPEATS: Count = 5  # runs of each way
 
 _TOKENS = 27  # of a sentence
+
+if __name__ == "__main__":
+    run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
+
+import torch
+
+from pipeline.activation_store import CAPTURE_STAGE, write_shard
 
 
 def make_activations(folder: Path, size_gb: float, d_model: int, shard_gb: float) -> Path:
     """Shards and manifest as capture_activations.py writes them; nothing when they are there."""
-    import torch
-
-    from pipeline.activation_store import CAPTURE_STAGE, write_shard
-
     decides = {"size_gb": size_gb, "d_model": d_model, "shard_gb": shard_gb}
     if begin_or_continue(folder, CAPTURE_STAGE, decides):
         return folder
@@ -78,51 +78,40 @@ def make_activations(folder: Path, size_gb: float, d_model: int, shard_gb: float
     return folder
 
 
-def preprocess(source: Path, target: Path, config) -> None:
-    options = {"shard_gb": config.shard_gb, "num_processes": config.num_processes, "batch_size": 1024}
-    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, PROJECT_DIR / "sae_preprocessing.py", "--input_dir", source]
-    subprocess.run([*command, "--output_dir", target, *flags], check=True, stdout=subprocess.DEVNULL)
+def preprocess(source: Path, target: Path, options: dict[str, Any]) -> None:
+    run_script("sae_preprocessing.py", input_dir=source, output_dir=target, batch_size=1024, **options)
 
 
-def copy(source: Path, target: Path, config) -> None:
+def copy(source: Path, target: Path) -> None:
     subprocess.run(["cp", "-r", source, target], check=True)
     os.sync()
 
 
-def timed(function, *args) -> float:
-    started = time.perf_counter()
-    function(*args)
-    return time.perf_counter() - started
-
-
 def main() -> None:
     config = parse_constants(globals())
-    folder = Path(config.data_dir)
+    folder = Path(config.data_dir).resolve()
     require_disk(folder, int(3.1e9 * config.size_gb))
     source = make_activations(folder / "activations", config.size_gb, config.d_model, config.shard_gb)
     n_bytes = sum(f.stat().st_size for f in source.glob("*.safetensors"))
-    seconds: dict[str, list[float]] = {"preprocess": [], "copy": []}
+    options = {"shard_gb": config.shard_gb, "num_processes": config.num_processes}
+    ways = {
+        "preprocess": lambda target: preprocess(source, target, options),
+        "copy": lambda target: copy(source, target),
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in progress_bar(range(config.repeats), unit="round", desc="benchmark"):
-        for way in (preprocess, copy):
-            target = folder / way.__name__
+        for way, run_way in ways.items():
+            target = folder / way
             shutil.rmtree(target, ignore_errors=True)
             os.sync()
-            seconds[way.__name__].append(timed(way, source, target, config))
-    rate = {way: n_bytes / statistics.median(times) for way, times in seconds.items()}
-    spread = max(max(times) / min(times) for times in seconds.values())
-    machine = f"{os.cpu_count()} cores, {processor()}"
+            seconds[way].append(timed(run_way, target)[0])
+    rate = median_rates(n_bytes / 1e9, seconds)
     print("| bytes | sae_preprocessing.py | cp and sync | ratio | slowest / fastest run | machine |")
     print("|---|---|---|---|---|---|")
     print(
-        f"| {gb(n_bytes)}, d_model {config.d_model} | {rate['preprocess'] / 1e9:.3f} GB/s "
-        f"| {rate['copy'] / 1e9:.3f} GB/s | {rate['preprocess'] / rate['copy']:.2f} | {spread:.2f} | {machine} |"
+        f"| {gb(n_bytes)}, d_model {config.d_model} | {rate['preprocess']:.3f} GB/s | {rate['copy']:.3f} GB/s "
+        f"| {rate['preprocess'] / rate['copy']:.2f} | {spread(seconds):.2f} | {machine()} |"
     )
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Method  n_latents, k and the activations are the same for all; ours is trained b
         training after DEAD_AFTER_TOKENS, as in ours, and a warm-up of 1000 steps becomes WARM_UP_STEPS. All see
         activations normalised per token, as ours are; what a peer scales beyond that is its own. Each peer's weights
         become a state dict of our class (exactly: TopK and ReLU are the same), and one program measures all:
-        sae_evaluation.evaluate on held-out sentences, and dead latents, those silent over the last DEAD_AFTER_TOKENS
+        autoencoder.evaluation on held-out sentences, and dead latents, those silent over the last DEAD_AFTER_TOKENS
         training activations once training is over. Curves: FVU of a batch that is about to be trained on.
         Training time is the trainer's alone for a peer, the whole script's (start, validation, checkpoints) for ours
 Cost    about 25 minutes on two cores. The peers need an environment of their own: requirements-peers.txt
@@ -16,108 +16,133 @@ Cost    about 25 minutes on two cores. The peers need an environment of their ow
     data/peers/bin/python benchmarks/sae_quality.py
 """
 
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.options import Count, CountOrZero, NotNegative, Positive, Share, parse_constants
+from pipeline.run import run
+
+DATA_DIR = "data/benchmark_sae_quality"  # folder for everything
+SITES = ("layers.6.attention_norm", "layers.6.resid_post")  # two kinds of input to an SAE
+NUM_SAMPLES: Count = 60_000  # sentences, some 1.24 million activations
+NUM_EPOCHS: Count = 2  # passes over them
+N_LATENTS: Count = 4096  # dictionary size
+K: Count = 32  # latents kept per activation
+DEAD_AFTER_TOKENS: Count = 300_000  # activations without firing before a latent counts as dead
+WARM_UP_STEPS: CountOrZero = 30  # of peers whose default is 1000
+PEERS: tuple[str, ...] = ("sparsify", "sparsify, Adam", "SAELens", "dictionary_learning")  # rows beside ours
+PEER_BATCH_SIZE: Count = 4096  # SAELens' default; sparsify's is 65,536 tokens, dictionary_learning's buffer gives 8192
+PEER_LR_FACTORS: tuple[Positive, ...] = (1.0,)  # multiples of each peer's recommended learning rate to try
+BATCH_SIZE: Count = 1024  # ours: activations per step
+LEARNING_RATE: NotNegative = 4e-3  # ours
+LEARNING_RATE_MIN_RATIO: Share = 0.05  # ours: the cosine ends at this share of the peak
+OUR_WARM_UP_STEPS: CountOrZero = 20  # ours
+K_AUX: CountOrZero = 128  # ours: dead latents in the auxiliary loss, d_model / 2
+
+if __name__ == "__main__":
+    run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
+
 import contextlib
 import io
 import json
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import torch
 from sae_step import WAYS, Size, missing
+from torch import Tensor
 
+from autoencoder.evaluation import evaluate
 from embedded.recipe import command
-from pipeline.errors import InputError
-from pipeline.files import PROJECT_DIR, atomic_path, write_json
+from llama_3 import load_model, load_tokenizer
+from llama_3.model import Transformer
+from pipeline.activation_store import open_shard
+from pipeline.errors import InputError, Stop
+from pipeline.figures import new_figure, save_figure
+from pipeline.files import PROJECT_DIR, write_json
 from pipeline.manifests import git_commit, read_manifest
-from pipeline.options import parse_constants
 from pipeline.progress import progress_bar
-
-DATA_DIR = "data/benchmark_sae_quality"  # folder for everything
-SITES = ("layers.6.attention_norm", "layers.6.resid_post")  # two kinds of input to an SAE
-NUM_SAMPLES = 60_000  # sentences, some 1.24 million activations
-NUM_EPOCHS = 2  # passes over them
-N_LATENTS = 4096  # dictionary size
-K = 32  # latents kept per activation
-DEAD_AFTER_TOKENS = 300_000  # activations without firing before a latent counts as dead
-WARM_UP_STEPS = 30  # of peers whose default is 1000
-PEERS = ("sparsify", "sparsify, Adam", "SAELens", "dictionary_learning")  # rows beside ours
-PEER_BATCH_SIZE = 4096  # SAELens' default; sparsify's is 65,536 tokens, dictionary_learning's buffer gives 8192
-PEER_LR_FACTORS = (1.0,)  # multiples of each peer's recommended learning rate to try
-BATCH_SIZE = 1024  # ours: activations a step
-LEARNING_RATE = 4e-3  # ours
-LEARNING_RATE_MIN_RATIO = 0.05  # ours: the cosine ends at this share of the peak
-OUR_WARM_UP_STEPS = 20  # ours
-K_AUX = 128  # ours: dead latents in the auxiliary loss, d_model / 2
+from pipeline.sentences import SentenceDataset
+from sae import TopKSparseAutoencoder, load_sae_model
 
 _MODEL_DIR = PROJECT_DIR / "llama_3" / "tiny_llama"
 _CURVE_POINTS = 60
 _BATCH_TOKENS = 2048  # a forward pass of the tiny Llama
 
 
+class Task(NamedTuple):
+    """What is the same for all."""
+
+    n_latents: int
+    k: int
+    num_epochs: int
+    dead_after_tokens: int
+
+
 class Trained(NamedTuple):
-    sae: Any  # TopKSparseAutoencoder
+    sae: TopKSparseAutoencoder
     curve: list[tuple[int, float]]  # (activations seen, FVU of the next batch)
     seconds: float
 
 
-def run(script: str, **options: object) -> None:
+def run_stage(script: str, **options: object) -> None:
     flags: list[str] = []
     for name, value in options.items():
-        flags += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+        flags += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
     if subprocess.run([*command(script), *flags], cwd=PROJECT_DIR).returncode:
-        raise InputError(f"{script} failed; its message is above.")
+        raise Stop(f"{script} failed; its message is above.")
 
 
-def make_batches(folder: Path, config) -> None:
+def make_batches(folder: Path, sites: tuple[str, ...], num_samples: int) -> None:
     """Shuffled activations of every site in folder/batches, by the scripts, with the demo's options."""
-    run("embedded/corpus.py", output_dir=folder / "documents", max_mb=6)
-    punkt = {"punkt": "corpus", "punkt_train_mb": 1, "shard_mb": 2}
-    run("openwebtext_sentences_dataset.py", input_path=folder / "documents", output_dir=folder / "sentences", **punkt)
-    run(
+    sentences = folder / "sentences"
+    run_stage("embedded/corpus.py", output_dir=folder / "documents", max_mb=6)
+    run_stage(
+        "openwebtext_sentences_dataset.py",
+        input_path=folder / "documents",
+        output_dir=sentences,
+        punkt="corpus",
+        punkt_train_mb=1,
+        shard_mb=2,
+    )
+    run_stage(
         "capture_activations.py",
         model_dir=_MODEL_DIR,
-        sentences_dir=folder / "sentences",
+        sentences_dir=sentences,
         output_dir=folder / "activations",
-        num_samples=config.num_samples,
-        sites=tuple(config.sites),
+        num_samples=num_samples,
+        sites=sites,
         dtype="float32",
         batch_tokens=_BATCH_TOKENS,
         window_sentences=4000,
     )
-    for site in config.sites:
-        batches = folder / "batches" / site
-        run("sae_preprocessing.py", input_dir=folder / "activations" / site, output_dir=batches, shard_gb=0.1)
+    for site in sites:
+        activations, batches = folder / "activations" / site, folder / "batches" / site
+        run_stage("sae_preprocessing.py", input_dir=activations, output_dir=batches, shard_gb=0.1)
 
 
 class Activations:
     """A site's training activations, in memory."""
 
     def __init__(self, folder: Path):
-        import torch
-
-        from pipeline.activation_store import open_shard
-
         self.manifest = read_manifest(folder, "sae_preprocessing.py")
         shards = [open_shard(folder / record["file"], "sae_preprocessing.py") for record in self.manifest["shards"]]
         self.acts = torch.cat([shard.get_tensor("acts") for shard in shards])  # (n, d_model) bfloat16
         statistics = open_shard(folder / self.manifest["statistics"], "sae_preprocessing.py")
         self.variance = float(statistics.get_tensor("var_normalized").mean())
 
-    def normalized(self, acts):
+    def normalized(self, acts: Tensor) -> Tensor:
         acts = acts.float()
         eps = self.manifest["normalize_eps"]
         return (acts - acts.mean(-1, keepdim=True)) / (acts.std(-1, keepdim=True) + eps)
 
-    def batches(self, batch_size: int, n_epochs: int) -> Iterator:
+    def batches(self, batch_size: int, n_epochs: int) -> Iterator[Tensor]:
         """Normalised batches, stored ones in another order each epoch."""
-        import torch
-
         generator = torch.Generator().manual_seed(0)
         stored = self.acts.split(self.manifest["batch_size"])
         each = batch_size // self.manifest["batch_size"]
@@ -130,26 +155,24 @@ class Activations:
         return len(self.acts) // self.manifest["batch_size"] // (batch_size // self.manifest["batch_size"]) * n_epochs
 
 
-def train_peer(name: str, lr_factor: float, data: Activations, config) -> Trained:
-    import torch
-
-    from sae import TopKSparseAutoencoder
-
+def train_peer(
+    name: str, lr_factor: float, data: Activations, task: Task, batch_size: int, warm_up_steps: int
+) -> Trained:
     torch.manual_seed(0)
     d_model = data.acts.shape[1]
-    n_steps = data.n_steps(config.peer_batch_size, config.num_epochs)
+    n_steps = data.n_steps(batch_size, task.num_epochs)
     entry = WAYS[name]
-    options = {**entry.options, "n_steps": n_steps, "dead_after_tokens": config.dead_after_tokens}
+    options = {**entry.options, "n_steps": n_steps, "dead_after_tokens": task.dead_after_tokens}
     if entry.has_warm_up:
-        options["warm_up_steps"] = config.warm_up_steps
-    size = Size(d_model, config.n_latents, config.k, config.peer_batch_size)
+        options["warm_up_steps"] = warm_up_steps
+    size = Size(d_model, task.n_latents, task.k, batch_size)
     way = entry.make(size, "cpu", **options, lr_factor=lr_factor)
-    sae = TopKSparseAutoencoder(d_model, config.n_latents, config.k, data.manifest["normalize_eps"])
+    sae = TopKSparseAutoencoder(d_model, task.n_latents, task.k, data.manifest["normalize_eps"])
     curve: list[tuple[int, float]] = []
     every = max(1, n_steps // _CURVE_POINTS)
     waiting = 0.0
 
-    def watched() -> Iterator:
+    def watched() -> Iterator[Tensor]:
         nonlocal waiting
         for step, z in enumerate(bar):
             began = time.perf_counter()
@@ -161,43 +184,35 @@ def train_peer(name: str, lr_factor: float, data: Activations, config) -> Traine
             waiting += time.perf_counter() - began
             yield z
 
-    bar = progress_bar(data.batches(config.peer_batch_size, config.num_epochs), total=n_steps, unit="step", desc=name)
+    bar = progress_bar(data.batches(batch_size, task.num_epochs), total=n_steps, unit="step", desc=name)
     began = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         way.train(watched())
     bar.close()
     seconds = time.perf_counter() - began - waiting
     sae.load_state_dict(way.state())
+    assert way.reconstruct
     with torch.no_grad():
-        z = data.normalized(data.acts[: config.peer_batch_size])
+        z = data.normalized(data.acts[:batch_size])
         same = torch.isclose(sae.decode(*sae.encode_normalized(z)), way.reconstruct(z), atol=1e-3, rtol=1e-3).all(1)
     if same.float().mean() < 0.999:  # where two latents are level, rounding chooses
         raise AssertionError(f"{name}: its weights reconstruct otherwise in our class, on {int((~same).sum())} rows.")
     return Trained(sae, curve, seconds)
 
 
-def train_ours(site: str, folder: Path, config) -> Trained:
-    from sae import load_sae_model
-
+def train_ours(site: str, folder: Path, task: Task, **options: object) -> Trained:
     place = folder / "ours" / site
     shutil.rmtree(place, ignore_errors=True)
     began = time.perf_counter()
-    run(
+    run_stage(
         "sae_training.py",
         data_dir=folder / "batches" / site,
         model_save_path=place / "sae.pth",
         checkpoint_dir=place / "checkpoints",
-        n_latents=config.n_latents,
-        k=config.k,
-        k_aux=config.k_aux,
-        num_epochs=config.num_epochs,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        learning_rate_min_ratio=config.learning_rate_min_ratio,
-        warmup_steps=config.our_warm_up_steps,
-        dead_after_tokens=config.dead_after_tokens,
-        logs_per_epoch=_CURVE_POINTS // config.num_epochs,
+        logs_per_epoch=_CURVE_POINTS // task.num_epochs,
         wandb="off",
+        **task._asdict(),
+        **options,
     )
     seconds = time.perf_counter() - began
     lines = [json.loads(line) for line in (place / "sae.metrics.jsonl").read_text().splitlines()]
@@ -205,10 +220,8 @@ def train_ours(site: str, folder: Path, config) -> Trained:
     return Trained(load_sae_model(place / "sae.pth"), curve, seconds)
 
 
-def dead_fraction(sae, data: Activations, n_tokens: int) -> float:
+def dead_fraction(sae: TopKSparseAutoencoder, data: Activations, n_tokens: int) -> float:
     """Share of latents silent over the last n_tokens training activations."""
-    import torch
-
     fired = torch.zeros(sae.n_latents, dtype=torch.bool)
     with torch.no_grad():
         for acts in data.acts[-n_tokens:].split(8192):
@@ -217,12 +230,17 @@ def dead_fraction(sae, data: Activations, n_tokens: int) -> float:
     return 1 - float(fired.float().mean())
 
 
-def measure(trained: dict[str, Trained], site: str, data: Activations, model, sentences, config) -> dict[str, dict]:
-    from sae_evaluation import evaluate
-
+def measure(
+    trained: dict[str, Trained],
+    site: str,
+    data: Activations,
+    model: Transformer,
+    sentences: list[list[int]],
+    dead_after_tokens: int,
+) -> dict[str, dict]:
     found = evaluate(model, {name: one.sae for name, one in trained.items()}, site, sentences, _BATCH_TOKENS, None)
     for name, one in trained.items():
-        dead = dead_fraction(one.sae, data, config.dead_after_tokens)
+        dead = dead_fraction(one.sae, data, dead_after_tokens)
         found[name] |= {"dead_frac": dead, "curve": one.curve, "training_seconds": one.seconds}
     return found
 
@@ -243,12 +261,8 @@ def table(results: dict[str, dict[str, dict]]) -> str:
 
 
 def plot(results: dict[str, dict[str, dict]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 4), constrained_layout=True, squeeze=False)
+    figure = new_figure(6 * len(results), 4)
+    axes = figure.subplots(1, len(results), squeeze=False)
     for axis, (site, found) in zip(axes[0], results.items(), strict=True):
         for name, one in found.items():
             tokens, fvu = zip(*one["curve"], strict=True)
@@ -261,26 +275,35 @@ def plot(results: dict[str, dict[str, dict]], path: Path) -> None:
         axis.yaxis.set_minor_formatter("{x:.2g}")
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=8)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
-    plt.close(figure)
+    save_figure(figure, path, dpi=130)
+
+
+def check_peers(peers: tuple[str, ...]) -> list[str]:
+    """Those of them that are installed. Raises InputError for an unknown one."""
+    known = [name for name, entry in WAYS.items() if entry.package]
+    for name in peers:
+        if name not in known:
+            raise InputError(f"--peers {name!r} is unknown; write {', '.join(known)}.")
+    absent = [name for name in peers if missing(name)]
+    if absent:
+        print(f"Not installed here, so not measured: {', '.join(absent)}; see benchmarks/requirements-peers.txt.")
+    return [name for name in peers if name not in absent]
 
 
 def main() -> None:
     config = parse_constants(globals())
-    unknown = [name for name in config.peers if not (name in WAYS and WAYS[name].package)]
-    if unknown:
-        known = ", ".join(name for name, entry in WAYS.items() if entry.package)
-        raise InputError(f"--peers {unknown[0]!r} is none of: {known}.")
-    absent = [name for name in config.peers if missing(name)]
-    if absent:
-        print(f"Not installed here, so not measured: {', '.join(absent)}; see benchmarks/requirements-peers.txt.")
+    peers = check_peers(tuple(config.peers))
+    task = Task(config.n_latents, config.k, config.num_epochs, config.dead_after_tokens)
+    ours = {
+        "k_aux": config.k_aux,
+        "batch_size": config.batch_size,
+        "learning_rate": config.learning_rate,
+        "learning_rate_min_ratio": config.learning_rate_min_ratio,
+        "warmup_steps": config.our_warm_up_steps,
+    }
     folder = Path(config.data_dir).absolute()
-    make_batches(folder, config)
-    from llama_3 import load_model, load_tokenizer
-    from pipeline.sentences import SentenceDataset
-
-    model, tokenizer = load_model(_MODEL_DIR), load_tokenizer(_MODEL_DIR)
+    make_batches(folder, tuple(config.sites), config.num_samples)
+    model, tokenizer = load_model(str(_MODEL_DIR)), load_tokenizer(str(_MODEL_DIR))
     results: dict[str, dict[str, dict]] = {}
     for site in config.sites:
         data = Activations(folder / "batches" / site)
@@ -292,12 +315,12 @@ def main() -> None:
         texts = SentenceDataset(folder / "sentences", config.num_samples)
         held_out = range(data.manifest["first_validation_sentence"], config.num_samples)
         sentences = [ids[: data.manifest["max_tokens"]] for i in held_out if len(ids := tokenizer.encode(texts[i])) > 1]
-        trained = {"ours": train_ours(site, folder, config)}
-        for name in (name for name in config.peers if name not in absent):
+        trained = {"ours": train_ours(site, folder, task, **ours)}
+        for name in peers:
             for factor in config.peer_lr_factors:
                 row = name if factor == 1 else f"{name}, {factor:g} x its learning rate"
-                trained[row] = train_peer(name, factor, data, config)
-        results[site] = measure(trained, site, data, model, sentences, config)
+                trained[row] = train_peer(name, factor, data, task, config.peer_batch_size, config.warm_up_steps)
+        results[site] = measure(trained, site, data, model, sentences, task.dead_after_tokens)
         print("\n" + table({site: results[site]}), flush=True)
         write_json(folder / "results.json", {"git_commit": git_commit(), "sites": results})
         plot(results, folder / "curves.png")

@@ -14,50 +14,66 @@ Cost    about 10 minutes on two cores. The peers need an environment of their ow
     python benchmarks/sae_step.py --profile            on a GPU; peers that are not installed are left out
 """
 
+import sys
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pipeline.options import Count, CountOrZero, Positive, parse_constants
+from pipeline.run import run
+
+DEVICE: Literal["cpu", "cuda"] | None = None  # cuda where there is one, when not given
+D_MODEL: Count | None = None  # width; 768 on a CPU, the published 3072 on a GPU, when not given
+N_LATENTS: Count | None = None  # dictionary size; 16384 or 65536
+K: Count | None = None  # latents kept; 32 or 64
+BATCH_SIZE: Count | None = None  # activations per step; 4096 or 8192
+ROUNDS: Count = 5  # steps of each way that count
+WARM_UP: CountOrZero = 2  # steps before each of them
+THREADS: Count = 2  # of each process on a CPU
+GROWTH = True  # measure growth with the dictionary and the batch too
+GROWTH_LATENTS: tuple[Count, ...] = (2**12, 2**14, 2**16, 2**18)  # dictionary sizes, at GROWTH_BATCH_SIZE
+GROWTH_BATCH_SIZE: Count = 1024  # activations per step there
+GROWTH_BATCHES: tuple[Count, ...] = (1024, 4096, 16384)  # batches, at N_LATENTS
+GROWTH_ROUNDS: Count = 3  # steps that count there, after one to warm up
+PROFILE = False  # print torch.profiler's table of our step
+PRICE_PER_HOUR: Positive = 3.0  # dollars for an hour of this machine, for the projected cost of the published run
+OUTPUT = "data/benchmark_sae_step.json"  # results
+
+_PUBLISHED_TOKENS = 7_000_000_000  # activations of the published run, ten epochs
+_NEVER = 10**12  # latents are not dead before so many activations
+
+if __name__ == "__main__":
+    run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
+
 import contextlib
 import importlib.util
 import io
+import itertools
 import multiprocessing
 import os
 import platform
 import re
 import resource
-import sys
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.connection import Connection
 from statistics import median
-from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
+
+from autoencoder.step import Step, StepOptions
+from pipeline.distributed import World, make_grid
 from pipeline.errors import InputError
 from pipeline.files import write_json
 from pipeline.manifests import git_commit
-from pipeline.options import parse_constants
 from pipeline.progress import progress_bar
-from pipeline.run import run
+from sae import TopKSparseAutoencoder
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-
-DEVICE: str | None = None  # cpu or cuda; cuda where there is one, when not given
-D_MODEL: int | None = None  # width; 768 on a CPU, the published 3072 on a GPU, when not given
-N_LATENTS: int | None = None  # dictionary size; 16384 or 65536
-K: int | None = None  # latents kept; 32 or 64
-BATCH_SIZE: int | None = None  # activations a step; 4096 or 8192
-ROUNDS = 5  # steps of each way that count
-WARM_UP = 2  # steps before each of them
-THREADS = 2  # of each process on a CPU
-GROWTH = True  # measure growth with the dictionary and the batch too
-GROWTH_LATENTS = (2**12, 2**14, 2**16, 2**18)  # dictionary sizes, at GROWTH_BATCH_SIZE
-GROWTH_BATCH_SIZE = 1024  # activations a step there
-GROWTH_BATCHES = (1024, 4096, 16384)  # batches, at N_LATENTS
-GROWTH_ROUNDS = 3  # steps that count there, after one to warm up
-PROFILE = False  # print torch.profiler's table of our step
-PRICE_PER_HOUR = 3.0  # dollars for an hour of this machine, for the projected cost of the published run
-OUTPUT = "data/benchmark_sae_step.json"  # results
-
-_PUBLISHED_TOKENS = 7_000_000_000  # activations of the published run, ten epochs
-_NEVER = 10**12  # latents are not dead before so many activations
+Batches = Iterator[Tensor]  # raw activations (batch, d_model)
 
 
 class Size(NamedTuple):
@@ -70,9 +86,9 @@ class Size(NamedTuple):
 class Way(NamedTuple):
     """One way to train an SAE."""
 
-    train: Callable[[Iterator], None]  # trains until the batches, raw activations (batch, d_model), end
-    state: Callable[[], dict]  # what it has learned, as a state dict of our TopKSparseAutoencoder
-    reconstruct: Callable[[Any], Any] | None = None  # a peer's own forward pass, to check `state` by
+    train: Callable[[Batches], None]  # until the batches end
+    state: Callable[[], dict[str, Tensor]]  # what it has learned, as a state dict of our TopKSparseAutoencoder
+    reconstruct: Callable[[Tensor], Tensor] | None = None  # a peer's own forward pass, to check `state` by
 
 
 # ---- ours, and the original's
@@ -80,56 +96,47 @@ class Way(NamedTuple):
 
 def ours(size: Size, device: str, encoder_dtype: str = "float32") -> Way:
     """The step of sae_training.py."""
-    import torch
-
-    from autoencoder.losses import loss_sums
-    from sae import TopKSparseAutoencoder
-
     if encoder_dtype == "tf32":
         torch.backends.cuda.matmul.allow_tf32 = True
-    dtype = torch.bfloat16 if encoder_dtype == "bfloat16" else torch.float32
     sae = TopKSparseAutoencoder(size.d_model, size.n_latents, size.k)
     sae.initialize(torch.zeros(size.d_model), torch.Generator().manual_seed(0))
-    sae.to(device)
-    optimizer = torch.optim.AdamW(
-        sae.parameters(), lr=5e-5, betas=(0.85, 0.9999), eps=6.25e-10, weight_decay=0.0, fused=True
+    options = StepOptions(
+        batch_size=size.batch_size,
+        k_aux=size.d_model // 2,
+        dead_after_tokens=_NEVER,
+        encoder_dtype="bfloat16" if encoder_dtype == "bfloat16" else "float32",
     )
-    silent_tokens = torch.zeros(size.n_latents, dtype=torch.int64, device=device)
+    step = Step(sae, options, make_grid(World(0, 1, torch.device(device)), 1))
+    n_before = itertools.count()
 
-    def train(batches: Iterator) -> None:
+    def train(batches: Batches) -> None:
         for x in batches:
-            z, _, _ = sae.normalize(x)
-            dead = (silent_tokens >= _NEVER).nonzero().flatten()
-            sums = loss_sums(sae, z, dead, k_aux=size.d_model // 2, encoder_dtype=dtype)
-            ((sums.main + sums.aux / 32) / z.numel()).backward()
-            sae.project_decoder_grad()
-            optimizer.step()
-            optimizer.zero_grad()
-            sae.normalize_decoder()
-            silent_tokens.add_(len(x))
-            silent_tokens[sums.fired > 0] = 0
+            pending = step.gradients(x)
+            step.apply(pending, step.agree(pending), 5e-5, next(n_before))
 
-    return Way(train, sae.state_dict)
+    return Way(train, step.sae.state_dict)
+
+
+class DenseSae(nn.Module):
+    """The original's, with unit norm for each latent, which costs the same."""
+
+    def __init__(self, size: Size):
+        super().__init__()
+        self.b_pre = nn.Parameter(torch.zeros(size.d_model))
+        self.encoder = nn.Linear(size.d_model, size.n_latents)
+        self.decoder = nn.Linear(size.n_latents, size.d_model, bias=False)
+        with torch.no_grad():
+            self.decoder.weight.div_(self.decoder.weight.norm(dim=0))
+            self.encoder.weight.copy_(self.decoder.weight.t())
 
 
 def original(size: Size, device: str, dead_after_steps: int = 80_000, k_aux: int = 2048) -> Way:
-    """The original's dense step, from its description; with unit norm for each latent, which costs the same."""
-    import torch
-    import torch.nn.functional as F
-    from torch import nn
-
-    sae = nn.Module()
-    sae.b_pre = nn.Parameter(torch.zeros(size.d_model))
-    sae.encoder = nn.Linear(size.d_model, size.n_latents)
-    sae.decoder = nn.Linear(size.n_latents, size.d_model, bias=False)
-    with torch.no_grad():
-        sae.decoder.weight.div_(sae.decoder.weight.norm(dim=0))
-        sae.encoder.weight.copy_(sae.decoder.weight.t())
-    sae.to(device)
+    """The original's dense step, from its description."""
+    sae = DenseSae(size).to(device)
     optimizer = torch.optim.AdamW(sae.parameters(), lr=5e-5, betas=(0.85, 0.9999), eps=6.25e-10, weight_decay=0.01)
     silent_steps = torch.zeros(size.n_latents, dtype=torch.int64, device=device)
 
-    def train(batches: Iterator) -> None:
+    def train(batches: Batches) -> None:
         for x in batches:
             z = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
             pre_acts = sae.encoder(z - sae.b_pre)  # (batch, n_latents)
@@ -149,6 +156,7 @@ def original(size: Size, device: str, dead_after_steps: int = 80_000, k_aux: int
             loss.backward()
             with torch.no_grad():
                 weight, grad = sae.decoder.weight, sae.decoder.weight.grad
+                assert grad is not None
                 grad.sub_(weight * (weight * grad).sum(0, keepdim=True))
                 optimizer.step()
                 weight.div_(weight.norm(dim=0, keepdim=True))
@@ -158,15 +166,13 @@ def original(size: Size, device: str, dead_after_steps: int = 80_000, k_aux: int
 
 def product(size: Size, device: str, dtype: str = "float32") -> Way:
     """The encoder's matrix product alone, the floor of any step."""
-    import torch
-
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
-    as_type = dict(device=device, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    weight = torch.randn(size.n_latents, size.d_model).to(**as_type)
-    x = torch.randn(size.batch_size, size.d_model).to(**as_type)
-    out = torch.empty(size.batch_size, size.n_latents, **as_type)
+    torch_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    weight = torch.randn(size.n_latents, size.d_model).to(device, torch_dtype)
+    x = torch.randn(size.batch_size, size.d_model).to(device, torch_dtype)
+    out = torch.empty(size.batch_size, size.n_latents, device=device, dtype=torch_dtype)
 
-    def train(batches: Iterator) -> None:
+    def train(batches: Batches) -> None:
         for _ in batches:
             torch.mm(x, weight.t(), out=out)
 
@@ -189,7 +195,6 @@ def sparsify(
 
     Its default optimiser is schedule-free signum at 5e-3 / sqrt(n_latents / 2^14); Adam, the other, at 2e-4 / the same.
     """
-    import torch
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
 
     class Activations(torch.nn.Module):
@@ -240,7 +245,7 @@ def sparsify(
     trainer.save = lambda: None  # no checkpoint at the end
     sae = trainer.saes["acts"]
 
-    def train(batches: Iterator) -> None:
+    def train(batches: Batches) -> None:
         source["batches"] = batches
         with contextlib.suppress(StopIteration):
             trainer.fit()
@@ -255,14 +260,14 @@ def sparsify(
         for o in schedule_free:
             o.train()
 
-    def state() -> dict:
+    def state() -> dict[str, Tensor]:
         names = {"b_pre": sae.b_dec, "encoder.weight": sae.encoder.weight, "encoder.bias": sae.encoder.bias}
         names["decoder.weight"] = sae.W_dec
         with result():
             found = {name: tensor.detach().clone() for name, tensor in names.items()}
         return {**found, "decoder.weight": found["decoder.weight"].t()}
 
-    def reconstruct(x):
+    def reconstruct(x: Tensor) -> Tensor:
         with result():
             return sae(x).sae_out
 
@@ -297,11 +302,11 @@ def sae_lens(
         dead_feature_window=dead_after_tokens // size.batch_size,
     )
 
-    def train(batches: Iterator) -> None:
+    def train(batches: Batches) -> None:
         with contextlib.suppress(StopIteration):
             SAETrainer(config, sae, batches).fit()
 
-    def state() -> dict:
+    def state() -> dict[str, Tensor]:
         norms = sae.W_dec.detach().norm(dim=1)  # it keeps the latents that are largest times these
         return {
             "b_pre": sae.b_dec.detach().clone(),
@@ -340,13 +345,13 @@ def dictionary_learning(
     trainer.dead_feature_threshold = dead_after_tokens
     scale: list[float] = []
 
-    def train(batches: Iterator) -> None:
+    def train(batches: Batches) -> None:
         for step, x in enumerate(batches):
             if not scale:
                 scale.append(float(x.square().sum(1).mean().sqrt()))
             trainer.update(step, x / scale[0])
 
-    def state() -> dict:
+    def state() -> dict[str, Tensor]:
         sae, s = trainer.ae, scale[0] if scale else 1.0
         found = {
             "b_pre": sae.b_dec * s,
@@ -361,7 +366,7 @@ def dictionary_learning(
 
 class Entry(NamedTuple):
     make: Callable[..., Way]
-    options: dict[str, str] = {}
+    options: Mapping[str, str] = {}
     package: str | None = None  # what has to be installed
     devices: tuple[str, ...] = ("cpu", "cuda")
     has_warm_up: bool = False  # of the learning rate, by default
@@ -408,22 +413,19 @@ def resident(name: str) -> int:
 
 
 def available_memory() -> int:
-    return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    assert found
+    return int(found[1]) * 1024
 
 
 def out_of_memory(error: BaseException) -> bool:
-    import torch
-
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def serve(connection, name: str, size: Size, device: str, threads: int) -> None:
+def serve(connection: Connection, name: str, size: Size, device: str, threads: int) -> None:
     """In a process of its own: set the way up, then a step whenever the parent asks, until it sends False."""
     entry = WAYS[name]
     os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(entry.huge_pages))  # torch reads it at its first tensor
-
-    import torch
-
     if entry.package:
         with contextlib.redirect_stdout(io.StringIO()):
             importlib.import_module(entry.package)
@@ -431,14 +433,15 @@ def serve(connection, name: str, size: Size, device: str, threads: int) -> None:
     torch.manual_seed(0)
     before = resident("VmRSS")
     if device == "cpu":  # an allocation beyond what is free fails, instead of the system killing something
-        resource.setrlimit(resource.RLIMIT_DATA, (before + available_memory(),) * 2)
+        limit = before + available_memory()
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
     def now() -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def batches() -> Iterator:
+    def batches() -> Batches:
         x = torch.randn(size.batch_size, size.d_model).to(device)
         connection.send("ready")
         while connection.recv():
@@ -504,21 +507,24 @@ class Child:
         return Measured(self.seconds, self.memory, self.error)
 
 
-def measure_in_turn(names: list[str], size: Size, device: str, config) -> dict[str, Measured]:
-    children = {name: Child(name, size, device, config.threads) for name in names}
+def measure_in_turn(
+    names: list[str], size: Size, device: str, threads: int, rounds: int, warm_up: int
+) -> dict[str, Measured]:
+    children = {name: Child(name, size, device, threads) for name in names}
     for child in progress_bar(children.values(), unit="way", desc="starting"):
         child.wait()
-    for _ in progress_bar(range(config.rounds), unit="round", desc="steps"):
+    for _ in progress_bar(range(rounds), unit="round", desc="steps"):
         for child in children.values():
-            for _ in range(config.warm_up):  # what lay idle since its last turn has lost its caches and some pages
+            for _ in range(warm_up):  # what lay idle since its last turn has lost its caches and some pages
                 child.step(counts=False)
             child.step(counts=True)
     return {name: child.close() for name, child in children.items()}
 
 
-def measure_alone(name: str, size: Size, device: str, config) -> Measured:
-    child = Child(name, size, device, config.threads).wait()
-    for i in range(1 + config.growth_rounds):
+def measure_alone(name: str, size: Size, device: str, threads: int, rounds: int) -> Measured:
+    """With one step to warm up."""
+    child = Child(name, size, device, threads).wait()
+    for i in range(1 + rounds):
         child.step(i > 0)
     return child.close()
 
@@ -533,9 +539,9 @@ def ratio(a: Measured, b: Measured | None) -> str:
 
 
 def table(found: dict[str, Measured], batch_size: int) -> str:
-    """Markdown: a row a way. Times as multiples of sparsify's faster optimiser, the original and the product alone."""
+    """Markdown: a row per way. Times as multiples of sparsify's faster optimiser, the original, the product alone."""
     fast = fastest_peer({name: one for name, one in found.items() if name.startswith("sparsify")})
-    bases = [found.get(name) for name in (fast, "the original's way", "encoder's product alone, float32")]
+    bases = [found.get(name) for name in (fast or "", "the original's way", "encoder's product alone, float32")]
     rows = [
         f"| a step of {batch_size} | ms | activations/s | x sparsify | x the original | x the product alone | memory |",
         "|---|---|---|---|---|---|---|",
@@ -553,7 +559,7 @@ def table(found: dict[str, Measured], batch_size: int) -> str:
 
 
 def growth_table(what: str, found: dict[int, dict[str, Measured]]) -> str:
-    """Markdown: a row a size, ms and memory of each way."""
+    """Markdown: a row per size, ms and memory of each way."""
     names = list(next(iter(found.values())))
     rows = ["| " + " | ".join([what, *names]) + " |", "|" + "---|" * (1 + len(names))]
     for size, ways in found.items():
@@ -566,14 +572,11 @@ def growth_table(what: str, found: dict[int, dict[str, Measured]]) -> str:
 
 def fastest_peer(found: dict[str, Measured]) -> str | None:
     peers = {name: median(one.seconds) for name, one in found.items() if name in _PEERS and one.seconds}
-    return min(peers, key=peers.get) if peers else None
+    return min(peers, key=lambda name: peers[name]) if peers else None
 
 
-def profile(size: Size, device: str, options: dict[str, str]) -> str:
+def profile(size: Size, device: str, options: Mapping[str, str]) -> str:
     """torch.profiler's table over five of our steps."""
-    import torch
-    from torch.profiler import ProfilerActivity
-
     torch.manual_seed(0)
     way = ours(size, device, **options)
     x = torch.randn(size.batch_size, size.d_model, device=device)
@@ -587,18 +590,21 @@ def profile(size: Size, device: str, options: dict[str, str]) -> str:
 
 
 def machine(device: str, threads: int) -> str:
-    import torch
-
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     return f"{threads} threads, {found[1] if found else platform.processor()}, torch {torch.__version__}"
 
 
+def print_projected_cost(names: list[str], found: dict[str, Measured], batch_size: int, price: float) -> None:
+    print(f"\nThe published {_PUBLISHED_TOKENS:,} activations on one such GPU at ${price} an hour:")
+    for name in (name for name in names if WAYS[name].make in (ours, original) and found[name].seconds):
+        hours = _PUBLISHED_TOKENS / batch_size * median(found[name].seconds) / 3600
+        print(f"  {name}: {hours:,.1f} hours, ${hours * price:,.0f}")
+
+
 def main() -> None:
     config = parse_constants(globals())
-    import torch
-
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     defaults = Size(768, 2**14, 32, 4096) if device == "cpu" else Size(3072, 2**16, 64, 8192)
     size = Size(*(getattr(config, name) or default for name, default in defaults._asdict().items()))
@@ -611,31 +617,29 @@ def main() -> None:
     print(title)
     if absent:
         print(f"Not installed here, so not measured: {', '.join(absent)}; see benchmarks/requirements-peers.txt.")
-    found = measure_in_turn(names, size, device, config)
+    found = measure_in_turn(names, size, device, config.threads, config.rounds, config.warm_up)
     print("\n" + table(found, size.batch_size), flush=True)
     results: dict[str, Any] = {"machine": title, "size": size._asdict(), "git_commit": git_commit()}
     results |= {"not_installed": absent, "steps": {name: one._asdict() for name, one in found.items()}}
 
     if device == "cuda":
-        print(f"\nThe published {_PUBLISHED_TOKENS:,} activations on one such GPU at ${config.price_per_hour} an hour:")
-        for name in (name for name in names if WAYS[name].make in (ours, original) and found[name].seconds):
-            hours = _PUBLISHED_TOKENS / size.batch_size * median(found[name].seconds) / 3600
-            print(f"  {name}: {hours:,.1f} hours, ${hours * config.price_per_hour:,.0f}")
+        print_projected_cost(names, found, size.batch_size, config.price_per_hour)
     if config.growth:
         ways = ["ours, float32", "ours, bfloat16 encoder", fastest_peer(found), "the original's way"]
-        ways = [name for name in ways if name]
-        sizes = {
-            f"n_latents, batch {config.growth_batch_size}": {
-                n: size._replace(n_latents=n, batch_size=config.growth_batch_size) for n in config.growth_latents
+        batch_size = config.growth_batch_size
+        grows = {
+            f"n_latents, batch {batch_size}": {
+                n: size._replace(n_latents=n, batch_size=batch_size) for n in config.growth_latents
             },
             f"batch, n_latents {size.n_latents}": {n: size._replace(batch_size=n) for n in config.growth_batches},
         }
-        for what, each in sizes.items():
-            grown: dict[int, dict[str, Measured]] = {}
-            for n, s in progress_bar(each.items(), unit="size", desc=what):
-                grown[n] = {name: measure_alone(name, s, device, config) for name in ways}
+        for what, sizes in grows.items():
+            grown = {
+                n: {way: measure_alone(way, each, device, config.threads, config.growth_rounds) for way in ways if way}
+                for n, each in progress_bar(sizes.items(), unit="size", desc=what)
+            }
             print("\n" + growth_table(what, grown), flush=True)
-            results[what] = {n: {name: one._asdict() for name, one in ways.items()} for n, ways in grown.items()}
+            results[what] = {n: {way: one._asdict() for way, one in measured.items()} for n, measured in grown.items()}
     write_json(config.output, results)
     if config.profile:
         for name in (name for name in names if WAYS[name].make is ours):

@@ -15,30 +15,27 @@ Cost    10 minutes on two cores
     python benchmarks/sentences.py --input_path documents.parquet
 """
 
-import os
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
-from embedded.recipe import command
+from common import machine, median_rates, run_script, timed
+
 from pipeline.errors import InputError
-from pipeline.files import PROJECT_DIR, read_json, write_json
+from pipeline.files import read_json, write_json
 from pipeline.manifests import MANIFEST
-from pipeline.options import parse_constants
+from pipeline.options import Count, Positive, parse_constants
 from pipeline.progress import progress_bar
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from pipeline.run import run
 
 INPUT_PATH: str | None = None  # a parquet file of documents; made from the documentation when not given
 DATA_DIR = "data/benchmark_sentences"  # folder for documents and sentences
-COPIES = 8  # times the documents are read
-PUNKT_TRAIN_MB = 1.0  # MB of documents to train Punkt on
-SHARD_MB = 2.0  # MB a shard: many for each process
-REPEATS = 5  # runs of each way
+COPIES: Count = 8  # times the documents are read
+PUNKT_TRAIN_MB: Positive = 1.0  # MB of documents to train Punkt on
+SHARD_MB: Positive = 2.0  # MB per shard: many for each process
+REPEATS: Count = 5  # runs of each way
 
 _PLAIN_LOOP = """
 import json, sys
@@ -61,14 +58,10 @@ print(len(sentences))
 """
 
 
-def run(script: str, **options: object) -> None:
-    subprocess.run(command(script, **options), cwd=PROJECT_DIR, check=True, stdout=subprocess.DEVNULL)
-
-
 def make_documents(folder: Path, input_path: str | None, copies: int) -> Path:
-    """A folder with the parquet file `copies` times."""
+    """A folder with the parquet file `copies` times. It is the documentation on this machine when None is given."""
     if input_path is None:
-        run("embedded/corpus.py", output_dir=folder / "documentation")
+        run_script("embedded/corpus.py", output_dir=folder / "documentation")
         input_path = str(folder / "documentation" / "documents.parquet")
     documents = folder / "documents"
     shutil.rmtree(documents, ignore_errors=True)
@@ -84,34 +77,28 @@ def plain_loop(documents: Path, punkt_path: Path) -> int:
     return int(done.stdout)
 
 
-def begin(documents: Path, begun: Path, options: dict) -> None:
+def begin(documents: Path, begun: Path, options: dict[str, Any]) -> None:
     """A folder that the script has begun: Punkt is trained, no sentence is split."""
     shutil.rmtree(begun, ignore_errors=True)
-    run("openwebtext_sentences_dataset.py", input_path=documents, output_dir=begun, **options)
+    run_script("openwebtext_sentences_dataset.py", input_path=documents, output_dir=begun, **options)
     for shard in begun.glob("*.parquet"):
         shard.unlink()
     manifest = read_json(begun / MANIFEST, "")
     write_json(begun / MANIFEST, manifest | {"complete": False})
 
 
-def ours(documents: Path, begun: Path, folder: Path, n_processes: int, options: dict) -> int:
+def ours(documents: Path, begun: Path, folder: Path, n_processes: int, options: dict[str, Any]) -> int:
     """The whole script, from where `begun` is."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(begun, folder)
     options = options | {"input_path": documents, "output_dir": folder, "num_processes": n_processes}
-    run("openwebtext_sentences_dataset.py", **options)
+    run_script("openwebtext_sentences_dataset.py", **options)
     return read_json(folder / MANIFEST, "")["counts"]["sentences"]
-
-
-def timed(function, *args) -> tuple[float, int]:
-    started = time.perf_counter()
-    found = function(*args)
-    return time.perf_counter() - started, found
 
 
 def main() -> None:
     config = parse_constants(globals())
-    folder = Path(config.data_dir)
+    folder = Path(config.data_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     documents = make_documents(folder, config.input_path, config.copies)
     options = {"punkt": "corpus", "punkt_train_mb": config.punkt_train_mb, "shard_mb": config.shard_mb}
@@ -129,22 +116,17 @@ def main() -> None:
             took, found[way] = timed(*call)
             seconds[way].append(took)
     if len(set(found.values())) > 1:
-        raise InputError(f"The ways found different numbers of sentences ({found}); mend the splitting.")
+        raise InputError(f"The ways found different numbers of sentences ({found}); fix the splitting.")
     n = found["plain"]
     n_bytes = sum(shard["text_bytes"] for shard in read_json(folder / "sentences" / MANIFEST, "")["shards"])
-    rate = {way: n / statistics.median(times) for way, times in seconds.items()}
+    rate = median_rates(n, seconds)
     print("| sentences/s | plain NLTK loop | ours, one process | ours, two | two / one | two / loop | machine |")
     print("|---|---|---|---|---|---|---|")
     print(
         f"| {n:,} sentences, {n_bytes / 1e6:.0f} MB | {rate['plain']:,.0f} | {rate['one']:,.0f} | {rate['two']:,.0f} "
         f"| {rate['two'] / rate['one']:.2f} | {rate['two'] / rate['plain']:.2f} "
-        f"| {os.cpu_count()} cores, {processor()} |"
+        f"| {machine()} |"
     )
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Writes  OUTPUT_DIR: steering.json (every latent's figures too), steering.png; pr
 Method  the latents are chosen before any is steered: names of plain words, one of them among the tokens that the
         latent's direction promotes; those that it promotes most, about different words. Same prompts and seeds for all.
         Concept: completions that hold one of the name's words; and, independent of names, tokens on which the latent
-        fires when the clean model reads the completion again. Fluency: nats a token of the completion under the clean
+        fires when the clean model reads the completion again. Fluency: nats per token of the completion under the clean
         model, and trigrams that the completion held before. Repetitive text is cheap in nats, so both count: the best
         mode and strength shows the words most often at no more than MAX_NATS and MAX_REPEATED above clean
 Cost    10 minutes on two cores
@@ -13,34 +13,28 @@ Cost    10 minutes on two cores
     python benchmarks/steering.py
 """
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
 
-from pipeline.errors import InputError
-from pipeline.files import PROJECT_DIR, atomic_path, write_json
-from pipeline.manifests import git_commit
-from pipeline.options import parse_constants
-from pipeline.progress import progress_bar
+import common  # noqa: F401 (puts the project on sys.path)
+
+from pipeline.files import PROJECT_DIR
+from pipeline.options import Count, NotNegative, Share, parse_constants
 from pipeline.run import run
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from serving.steering import Mode
 
 SAE_MODEL_PATH = str(PROJECT_DIR / "llama_3" / "tiny_llama" / "sae.pth")  # the SAE
 OUTPUT_DIR = "data/benchmark_steering"  # folder for the results
-N_LATENTS = 24  # latents steered, one at a time
-MAX_NEW_TOKENS = 30  # of each completion
-TEMPERATURE = 0.8  # of sampling
-TOP_P = 0.95  # of sampling
+N_LATENTS: Count = 24  # latents steered, one at a time
+MAX_NEW_TOKENS: Count = 30  # of each completion
+TEMPERATURE: NotNegative = 0.8  # of sampling
+TOP_P: Share = 0.95  # of sampling
 STRENGTHS = [2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0]  # of h_bias, add and clamp, times the latent's highest activation
 FACTORS = [4.0, 16.0, 64.0]  # of scale
-MAX_NATS = 0.5  # nats a token above clean that the best may cost
-MAX_REPEATED = 0.05  # share of repeated trigrams above clean that the best may have
+MAX_NATS: NotNegative = 0.5  # nats per token above clean that the best may cost
+MAX_REPEATED: Share = 0.05  # share of repeated trigrams above clean that the best may have
 
 _PROMPTS = (
     "This is", "The", "It can be", "Note that", "When the", "A", "In this case", "The second", "For example,", "If",
@@ -48,13 +42,50 @@ _PROMPTS = (
 )  # fmt: skip
 
 
+if __name__ == "__main__":
+    run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
+
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from llama_3 import load_model, load_tokenizer
+from llama_3.generation import encode_text, generate
+from llama_3.model import Intervention, Transformer
+from llama_3.tokenizer import Tokenizer
+from pipeline.errors import InputError
+from pipeline.figures import new_figure, save_figure
+from pipeline.files import write_json
+from pipeline.manifests import git_commit
+from pipeline.progress import progress_bar
+from pipeline.sae_files import SaeFiles
+from pipeline.source import Source
+from sae import TopKSparseAutoencoder, load_sae_model
+from serving.own_words import count_hits
+from serving.steered_model import Sampling, latent_meanings
+from serving.steering import Steering, highest_activations, make_steering
+
+Row = dict[str, Any]  # the figures of a setting
+
+
 class Condition(NamedTuple):
-    mode: str  # of steering.MODES, or clean
+    """A way to steer."""
+
+    mode: Mode
     strength: float
     keep_error: bool
 
 
-def name_of(row: dict) -> str:
+class Opened(NamedTuple):
+    """What is steered."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    sae: TopKSparseAutoencoder
+    highest: Tensor
+
+
+def name_of(row: Row) -> str:
     return row["mode"] + ("" if row["keep_error"] else ", error dropped")
 
 
@@ -65,11 +96,6 @@ class Concept(NamedTuple):
 
 def choose_concepts(sae_path: str, n: int) -> list[Concept]:
     """Latents by the rule of the docstring, those that promote their words most first."""
-    import pyarrow.parquet as pq
-
-    from pipeline.sae_files import SaeFiles
-    from serving.steered_model import latent_meanings
-
     path = SaeFiles(sae_path).beside("promoted.parquet")
     if not path.exists():
         raise InputError(f"There is no {path}; run promoted_tokens.py first.")
@@ -95,50 +121,51 @@ def choose_concepts(sae_path: str, n: int) -> list[Concept]:
     return chosen[:n]
 
 
-def conditions(config) -> list[Condition]:
-    from_strengths = [("add", True), ("clamp", True), ("h_bias", True), ("clamp", False), ("h_bias", False)]
+def conditions(strengths: Sequence[float], factors: Sequence[float]) -> list[Condition]:
+    from_strengths: list[tuple[Mode, bool]] = [
+        ("add", True),
+        ("clamp", True),
+        ("h_bias", True),
+        ("clamp", False),
+        ("h_bias", False),
+    ]
     return [
-        *(Condition(mode, strength, keep) for mode, keep in from_strengths for strength in config.strengths),
-        *(Condition("scale", factor, True) for factor in config.factors),
+        *(Condition(mode, strength, keep) for mode, keep in from_strengths for strength in strengths),
+        *(Condition("scale", factor, True) for factor in factors),
         Condition("ablate", 0.0, True),
     ]
 
 
-def completions(model, tokenizer, steering, config, n_times: int = 1) -> list[list[list[int]]]:
-    """n_times the prompts together: each time's completions, token ids."""
-    from llama_3.generation import encode_text, generate
-
+def completions(
+    opened: Opened, steering: Intervention | None, sampling: Sampling, n_times: int = 1
+) -> list[list[list[int]]]:
+    """n_times the prompts together, with the same seeds: each time's completions, token ids."""
     n = len(_PROMPTS)
-    prompts = [encode_text(tokenizer, prompt) for prompt in _PROMPTS]
-    rows: list[list[int]] = [[] for _ in range(n_times * n)]
-    sampling = {"temperature": config.temperature, "top_p": config.top_p, "seeds": list(range(n)) * n_times}
-    steps = generate(model, prompts * n_times, config.max_new_tokens, tokenizer.stop_ids, steering=steering, **sampling)
-    for step in steps:
+    prompts = [encode_text(opened.tokenizer, prompt) for prompt in _PROMPTS] * n_times
+    options: dict[str, Any] = sampling.options(n) | {"seeds": sampling.seeds(n) * n_times}
+    rows: list[list[int]] = [[] for _ in prompts]
+    for step in generate(opened.model, prompts, stop_tokens=opened.tokenizer.stop_ids, steering=steering, **options):
         for row, token in zip(rows, step, strict=True):
             if token is not None:
                 row.append(token)
     return [rows[first : first + n] for first in range(0, len(rows), n)]
 
 
-def part_by_part(functions: "list[Callable[[Tensor], Tensor]]") -> "Callable[[Tensor], Tensor]":
+def part_by_part(functions: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
     """Each function for its equal part of a batch's rows."""
-    import torch
-
     return lambda x: torch.cat([f(part) for f, part in zip(functions, x.chunk(len(functions)), strict=True)])
 
 
-def read_again(model, tokenizer, sae, rows: list[list[int]]) -> "tuple[Tensor, Tensor]":
+def read_again(
+    model: Transformer, tokenizer: Tokenizer, sae: TopKSparseAutoencoder, rows: list[list[int]]
+) -> tuple[Tensor, Tensor]:
     """The clean model reads prompts and completions: nats of each completion token (n,), and which latents fire on it
     (n, k), -1 for none."""
-    import torch
-
-    from llama_3.generation import encode_text
-
     prompts = [encode_text(tokenizer, prompt) for prompt in _PROMPTS]
-    whole = [prompt + row for prompt, row in zip(prompts, rows, strict=True)]
-    tokens = torch.zeros(len(whole), max(map(len, whole)), dtype=torch.long)
+    texts = [prompt + row for prompt, row in zip(prompts, rows, strict=True)]
+    tokens = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
     completed = torch.zeros_like(tokens, dtype=torch.bool)
-    for i, (prompt, ids) in enumerate(zip(prompts, whole, strict=True)):
+    for i, (prompt, ids) in enumerate(zip(prompts, texts, strict=True)):
         tokens[i, : len(ids)] = torch.tensor(ids)
         completed[i, len(prompt) : len(ids)] = True
     tokens, completed = tokens.to(model.device), completed.to(model.device)
@@ -157,10 +184,8 @@ def repeated_trigrams(row: list[int]) -> float:
     return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
 
 
-def figures(tokenizer, concept: Concept, rows: list[list[int]], nats: "Tensor", fired: "Tensor") -> dict:
+def measures(tokenizer: Tokenizer, concept: Concept, rows: list[list[int]], nats: Tensor, fired: Tensor) -> Row:
     """What one latent's completions show."""
-    from demo import count_hits
-
     return {
         **concept._asdict(),
         "words_share": count_hits([tokenizer.decode(row) for row in rows], concept.words) / len(rows),
@@ -171,46 +196,46 @@ def figures(tokenizer, concept: Concept, rows: list[list[int]], nats: "Tensor", 
     }
 
 
-def measure(model, tokenizer, sae, highest, concepts: list[Concept], condition: Condition, config) -> dict:
-    """A condition's figures: means over the latents, the standard error of the first, and each latent's own."""
-    from statistics import fmean, stdev
-
-    from serving.steering import make_steering
-
-    if condition.mode == "clean":
-        parts = completions(model, tokenizer, None, config) * len(concepts)
+def measure(opened: Opened, concepts: list[Concept], condition: Condition | None, sampling: Sampling) -> Row:
+    """The figures of a condition, None for clean: means over the latents, the standard error of the first, and each
+    latent's own."""
+    model, tokenizer, sae, highest = opened
+    if condition is None:
+        parts = completions(opened, None, sampling) * len(concepts)
         again = [read_again(model, tokenizer, sae, parts[0])] * len(concepts)
     else:
-        how = (highest, condition.mode, condition.keep_error)
-        functions = [make_steering(sae, {concept.latent: condition.strength}, *how) for concept in concepts]
-        steering = (sae.info["site"], part_by_part(functions), (tokenizer.bos_id,))
-        parts = completions(model, tokenizer, steering, config, len(concepts))
+        mode, strength, keep_error = condition
+        asked_for = [Steering({concept.latent: strength}, mode, keep_error) for concept in concepts]
+        steerings = [make_steering(sae, steering, highest, tokenizer.bos_id) for steering in asked_for]
+        together = steerings[0]._replace(fn=part_by_part([steering.fn for steering in steerings]))
+        parts = completions(opened, together, sampling, len(concepts))
         again = [read_again(model, tokenizer, sae, rows) for rows in parts]
     each = [
-        figures(tokenizer, concept, rows, *seen) for concept, rows, seen in zip(concepts, parts, again, strict=True)
+        measures(tokenizer, concept, rows, *seen) for concept, rows, seen in zip(concepts, parts, again, strict=True)
     ]
     shares = [one["words_share"] for one in each]
+    setting = condition._asdict() if condition else {"mode": "clean", "strength": 0.0, "keep_error": True}
     return {
-        **condition._asdict(),
+        **setting,
         **{name: fmean(one[name] for one in each) for name in ("words_share", "fired_share", "nats", "repeated")},
         "words_share_error": stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else 0.0,
         "each": each,
     }
 
 
-def find_best(clean: dict, rows: list[dict], config) -> dict | None:
+def find_best(clean: Row, rows: list[Row], max_nats: float, max_repeated: float) -> Row | None:
     """By the rule of the docstring; of equals the first, whose mode computes less."""
     affordable = [
         row
         for row in rows
-        if row["nats"] <= clean["nats"] + config.max_nats and row["repeated"] <= clean["repeated"] + config.max_repeated
+        if row["nats"] <= clean["nats"] + max_nats and row["repeated"] <= clean["repeated"] + max_repeated
     ]
     return max(affordable, key=lambda row: row["words_share"], default=None)
 
 
-def table(clean: dict, rows: list[dict], best: dict | None) -> str:
+def table(clean: Row, rows: list[Row], best: Row | None) -> str:
     lines = [
-        "| mode | strength | texts with the words | tokens on which it fires | nats a token | repeated trigrams |",
+        "| mode | strength | texts with the words | tokens on which it fires | nats per token | repeated trigrams |",
         "|---|---|---|---|---|---|",
     ]
     for row in [clean, *rows]:
@@ -227,21 +252,17 @@ def table(clean: dict, rows: list[dict], best: dict | None) -> str:
     return "\n".join(lines)
 
 
-def plot(clean: dict, rows: list[dict], best: dict | None, path: Path) -> None:
+def plot(clean: Row, rows: list[Row], best: Row | None, path: Path) -> None:
     """The concept against each cost, a line per mode, a point per strength."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, constrained_layout=True)
-    of_mode: dict[str, list[dict]] = {}
+    figure = new_figure(11, 4.6)
+    axes = figure.subplots(1, 2, sharey=True)
+    rows_by_mode: dict[str, list[Row]] = {}
     for row in rows:
-        of_mode.setdefault(name_of(row), []).append(row)
-    costs = {"nats": "nats a token under the clean model", "repeated": "repeated trigrams, %"}
+        rows_by_mode.setdefault(name_of(row), []).append(row)
+    costs = {"nats": "nats per token under the clean model", "repeated": "repeated trigrams, %"}
     for axis, (cost, label) in zip(axes, costs.items(), strict=True):
         scale = 100 if cost == "repeated" else 1
-        for i, (name, points) in enumerate(of_mode.items()):
+        for i, (name, points) in enumerate(rows_by_mode.items()):
             x, y = [scale * point[cost] for point in points], [100 * point["words_share"] for point in points]
             style = "--" if "dropped" in name else "-"
             axis.plot(x, y, marker="o", markersize=4, linestyle=style, color=f"C{i}", label=name)
@@ -257,31 +278,28 @@ def plot(clean: dict, rows: list[dict], best: dict | None, path: Path) -> None:
     axes[0].set_ylabel("completions with the latent's own words, %")
     axes[0].legend(fontsize=8)
     figure.suptitle("Steering: concept against fluency; numbers are strengths, about the same on the lines beside")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
-    plt.close(figure)
+    save_figure(figure, path, dpi=130)
+
+
+def open_everything(sae_path: str) -> Opened:
+    highest = highest_activations(sae_path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sae = load_sae_model(sae_path, device)
+    model_dir = Source.read(sae.info, SaeFiles(sae_path).json).model_dir()
+    model = load_model(model_dir, device, rope_scaling_factor=sae.info.get("rope_scaling_factor"), packed=True)
+    return Opened(model, load_tokenizer(model_dir), sae, highest)
 
 
 def main() -> None:
     config = parse_constants(globals())
-    import torch
-
-    from llama_3 import load_model, load_tokenizer
-    from sae import load_sae_model
-    from serving.steering import highest_activations
-
     concepts = choose_concepts(config.sae_model_path, config.n_latents)
-    highest = highest_activations(config.sae_model_path)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    sae = load_sae_model(config.sae_model_path, device)
-    scaling = sae.info.get("rope_scaling_factor")
-    model = load_model(sae.info["model_dir"], device, rope_scaling_factor=scaling, packed=True)
-    tokenizer = load_tokenizer(sae.info["model_dir"])
+    opened = open_everything(config.sae_model_path)
     print("Latents: " + "; ".join(f"{concept.latent} {', '.join(concept.words)}" for concept in concepts))
-    everything = [Condition("clean", 0.0, True), *conditions(config)]
-    with progress_bar(everything, unit="setting", desc="steering") as bar:
-        clean, *rows = [measure(model, tokenizer, sae, highest, concepts, condition, config) for condition in bar]
-    best = find_best(clean, rows, config)
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, seed=0)
+    settings = [None, *conditions(config.strengths, config.factors)]
+    with progress_bar(settings, unit="setting", desc="steering") as bar:
+        clean, *rows = [measure(opened, concepts, condition, sampling) for condition in bar]
+    best = find_best(clean, rows, config.max_nats, config.max_repeated)
     folder = Path(config.output_dir)
     result = {"config": vars(config), "git_commit": git_commit(), "clean": clean, "settings": rows, "best": best}
     write_json(folder / "steering.json", result)

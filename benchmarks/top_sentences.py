@@ -4,7 +4,7 @@ Reads   the embedded tiny Llama, its reference SAE, and the documentation on thi
 Writes  DATA_DIR; prints a row of a markdown table
 Method  the original's way is a Python loop over sentences: run the SAE on one, average (and take the last token)
         over its tokens, and enter the sentence for the one latent that is highest by each. Written here from its
-        description, with this project's SAE; both read the same memory-mapped shards (the original read a file a
+        description, with this project's SAE; both read the same memory-mapped shards (the original read a file per
         sentence) and run the same number of threads. Ours is the whole script's work: three aggregations, every
         latent's own sentences, samples, co-firing and the tables on disk. Encoding alone, in batches, is the limit of
         any way. One of each in turn, REPEATS times; medians. Run it alone on the machine
@@ -13,40 +13,46 @@ Cost    6 minutes on two cores, and 2 more the first time
     python benchmarks/top_sentences.py
 """
 
-import os
-import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
+from common import machine, median_rates, run_script, timed
 
-from embedded.recipe import command
 from pipeline.files import PROJECT_DIR
-from pipeline.options import parse_constants
-from pipeline.progress import progress_bar
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from pipeline.options import Count, parse_constants
+from pipeline.run import run
 
 DATA_DIR = "data/benchmark_top_sentences"  # folder for documents, sentences and activations
-NUM_SAMPLES = 32_000  # sentences
-ORIGINAL_SENTENCES = 4_000  # of them for the original's way, which takes the same time for each
-REPEATS = 5  # runs of each way
+NUM_SAMPLES: Count = 32_000  # sentences
+ORIGINAL_SENTENCES: Count = 4_000  # of them for the original's way, which takes the same time for each
+REPEATS: Count = 5  # runs of each way
 
 _MODEL_DIR = PROJECT_DIR / "llama_3" / "tiny_llama"
 _SITE = "layers.6.attention_norm"
+_TOP = 100  # sentences kept per latent
 
+if __name__ == "__main__":
+    run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
 
-def run(script: str, **options: object) -> None:
-    subprocess.run(command(script, **options), cwd=PROJECT_DIR, check=True, stdout=subprocess.DEVNULL)
+from pathlib import Path
+
+import torch
+
+from pipeline.activation_store import ActivationStore
+from pipeline.progress import progress_bar
+from pipeline.sentences import SentenceDataset
+from sae import TopKSparseAutoencoder, load_sae_model
 
 
 def make_activations(folder: Path, num_samples: int) -> Path:
     """The demo's activations of the tiny Llama, by the scripts themselves; nothing when they are there."""
-    run("embedded/corpus.py", output_dir=folder / "documents", max_mb=6)
-    punkt = {"punkt": "corpus", "punkt_train_mb": 1, "shard_mb": 2}
-    run("openwebtext_sentences_dataset.py", input_path=folder / "documents", output_dir=folder / "sentences", **punkt)
-    run(
+    run_script("embedded/corpus.py", output_dir=folder / "documents", max_mb=6)
+    run_script(
+        "openwebtext_sentences_dataset.py",
+        input_path=folder / "documents",
+        output_dir=folder / "sentences",
+        punkt="corpus",
+        punkt_train_mb=1,
+        shard_mb=2,
+    )
+    run_script(
         "capture_activations.py",
         model_dir=_MODEL_DIR,
         sentences_dir=folder / "sentences",
@@ -60,14 +66,15 @@ def make_activations(folder: Path, num_samples: int) -> Path:
     return folder / "activations" / _SITE
 
 
-def one_by_one(store, sae, texts, n: int) -> dict[int, list]:
+def one_by_one(
+    store: ActivationStore, sae: TopKSparseAutoencoder, texts: SentenceDataset, n: int
+) -> dict[int, list[tuple[float, int, str]]]:
     """The original's way, for n sentences: latent -> [(activation, sentence, text)], each for its highest latent."""
-    import torch
-
-    found: dict[int, list] = {}
+    found: dict[int, list[tuple[float, int, str]]] = {}
     for shard in store.shards():
         offsets = shard.offsets.tolist()
-        for row, sentence in enumerate(shard.sentence_idx[:n].tolist()):
+        sentences = shard.sentence_idx[:n].tolist()
+        for row, sentence in enumerate(sentences):
             acts = shard.acts[offsets[row] : offsets[row + 1]]
             values, indices = sae.encode(acts)
             latents = torch.zeros(len(acts), sae.n_latents).scatter_(1, indices, values)
@@ -75,60 +82,44 @@ def one_by_one(store, sae, texts, n: int) -> dict[int, list]:
             for aggregated in (latents.mean(0), latents[-1]):
                 activation, latent = aggregated.max(0)
                 found.setdefault(int(latent), []).append((float(activation), sentence, texts[sentence]))
-        n -= row + 1
+        n -= len(sentences)
         if n <= 0:
             break
-    return {latent: sorted(entries, reverse=True)[:100] for latent, entries in found.items()}
+    return {latent: sorted(entries, reverse=True)[:_TOP] for latent, entries in found.items()}
 
 
-def encode_alone(store, sae) -> None:
+def encode_alone(store: ActivationStore, sae: TopKSparseAutoencoder) -> None:
     for shard in store.shards():
         for acts in shard.acts.split(4096):
             sae.encode(acts)
-
-
-def timed(function, *args) -> float:
-    started = time.perf_counter()
-    function(*args)
-    return time.perf_counter() - started
 
 
 def main() -> None:
     config = parse_constants(globals())
     folder = Path(config.data_dir)
     activations = make_activations(folder, config.num_samples)
-    import torch
-
-    from pipeline.activation_store import ActivationStore
-    from pipeline.sentences import SentenceDataset
-    from sae import load_sae_model
-
     sae_path = _MODEL_DIR / "sae.pth"
     store, sae = ActivationStore(activations), load_sae_model(sae_path)
     n_sentences = store.manifest["counts"]["sentences"]
     n_original = min(n_sentences, config.original_sentences)
     texts = SentenceDataset(folder / "sentences", config.num_samples)
     options = {"data_dir": activations, "model_path": sae_path, "captured_data_output_dir": folder / "sae"}
+    ours = lambda: run_script("capture_top_activating_sentences.py", **options)
     seconds: dict[str, list[float]] = {"original": [], "ours": [], "encoding": []}
     with torch.inference_mode():
         for _ in progress_bar(range(config.repeats), unit="round", desc="benchmark"):
-            seconds["original"].append(timed(one_by_one, store, sae, texts, n_original))
-            seconds["ours"].append(timed(lambda: run("capture_top_activating_sentences.py", **options)))
-            seconds["encoding"].append(timed(encode_alone, store, sae))
-    done = {"original": n_original, "ours": n_sentences, "encoding": n_sentences}
-    rate = {way: done[way] / statistics.median(times) for way, times in seconds.items()}
-    machine = f"{os.cpu_count()} cores, {processor()}, {torch.get_num_threads()} threads"
+            seconds["original"].append(timed(one_by_one, store, sae, texts, n_original)[0])
+            seconds["ours"].append(timed(ours)[0])
+            seconds["encoding"].append(timed(encode_alone, store, sae)[0])
+    rate = median_rates(n_sentences, seconds)
+    rate["original"] *= n_original / n_sentences
     print("| sentences/s | original's way | ours, everything | ratio | encoding alone | machine |")
     print("|---|---|---|---|---|---|")
     print(
         f"| {n_sentences:,} sentences, {store.n_tokens:,} tokens, {sae.n_latents:,} latents | {rate['original']:,.0f} "
-        f"| {rate['ours']:,.0f} | {rate['ours'] / rate['original']:.1f} | {rate['encoding']:,.0f} | {machine} |"
+        f"| {rate['ours']:,.0f} | {rate['ours'] / rate['original']:.1f} | {rate['encoding']:,.0f} "
+        f"| {machine()}, {torch.get_num_threads()} threads |"
     )
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Requests to Claude one at a time, answers as they come."""
+"""Requests to Claude one by one, answers as they come: for servers without batches."""
 
 import json
 import os
@@ -6,19 +6,20 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Stop
 
-CONCURRENCY = 8  # requests under way at a time
-REQUESTS_PER_MINUTE = 1000.0  # at most
-RETRIES = 6  # of a request when the server is busy or out of order
+if TYPE_CHECKING:
+    from anthropic import Anthropic
+
 _HOPELESS = 10  # errors before the first success, after which it stops: they will not end
 
 
-def ask(client, request: dict) -> dict:
+def ask(client: "Anthropic", request: dict[str, Any]) -> dict[str, Any]:
     """The answer to a request, in the form of a line of a batch's results.
 
-    A request that the server refuses for what it is gives an "errored" line. Raises the API's error for what would
+    A request that the server refuses for its content gives an "errored" line. Raises the API's error for what would
     befall the next request too: no connection, no credit, a wrong key, an unknown model.
     """
     import anthropic
@@ -28,13 +29,15 @@ def ask(client, request: dict) -> dict:
     except (anthropic.BadRequestError, anthropic.ContentTooLargeError, anthropic.UnprocessableEntityError) as error:
         if "credit balance" in str(error).lower():
             raise
-        said = {"type": error.type or "invalid_request_error", "message": error.api_message or str(error)}
-        errored = {"type": "errored", "error": {"type": "error", "error": said, "request_id": error.request_id}}
+        reason = {"type": error.type or "invalid_request_error", "message": error.api_message or str(error)}
+        errored = {"type": "errored", "error": {"type": "error", "error": reason, "request_id": error.request_id}}
         return {"custom_id": request["custom_id"], "result": errored}
     return {"custom_id": request["custom_id"], "result": {"type": "succeeded", "message": message.to_dict(mode="json")}}
 
 
-def ask_all(client, requests: Iterator[dict], concurrency: int, per_minute: float) -> Iterator[dict]:
+def ask_all(
+    client: "Anthropic", requests: Iterator[dict[str, Any]], concurrency: int, per_minute: float
+) -> Iterator[dict[str, Any]]:
     """Answers in the order in which they come: `concurrency` requests at a time, at most `per_minute` started.
 
     When one raises, no more are started; its error is raised when the answers under way have come.
@@ -46,8 +49,8 @@ def ask_all(client, requests: Iterator[dict], concurrency: int, per_minute: floa
     with ThreadPoolExecutor(concurrency) as pool:
         while running or (following and not failure):
             pause = max(0.0, next_start - time.monotonic())
-            may_start = following and not failure and len(running) < concurrency
-            if may_start and not pause:
+            may_start = not failure and len(running) < concurrency
+            if following and may_start and not pause:
                 running.add(pool.submit(ask, client, following))
                 following = next(requests, None)
                 next_start = time.monotonic() + 60 / per_minute
@@ -55,7 +58,9 @@ def ask_all(client, requests: Iterator[dict], concurrency: int, per_minute: floa
             if not running:
                 time.sleep(pause)
                 continue
-            finished, running = wait(running, timeout=pause if may_start else None, return_when=FIRST_COMPLETED)
+            finished, running = wait(
+                running, timeout=pause if following and may_start else None, return_when=FIRST_COMPLETED
+            )
             for future in finished:
                 if future.exception():
                     failure = future.exception()
@@ -65,7 +70,7 @@ def ask_all(client, requests: Iterator[dict], concurrency: int, per_minute: floa
         raise failure
 
 
-def append_answers(path: Path, answers: Iterable[dict]) -> None:
+def append_answers(path: Path, answers: Iterable[dict[str, Any]]) -> None:
     """Write each answer to the end of the file as it comes. Raises InputError when the server refuses everything."""
     n_succeeded = n_errored = 0
     try:
@@ -77,10 +82,10 @@ def append_answers(path: Path, answers: Iterable[dict]) -> None:
                 succeeded = answer["result"]["type"] == "succeeded"
                 n_succeeded, n_errored = n_succeeded + succeeded, n_errored + (not succeeded)
                 if n_errored == _HOPELESS and not n_succeeded:
-                    said = answer["result"]["error"]["error"]["message"]
-                    raise InputError(f"The server refuses every request ({said}); correct the option it names.")
+                    reason = answer["result"]["error"]["error"]["message"]
+                    raise InputError(f"The server refuses every request ({reason}); correct the option it names.")
     except OSError as error:
-        raise InputError(f"Could not write {path} ({error}); free some disk and run again to continue.") from error
+        raise Stop(f"Could not write {path} ({error}); free some disk and run again to continue.") from error
     print(f"{n_succeeded:,} answers, {n_errored:,} refused: {path}")
 
 

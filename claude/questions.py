@@ -1,30 +1,16 @@
 """What Claude is asked about a latent."""
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from claude.batches import add_up
+from claude.requests import Respondent
 from latents.tables import Aggregation, top_sentences
-from llama_3 import load_tokenizer
 from pipeline.errors import InputError
-from pipeline.files import read_json
 from pipeline.progress import progress_bar
-
-# Defaults of the two scripts that ask.
-TOP_SENTENCES_DICT_FILEPATH = "data/sae.top.parquet"
-RESPONSE_IDS_FILEPATH = "{name}.{aggregation}.response_ids.jsonl"
-RESPONSE_OUTPUT_DIR = "{name}.{aggregation}.responses"
-AGGREGATION: Aggregation = "mean"
-MODEL = "claude-haiku-5-5"
-EFFORT = "low"
-MAX_TOKENS = 4000
-OUTPUT_TOKENS = 500  # 387 in the published run, by a tokenizer of fewer tokens
-SENTENCES_PER_REQUEST = 50
-MIN_SENTENCES = 5
-MARK_SHARE = 0.5
 
 _PROMPT = """\
 A language model reads text token by token. Inside it one direction was found, called a latent, that switches on for \
@@ -51,7 +37,7 @@ Then close with one JSON object and nothing after it:
 certainty is a number from 0 (a guess) to 1 (every sentence fits, others would not). If the sentences share nothing, \
 common_semantic is null and certainty 0.
 """
-_HOW = {
+_HOW: dict[Aggregation, str] = {
     "mean": "with the highest average activation",
     "max": "that hold a token with the highest activation",
     "last": "with the highest activation at their last token",
@@ -78,21 +64,9 @@ def with_marks(tokens: list[bytes], activations: list[float], share: float) -> s
     return "".join(parts).replace("\r", "\\r").replace("\n", "\\n").strip()
 
 
-def prompt(texts: list[str], aggregation: str, marked: bool) -> str:
+def latent_prompt(texts: list[str], aggregation: Aggregation, marked: bool) -> str:
     lines = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
     return _PROMPT.format(n=len(texts), how=_HOW[aggregation], marks=_MARKS if marked else "", sentences=lines)
-
-
-def request(latent: int, content: str, model: str, max_tokens: int, effort: str) -> dict[str, Any]:
-    """A question to Claude, as an entry of a batch."""
-    params: dict[str, Any] = {
-        "model": model,
-        "max_tokens": max_tokens,
-        "messages": [{"role": "user", "content": content}],
-    }
-    if effort:
-        params["output_config"] = {"effort": effort}
-    return {"custom_id": str(latent), "params": params}
 
 
 def parse_latents(text: str | None) -> list[range] | None:
@@ -109,43 +83,34 @@ def parse_latents(text: str | None) -> list[range] | None:
     return ranges
 
 
-def model_dir_of(top_path: Path) -> str:
-    """The Llama folder that NAME.json beside NAME.top.parquet names."""
-    mend = "name the folder with the tokenizer with --model_dir."
-    info = read_json(str(top_path).removesuffix(".top.parquet") + ".json", mend)
-    if not isinstance(info, dict) or "model_dir" not in info:
-        raise InputError(f"The JSON beside {top_path} names no model_dir; {mend}")
-    return info["model_dir"]
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """A question about each latent that has enough top sentences."""
 
+    top_path: Path  # NAME.top.parquet
+    aggregation: Aggregation
+    latents: list[range] | None  # which latents; None for all
+    n_sentences: int  # shown, strongest first
+    min_sentences: int
+    mark_share: float  # see `with_marks`; above 1 for no marks
+    respondent: Respondent
 
-def journal_and_answers(config) -> tuple[Path, Path]:
-    """RESPONSE_IDS_FILEPATH and RESPONSE_OUTPUT_DIR, filled in."""
-    name = config.top_sentences_dict_filepath.removesuffix(".top.parquet")
-    fill = lambda text: Path(text.replace("{name}", name).replace("{aggregation}", config.aggregation))
-    return fill(config.response_ids_filepath), fill(config.response_output_dir)
-
-
-def questions(config, skip: set[str]) -> Iterator[dict[str, Any]]:
-    """The requests of a run, without those whose custom_id is in `skip`."""
-
-    top_path = Path(config.top_sentences_dict_filepath)
-    token_bytes = functools.cache(load_tokenizer(config.model_dir or model_dir_of(top_path)).token_bytes)
-    latents = top_sentences(top_path, config.aggregation, config.sentences_per_request, parse_latents(config.latents))
-    n_latents = 0
-    for latent, sentences in progress_bar(latents, desc="questions", unit="latent"):
-        n_latents += 1
-        if len(sentences) < config.min_sentences or str(latent) in skip:
-            continue
-        texts = [with_marks([token_bytes(i) for i in s.token_ids], s.activations, config.mark_share) for s in sentences]
-        content = prompt(texts, config.aggregation, config.mark_share <= 1)
-        yield request(latent, content, config.model, config.max_tokens, config.effort)
-    if n_latents == 0:
-        raise InputError(f"{top_path} has no sentences by {config.aggregation} for these latents; choose others.")
-
-
-def output_tokens(response_dir: Path, assumed: float) -> float:
-    """Output tokens of an answer: the mean of those in the folder, or what is assumed where there are none."""
-    totals = add_up(response_dir.glob("*.jsonl"))
-    if not totals.types["succeeded"]:
-        return assumed
-    return sum(n_output for _, n_output in totals.tokens.values()) / totals.types["succeeded"]
+    def requests(self, token_bytes: Callable[[int], bytes], skip: set[str]) -> Iterator[dict[str, Any]]:
+        """The questions as requests, without those whose custom_id, the latent's number, is in `skip`."""
+        token_bytes = functools.cache(token_bytes)
+        by_latent = top_sentences(self.top_path, self.aggregation, self.n_sentences, self.latents)
+        n_latents = 0
+        for latent, sentences in progress_bar(by_latent, desc="questions", unit="latent"):
+            n_latents += 1
+            if len(sentences) < self.min_sentences or str(latent) in skip:
+                continue
+            texts = [
+                with_marks([token_bytes(i) for i in s.token_ids], s.token_activations, self.mark_share)
+                for s in sentences
+            ]
+            content = latent_prompt(texts, self.aggregation, self.mark_share <= 1)
+            yield self.respondent.request(str(latent), content)
+        if n_latents == 0:
+            raise InputError(
+                f"{self.top_path} has no sentences by {self.aggregation} for these latents; choose others."
+            )

@@ -20,12 +20,13 @@ import sys
 import sysconfig
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.files import atomic_path, locked, sha256
-from pipeline.manifests import begin_or_continue, check_complete, write_manifest
+from pipeline.files import atomic_path, sha256
+from pipeline.manifests import output_folder, write_manifest
 from pipeline.options import NotNegative, parse_constants
 from pipeline.progress import progress_bar
 from pipeline.run import run
@@ -33,7 +34,9 @@ from pipeline.run import run
 OUTPUT_DIR = "data/documents"  # folder for documents.parquet
 MAX_MB: NotNegative = 0.0  # stop after this many MB of text, files taken evenly from the whole; 0 for all
 
-_STAGE = "embedded/corpus.py"
+CORPUS_STAGE = "embedded/corpus.py"
+_DOCUMENTS = "documents.parquet"
+_SCHEMA = pa.schema({"text": pa.string(), "source": pa.string(), "held_out": pa.bool_()})
 # Installed packages whose documentation counts as English prose; a missing one is skipped.
 _PACKAGES = [
     "anthropic",
@@ -199,7 +202,7 @@ def read_file(source: tuple[str, Path]) -> tuple[str, list[str]]:
 
 
 def read_topics() -> list[tuple[str, list[str]]]:
-    """The language reference behind Python's help(), one document a topic."""
+    """The language reference behind Python's help(), one document per topic."""
     from pydoc_data.topics import topics
 
     return [(f"topics:{name}", prose_paragraphs(topics[name])) for name in sorted(topics)]
@@ -219,48 +222,73 @@ def read_source(name: str) -> list[str]:
     return []
 
 
+def read_all(sources: list[tuple[str, Path]]) -> list[tuple[str, list[str]]]:
+    """(name, paragraphs) of every file and topic, held-out ones first: what they share with others is then theirs."""
+    with multiprocessing.Pool(os.cpu_count()) as pool:
+        read = pool.imap(read_file, sources, chunksize=32)
+        documents = list(progress_bar(read, total=len(sources), unit="file", desc="documentation"))
+    documents += read_topics()
+    return sorted(documents, key=lambda document: (document[0] not in _HELD_OUT, document[0]))
+
+
+def take_evenly(documents: list[tuple[str, list[str]]], max_mb: float) -> list[tuple[str, list[str]]]:
+    """About max_mb of text, from documents at even distances."""
+    share = max_mb * 1e6 / sum(len(p) for _, paragraphs in documents for p in paragraphs)
+    return [document for i, document in enumerate(documents) if int((i + 1) * share) > int(i * share)]
+
+
+def rows_of(documents: list[tuple[str, list[str]]]) -> list[dict[str, Any]]:
+    """The rows of documents.parquet: a paragraph that occurs twice is kept where it comes first."""
+    seen: set[str] = set()
+    rows = []
+    for name, paragraphs in documents:
+        fresh = list(dict.fromkeys(p for p in paragraphs if p not in seen))
+        seen.update(fresh)
+        if fresh:
+            rows.append({"text": "\n\n".join(fresh), "source": name, "held_out": name in _HELD_OUT})
+    return rows
+
+
+def write_documents(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write documents.parquet; returns its record for the manifest."""
+    path = folder / _DOCUMENTS
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary, compression="zstd")
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def read_documents(folder: Path | str) -> dict[str, list[Any]]:
+    """Column -> values of documents.parquet."""
+    return pq.ParquetFile(Path(folder, _DOCUMENTS)).read().to_pydict()
+
+
 def main() -> None:
     config = parse_constants(globals())
-
     warnings.simplefilter("ignore")
+    folder = Path(config.output_dir)
     sources = find_sources()
-    print(f"Reading the documentation in {len(sources)} files of {sys.prefix}; writing to {config.output_dir}.")
+    print(f"Reading the documentation in {len(sources)} files of {sys.prefix}; writing to {folder}.")
     sizes = "".join(f"{name} {path.stat().st_size}\n" for name, path in sources)
     decides = {"max_mb": config.max_mb, "installation": hashlib.sha256(sizes.encode()).hexdigest()}
-    with locked(config.output_dir):
-        if begin_or_continue(config.output_dir, _STAGE, decides):
-            check_complete(config.output_dir, _STAGE)
-            print(f"{config.output_dir} is complete already.")
+    with output_folder(folder, CORPUS_STAGE, decides, needed_bytes=0) as complete:
+        if complete:
             return
-        with multiprocessing.Pool(os.cpu_count()) as pool:
-            read = pool.imap(read_file, sources, chunksize=32)
-            documents = list(progress_bar(read, total=len(sources), unit="file", desc="documentation"))
-        documents += read_topics()
-        documents.sort(key=lambda d: (d[0] not in _HELD_OUT, d[0]))  # held out first: what they share is theirs
-        if config.max_mb:
-            share = config.max_mb * 1e6 / sum(len(p) for _, paragraphs in documents for p in paragraphs)
-            documents = [d for i, d in enumerate(documents) if int((i + 1) * share) > int(i * share)]
-        seen: set[str] = set()
-        rows = []
-        for name, paragraphs in documents:
-            fresh = list(dict.fromkeys(p for p in paragraphs if p not in seen))
-            seen.update(fresh)
-            if fresh:
-                rows.append({"text": "\n\n".join(fresh), "source": name, "held_out": name in _HELD_OUT})
-        path = Path(config.output_dir) / "documents.parquet"
-        with atomic_path(path) as temporary:
-            pq.write_table(pa.Table.from_pylist(rows), temporary, compression="zstd")
-        n_chars = sum(len(row["text"]) for row in rows)
+        documents = read_all(sources)
+        rows = rows_of(take_evenly(documents, config.max_mb) if config.max_mb else documents)
+        shard = write_documents(folder, rows)
+        held_out = [row for row in rows if row["held_out"]]
         counts = {
             "documents": len(rows),
-            "characters": n_chars,
-            "held_out_documents": sum(row["held_out"] for row in rows),
-            "held_out_characters": sum(len(row["text"]) for row in rows if row["held_out"]),
+            "characters": sum(len(row["text"]) for row in rows),
+            "held_out_documents": len(held_out),
+            "held_out_characters": sum(len(row["text"]) for row in held_out),
         }
-        shards = [{"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}]
-        complete = {"complete": True, "decides": decides, "config": vars(config), "counts": counts, "shards": shards}
-        write_manifest(config.output_dir, _STAGE, **complete)
-    print(f"{len(rows)} documents, {n_chars / 1e6:.1f} MB of text, {counts['held_out_documents']} held out: {path}")
+        options = vars(config)
+        write_manifest(folder, CORPUS_STAGE, True, decides=decides, config=options, counts=counts, shards=[shard])
+    print(
+        f"{len(rows)} documents, {counts['characters'] / 1e6:.1f} MB of text, {len(held_out)} held out: "
+        f"{folder / _DOCUMENTS}"
+    )
 
 
 if __name__ == "__main__":

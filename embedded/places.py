@@ -7,13 +7,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from embedded.corpus import read_source
+from embedded.corpus import read_documents, read_source
 from pipeline.files import atomic_path
 from pipeline.progress import progress_bar
-from pipeline.sentences import SentenceDataset
+from pipeline.sentences import SentenceDataset, read_sentence_table
 
 _AGGREGATION = "max"  # whose top sentences are kept
-_N_PLACES = 5  # sentences a latent in NAME.top_places.parquet
+_N_PLACES = 5  # sentences per latent in NAME.top_places.parquet
+_SCHEMA = pa.schema(
+    {
+        "latent": pa.int32(),
+        "rank": pa.int8(),
+        "activation": pa.float32(),
+        "source": pa.string(),
+        "paragraph": pa.int32(),
+        "start": pa.int32(),
+        "length": pa.int32(),
+        "checksum": pa.uint32(),
+    }
+)
 
 
 def checksum(text: str) -> int:
@@ -34,38 +46,43 @@ def write_places(
 ) -> None:
     """Write where the strongest sentences of NAME.top.parquet stand in the installed documentation, not their text.
 
-    Columns: latent, rank, activation, source and paragraph (of embedded.corpus.read_source), start, length (in
-    characters), checksum. A sentence over several paragraphs is left out, the same text stands once a latent.
+    Columns: _SCHEMA; source and paragraph as embedded.corpus.read_source counts them, start and length in characters.
+    A sentence over several paragraphs is left out; the same text stands once per latent.
     """
-
     dataset = SentenceDataset(sentences_dir)
-    files = [dataset.folder / shard["file"] for shard in dataset.manifest["shards"]]
-    spans = pa.concat_tables(pq.ParquetFile(path).read(columns=["doc_idx", "start"]) for path in files)
+    spans = read_sentence_table(sentences_dir, ["doc_idx", "start"])
     doc_idx, starts = (spans[name].to_numpy() for name in ("doc_idx", "start"))
-    documents = pq.ParquetFile(Path(documents_dir, "documents.parquet")).read(columns=["text", "source"])
+    documents = read_documents(documents_dir)
     top = pq.ParquetFile(top_path).read(columns=["latent", "rank", "activation", "sentence_idx", "aggregation", "text"])
     top = top.filter(pc.field("aggregation") == _AGGREGATION).sort_by([("latent", "ascending"), ("rank", "ascending")])
     paragraphs: dict[str, dict[str, int]] = {}  # source -> paragraph -> number
-    rows: dict[int, dict[int, dict]] = {}  # latent -> checksum -> row
+    places: dict[int, dict[int, dict]] = {}  # latent -> checksum -> row
     for row in progress_bar(top.to_pylist(), unit="sentence", desc="places"):
-        places, text = rows.setdefault(row["latent"], {}), row["text"]
-        if len(places) == _N_PLACES or checksum(text) in places:
+        of_latent, text = places.setdefault(row["latent"], {}), row["text"]
+        if len(of_latent) == _N_PLACES or checksum(text) in of_latent:
             continue
-        place = int(dataset.order[row["sentence_idx"]])
-        document, source = (documents[name][int(doc_idx[place])].as_py() for name in ("text", "source"))
+        sentence = int(dataset.order[row["sentence_idx"]])
+        document, source = (documents[name][int(doc_idx[sentence])] for name in ("text", "source"))
         if source not in paragraphs:
             paragraphs[source] = {p: number for number, p in reversed(list(enumerate(read_source(source))))}
-        before, _, _ = document[: int(starts[place])].rpartition("\n\n")
-        start = int(starts[place]) - (len(before) + 2 if before else 0)
-        paragraph = document[int(starts[place]) - start :].partition("\n\n")[0]
-        number = paragraphs[source].get(paragraph)
-        if number is not None and paragraph[start : start + len(text)] == text:
-            place = {"source": source, "paragraph": number, "start": start, "length": len(text)}
-            row = {name: row[name] for name in ("latent", "activation")}
-            places[checksum(text)] = {**row, "rank": len(places), **place, "checksum": checksum(text)}
-    types = {"latent": pa.int32(), "rank": pa.int8(), "activation": pa.float32(), "source": pa.string()}
-    types |= {"paragraph": pa.int32(), "start": pa.int32(), "length": pa.int32(), "checksum": pa.uint32()}
-    table = pa.Table.from_pylist([place for of in rows.values() for place in of.values()], schema=pa.schema(types))
+        if place := find_place(text, document, int(starts[sentence]), paragraphs[source]):
+            known = {"latent": row["latent"], "activation": row["activation"], "source": source}
+            of_latent[checksum(text)] = {**known, **place, "rank": len(of_latent), "checksum": checksum(text)}
+    table = pa.Table.from_pylist([place for rows in places.values() for place in rows.values()], schema=_SCHEMA)
     with atomic_path(out_path) as temporary:
         pq.write_table(table, temporary, compression="zstd", compression_level=19, use_dictionary=True)
-    print(f"{len(table):,} places of {len(rows):,} latents' sentences: {out_path}")
+    print(f"{len(table):,} places of {len(places):,} latents' sentences: {out_path}")
+
+
+def find_place(text: str, document: str, start: int, numbers: dict[str, int]) -> dict[str, int] | None:
+    """The paragraph that holds all of a document's sentence, which begins at `start`, and where in it; None: none does.
+
+    numbers: of the paragraphs of the document's source.
+    """
+    before, _, _ = document[:start].rpartition("\n\n")
+    start_in_paragraph = start - (len(before) + 2 if before else 0)
+    paragraph = document[start - start_in_paragraph :].partition("\n\n")[0]
+    number = numbers.get(paragraph)
+    if number is None or paragraph[start_in_paragraph : start_in_paragraph + len(text)] != text:
+        return None
+    return {"paragraph": number, "start": start_in_paragraph, "length": len(text)}

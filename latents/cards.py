@@ -1,16 +1,19 @@
-"""A latent's card and its HTML."""
+"""A latent's card and its HTML: what the page and the report show of it."""
 
 import html
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+from latents.markup import visible_token
 
-class Sentence(NamedTuple):
-    """A sentence as the model read it."""
+
+class CardSentence(NamedTuple):
+    """A sentence on a card, as the model read it."""
 
     tokens: list[str]  # joined they are the text; a character of several tokens stands at its last one
-    activations: list[float]  # of the latent on each token, normalised space
+    activations: list[float]  # of the latent, per token, normalised space
     activation: float  # the highest of them
 
 
@@ -25,48 +28,13 @@ class Card(NamedTuple):
     mean: float  # activation where it fires, normalised space
     highest: float  # observed activation
     sentences_by_tenth: list[int]  # sentences by their highest activation, in tenths of the range, weakest first
-    sentences: list[Sentence]  # strongest first, the same text once
+    sentences: list[CardSentence]  # strongest first, the same text once
     promoted: list[tuple[str, float]]  # tokens, and their logits in standard deviations over the vocabulary
     suppressed: list[tuple[str, float]]
     co_firing: list[tuple[int, str | None, float]]  # latent, meaning, Jaccard index
 
 
-# Colours are shares of the text's colour and of one orange over what stands behind: they read on white and on black.
-CARD_CSS = """
-.latent-card { border: 1px solid color-mix(in srgb, currentColor 16%, transparent); border-radius: 10px;
-  padding: 1em 1.15em; line-height: 1.5; overflow-wrap: anywhere; }
-.latent-card h3 { margin: 0; font-size: 1.15em; line-height: 1.3; }
-.latent-card h3 .latent-number { opacity: .55; font-weight: 400; margin-right: .35em; }
-.latent-card h4 { margin: 1em 0 .3em; font-size: .78em; font-weight: 600; letter-spacing: .03em; opacity: .65; }
-.latent-card ol, .latent-card ul { margin: 0; padding: 0; list-style: none; }
-.latent-card a { color: inherit; text-decoration: underline; text-decoration-color: rgb(240 120 0 / .8);
-  text-underline-offset: .2em; }
-.latent-facts { display: flex; flex-wrap: wrap; gap: .1em 1.3em; margin: .35em 0 0; font-size: .86em; }
-.latent-facts div { display: flex; gap: .4em; }
-.latent-facts dt { opacity: .65; }
-.latent-facts dd { margin: 0; font-variant-numeric: tabular-nums; }
-.latent-sentences li { padding: .4em 0 .4em 3.4em; position: relative; font-size: .95em;
-  border-top: 1px solid color-mix(in srgb, currentColor 9%, transparent); }
-.latent-sentences li:first-child { border-top: 0; }
-.latent-sentences .latent-value { position: absolute; left: 0; opacity: .6; font-size: .86em;
-  font-variant-numeric: tabular-nums; }
-.latent-tokens { white-space: pre-wrap; }
-.latent-tokens span { background: rgb(255 136 0 / calc(.08 + .5 * var(--a))); border-radius: .2em; padding: .1em 0; }
-.latent-lists { display: flex; flex-wrap: wrap; gap: 0 1.4em; }
-.latent-lists > div { flex: 1 1 8.5em; min-width: 0; }
-.latent-lists > .latent-strength { flex-basis: 10em; }
-.latent-lists > .latent-together { flex: 2 1 12em; }
-.latent-lists li { display: flex; justify-content: space-between; gap: .8em; font-size: .88em; padding: .08em 0; }
-.latent-lists li > :last-child { opacity: .6; font-variant-numeric: tabular-nums; }
-.latent-lists code { white-space: pre; font-size: .95em; padding: 0 .25em; border-radius: .2em; overflow: hidden;
-  text-overflow: ellipsis; background: color-mix(in srgb, currentColor 7%, transparent); }
-.latent-tenths { display: block; width: 100%; max-width: 20em; height: 5.2em; }
-.latent-tenths rect { fill: rgb(240 120 0 / .75); }
-.latent-tenths text { fill: currentColor; font-size: 9px; opacity: .7; text-anchor: middle; }
-.latent-tenths .first { text-anchor: start; } .latent-tenths .last { text-anchor: end; }
-.latent-tenths line { stroke: currentColor; opacity: .3; }
-.latent-none { opacity: .6; font-style: italic; margin: 0; font-size: .9em; }
-"""
+CARD_CSS = Path(__file__).with_name("card.css").read_text(encoding="utf-8")
 
 
 def tokens_html(tokens: Sequence[str], activations: Sequence[float], highest: float) -> str:
@@ -86,7 +54,7 @@ def tokens_html(tokens: Sequence[str], activations: Sequence[float], highest: fl
 def card_html(card: Card, href: Callable[[int], str | None] = lambda latent: None) -> str:
     """A card as a fragment of a page that has CARD_CSS. href: a latent's address, for links from card to card."""
     facts = [
-        ("certainty", card.certainty, "{:.2f}", "of the meaning, as its giver says"),
+        ("certainty", card.certainty, "{:.2f}", "of the meaning, stated by whoever gave it"),
         ("score", card.score, "{:.2f}", "balanced accuracy of the meaning on other sentences; a guess has 0.50"),
         ("fires on", 100 * card.frequency, "{:.3g} % of tokens", "among the tokens captured"),
         ("mean", card.mean, "{:.2f}", "activation where it fires, normalised space"),
@@ -110,11 +78,15 @@ def card_html(card: Card, href: Callable[[int], str | None] = lambda latent: Non
         parts.append(f'<div class="latent-strength"><h4>Sentences by strength</h4>{tenths_svg(card)}</div>')
     for name, pairs in (("Makes the model say", card.promoted), ("Keeps it from saying", card.suppressed)):
         if pairs:
-            rows = (f"<li><code>{_visible(token)}</code><span>{value:+.1f}</span></li>" for token, value in pairs)
+            rows = (
+                f"<li><code>{html.escape(visible_token(token))}</code><span>{value:+.1f}</span></li>"
+                for token, value in pairs
+            )
             parts.append(f"<div><h4>{name}</h4><ul>{''.join(rows)}</ul></div>")
     if card.co_firing:
         rows = "".join(
-            f"<li>{_named(other, of, href(other))}<span>{share:.0%}</span></li>" for other, of, share in card.co_firing
+            f"<li>{_named(other, meaning, href(other))}<span>{jaccard:.0%}</span></li>"
+            for other, meaning, jaccard in card.co_firing
         )
         parts.append(f'<div class="latent-together"><h4>Fires together with</h4><ul>{rows}</ul></div>')
     return "".join(parts) + "</div></article>"
@@ -129,13 +101,6 @@ def _sentences_html(card: Card) -> str:
         for s in card.sentences
     )
     return f'<ol class="latent-sentences">{"".join(rows)}</ol>'
-
-
-def _visible(token: str) -> str:
-    """A token with its spaces, line breaks and control characters made visible."""
-    signs = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5"}
-    shown = (signs.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in token)
-    return html.escape("".join(shown)) or "\u2205"
 
 
 def _named(latent: int, meaning: str | None, address: str | None) -> str:
@@ -166,8 +131,5 @@ def _short(count: int) -> str:
     """A count in at most four characters; nothing for 0."""
     if count < 1000:
         return str(count) if count else ""
-    for unit in ("k", "M", "G"):
-        count /= 1000
-        if count < 999.5:
-            return f"{count:.1f}{unit}" if count < 9.95 else f"{count:.0f}{unit}"
-    return f"{count:.0f}G"
+    size, unit = next(((s, u) for s, u in ((1e3, "k"), (1e6, "M")) if count < 999.5 * s), (1e9, "G"))
+    return f"{count / size:.1f}{unit}" if count < 9.95 * size else f"{count / size:.0f}{unit}"

@@ -7,11 +7,10 @@ Reads   NAME.json, NAME.latents.parquet, NAME.top.parquet, NAME.promoted.parquet
 """
 
 import math
-import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -20,118 +19,124 @@ import pyarrow.parquet as pq
 import torch
 
 from embedded.places import text_at
-from latents.cards import Card, Sentence
-from latents.meanings import best_meanings, is_embedded
+from latents.cards import Card, CardSentence
+from latents.meanings import Meaning, best_meanings
+from latents.origin import read_info, source_of
+from latents.tables import LATENTS, PROMOTED, TOP, Aggregation, Table, TopFile
 from llama_3 import load_model, load_tokenizer
-from llama_3.checkpoint import TINY_LLAMA_DIR
 from llama_3.model import Transformer
 from llama_3.tokenizer import TextStream, Tokenizer
 from pipeline.errors import InputError
-from pipeline.files import read_json
 from pipeline.sae_files import SaeFiles
 from sae import TopKSparseAutoencoder, load_sae_model
 
-SORTS = ("certainty", "score", "frequency", "latent")  # orders of the list; latent: lowest first, else highest first
+Sort = Literal["certainty", "score", "frequency", "latent"]  # orders of the list; latent: lowest first, else highest
+SORTS: tuple[Sort, ...] = get_args(Sort)
 
-_AGGREGATION = "max"  # whose top sentences a card shows
+_AGGREGATION: Aggregation = "max"  # whose top sentences a card shows
+_PROMOTED = ("tokens", "scores"), ("suppressed_tokens", "suppressed_scores")
 
 
-# ---- meanings
+class _Given(NamedTuple):
+    """What the caller has loaded already."""
 
-
-# ---- the index
+    tokenizer: Tokenizer | None
+    model: Transformer | None
+    sae: TopKSparseAutoencoder | None
 
 
 class LatentIndex:
     """An SAE's latents. A missing file makes missing fields; `missing` says in a line each which script makes it.
 
-    Columns, numpy arrays of n_latents: meaning (None where there is none), certainty, score, frequency, highest (nan
-    where unknown). The tokenizer, and for the embedded SAE the model, are loaded when not given, as NAME.json says.
-    Raises InputError where nothing tells how many latents there are, and for a broken file.
+    Columns, numpy arrays of n_latents: meaning (None where there is none), certainty, score, frequency, mean, highest
+    (nan where unknown). The tokenizer, and for the embedded SAE the model, are loaded when not given, as NAME.json
+    says. Raises InputError where nothing tells how many latents there are, and for a broken file.
     """
 
     def __init__(
         self,
         sae_path: str | Path,
-        tokenizer: "Tokenizer | None" = None,
-        model: "Transformer | None" = None,
-        sae: "TopKSparseAutoencoder | None" = None,
+        tokenizer: Tokenizer | None = None,
+        model: Transformer | None = None,
+        sae: TopKSparseAutoencoder | None = None,
     ):
-
-        self.sae_path = sae_path
+        self.sae_path, self.files = sae_path, SaeFiles(sae_path)
         self.missing: list[str] = []
-        self._given = (tokenizer, model, sae)
-        json_path = SaeFiles(sae_path).beside("json")
-        self.info: dict[str, Any] = read_json(json_path, "train the SAE anew.") if json_path.is_file() else {}
-        latents = self._table("latents.parquet", "capture_top_activating_sentences.py", "frequencies, companions")
-        self._latents = latents and latents.read()
-        self._promoted_file = self._table("promoted.parquet", "promoted_tokens.py", "promoted tokens")
-        self._top = self._places = None
-        if (
-            SaeFiles(sae_path).beside("top_places.parquet").is_file()
-            and not SaeFiles(sae_path).beside("top.parquet").is_file()
-        ):
-            self._places = self._table("top_places.parquet", "", "").read()
-        else:
-            self._top = self._table("top.parquet", "capture_top_activating_sentences.py", "sentences")
-        self._group: tuple[int, Any] = (-1, None)  # the row group of NAME.top.parquet read last
-        self._reading = threading.Lock()  # a page's users may open cards at once
-
+        self.info = read_info(sae_path)
+        self._given = _Given(tokenizer, model, sae)
+        self._latents = self._read(LATENTS, [field.name for field in LATENTS.schema])
+        self._promoted_file = self._open(PROMOTED, ["latent"])
+        self._top, self._places = self._open_sentences()
         meanings = best_meanings(sae_path)
-        if not meanings:
-            self.missing.append(
-                f"No meanings beside {sae_path}: interpret_top_sentences_parse_responses.py (answers of Claude) or "
-                "interpret_top_sentences_distinctive_words.py (no model asked) makes them."
-            )
-        elif all(meaning.score is None for meaning in meanings.values()):
-            self.missing.append(f"No scores of the meanings of {sae_path}: score_interpretations.py makes them.")
-        if sae is not None:
-            self.n_latents = sae.n_latents
-        elif self._latents is not None:
-            self.n_latents = len(self._latents)
-        elif "n_latents" in self.info:
-            self.n_latents = self.info["n_latents"]
-        else:
-            raise InputError(f"Nothing beside {sae_path} says how many latents it has; give its JSON or the SAE.")
-        n = self.n_latents
-        if self._latents is not None and len(self._latents) != n:
+        self._note_missing_meanings(meanings)
+        self.n_latents = self._count_latents()
+        if meanings and max(meanings) >= self.n_latents:
             raise InputError(
-                f"{SaeFiles(sae_path).beside('latents.parquet')} has {len(self._latents)} latents, {sae_path} {n}; run "
-                "capture_top_activating_sentences.py again."
+                f"A meaning file of {sae_path} names latent {max(meanings)} of {self.n_latents}; it belongs to another "
+                "SAE."
             )
-        if meanings and max(meanings) >= n:
-            raise InputError(
-                f"A meaning file of {sae_path} names latent {max(meanings)} of {n}; it belongs to another SAE."
-            )
-        self.meaning = np.full(n, None, dtype=object)
-        self.certainty, self.score = np.full(n, np.nan), np.full(n, np.nan)
+        self.meaning = np.full(self.n_latents, None, dtype=object)
+        self.certainty, self.score = np.full(self.n_latents, np.nan), np.full(self.n_latents, np.nan)
         for latent, meaning in meanings.items():
             self.meaning[latent], self.certainty[latent] = meaning.text, meaning.certainty
             self.score[latent] = np.nan if meaning.score is None else meaning.score
-        columns = ("frequency", "mean", "max")
-        self.frequency, self.mean, self.highest = (
-            np.full(n, np.nan) if self._latents is None else self._latents[name].to_numpy().astype(np.float64)
-            for name in columns
-        )
-        self._lower = pa.array([(text or "").lower() for text in self.meaning], pa.string())
-        self._orders: dict[str, np.ndarray] = {}
+        self.frequency, self.mean, self.highest = (self._column(name) for name in ("frequency", "mean", "max"))
+        self._lower = [(text or "").lower() for text in self.meaning]
+        self._orders: dict[Sort, np.ndarray] = {}
 
-    def _table(self, suffix: str, made_by: str, what: str) -> Any:
-        """The parquet file beside the SAE, or None and a line in `missing`."""
+    # ---- the files
 
-        path = SaeFiles(self.sae_path).beside(suffix)
-        if not path.is_file():
-            self.missing.append(f"No {path.name} ({what}): {made_by} makes it.")
-            return None
-        try:
-            return pq.ParquetFile(path, memory_map=True)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{path} cannot be read ({' '.join(str(error).split())}); make it again.") from None
+    def _open(self, table: Table, columns: list[str]) -> pq.ParquetFile | None:
+        """A table beside the SAE, or None and a line in `missing`."""
+        path = self.files.beside(table.suffix)
+        if path.is_file():
+            return table.open(path, columns)
+        self.missing.append(f"No {path.name} ({table.holds}): {table.made_by} makes it.")
+        return None
+
+    def _read(self, table: Table, columns: list[str]) -> pa.Table | None:
+        file = self._open(table, columns)
+        return file and file.read(columns=columns)
+
+    def _open_sentences(self) -> tuple[TopFile | None, pa.Table | None]:
+        """NAME.top.parquet, or for the embedded SAE, which has none, NAME.top_places.parquet."""
+        top, places = self.files.beside(TOP.suffix), self.files.beside("top_places.parquet")
+        if places.is_file() and not top.is_file():
+            return None, pq.ParquetFile(places).read()
+        return (TopFile(top) if self._open(TOP, []) else None), None
+
+    def _note_missing_meanings(self, meanings: dict[int, Meaning]) -> None:
+        if not meanings:
+            self.missing.append(
+                f"No meanings beside {self.sae_path}: interpret_top_sentences_parse_responses.py (answers of Claude) "
+                "or interpret_top_sentences_distinctive_words.py (no model asked) makes them."
+            )
+        elif all(meaning.score is None for meaning in meanings.values()):
+            self.missing.append(f"No scores of the meanings of {self.sae_path}: score_interpretations.py makes them.")
+
+    def _count_latents(self) -> int:
+        """By the SAE, else the table, else NAME.json; the table must agree."""
+        in_table = None if self._latents is None else len(self._latents)
+        n = self._given.sae.n_latents if self._given.sae else in_table or self.info.get("n_latents")
+        if n is None:
+            raise InputError(f"Nothing beside {self.sae_path} says how many latents it has; give its JSON or the SAE.")
+        if in_table not in (None, n):
+            raise InputError(
+                f"{self.files.beside(LATENTS.suffix)} has {in_table} latents, {self.sae_path} {n}; run "
+                f"{LATENTS.made_by} again."
+            )
+        return n
+
+    def _column(self, name: str) -> np.ndarray:
+        """A column of NAME.latents.parquet in float64; nan where there is no such file."""
+        if self._latents is None:
+            return np.full(self.n_latents, np.nan)
+        return self._latents[name].to_numpy().astype(np.float64)
 
     # ---- the list
 
     def search(
-        self, query: str = "", sort: str = "certainty", limit: int = 50, offset: int = 0, living_only: bool = True
+        self, query: str = "", sort: Sort = "certainty", limit: int = 50, offset: int = 0, living_only: bool = True
     ) -> list[dict]:
         """Latents whose meaning holds all words of the query, whatever the case; first the one whose number it is.
 
@@ -154,17 +159,17 @@ class LatentIndex:
 
         matches = ~(self.frequency == 0) if living_only else np.ones(self.n_latents, dtype=bool)  # unknown is not dead
         for word in query.lower().split():
-            matches &= pc.match_substring(self._lower, word).to_numpy(zero_copy_only=False)
+            matches &= np.fromiter((word in text for text in self._lower), bool, self.n_latents)
         text = query.strip()
         number = int(text) if text.isascii() and text.isdigit() and int(text) < self.n_latents else None
         if number is not None:
             matches[number] = True
         return matches, number
 
-    def _order(self, sort: str) -> np.ndarray:
+    def _order(self, sort: Sort) -> np.ndarray:
         """Latents in this order; what is unknown comes last, ties go to the better score, then to the lower latent."""
         if sort not in SORTS:
-            raise ValueError(f"{sort!r} is none of {SORTS}")
+            raise ValueError(f"{sort!r} is not one of {SORTS}")
         if sort not in self._orders:
             keys = [np.arange(self.n_latents)]
             if sort != "latent":
@@ -178,7 +183,7 @@ class LatentIndex:
         return {"latent": latent, "meaning": self.meaning[latent], **known}
 
     def meaning_of(self, latent: int) -> str | None:
-        return self.meaning[latent]
+        return self.meaning.item(latent)
 
     # ---- cards
 
@@ -191,110 +196,86 @@ class LatentIndex:
             row = self._latents.slice(latent, 1).to_pylist()[0]
             tenths = row["sentences_by_tenth"]
             pairs = zip(row["cofiring_latents"], row["cofiring_jaccard"], strict=True)
-            co_firing = [(other, self.meaning[other], jaccard) for other, jaccard in pairs]
+            co_firing = [(other, self.meaning_of(other), jaccard) for other, jaccard in pairs]
         promoted, suppressed = self._promoted_and_suppressed(latent)
         return Card(
             latent,
-            self.meaning[latent],
-            float(self.certainty[latent]),
-            float(self.score[latent]),
-            float(self.frequency[latent]),
-            float(self.mean[latent]),
-            float(self.highest[latent]),
-            tenths,
-            self._sentences(latent, n_sentences),
-            promoted,
-            suppressed,
-            co_firing,
+            meaning=self.meaning_of(latent),
+            certainty=float(self.certainty[latent]),
+            score=float(self.score[latent]),
+            frequency=float(self.frequency[latent]),
+            mean=float(self.mean[latent]),
+            highest=float(self.highest[latent]),
+            sentences_by_tenth=tenths,
+            sentences=self._sentences(latent, n_sentences),
+            promoted=promoted,
+            suppressed=suppressed,
+            co_firing=co_firing,
         )
 
     @cached_property
-    def _promoted(self) -> Any:
-        return self._promoted_file.read()
+    def _promoted(self) -> pa.Table | None:
+        return self._promoted_file and self._promoted_file.read()
 
-    def _promoted_and_suppressed(self, latent: int) -> tuple[list, list]:
-        if self._promoted_file is None:
-            return [], []
+    def _promoted_and_suppressed(self, latent: int) -> list[list[tuple[str, float]]]:
+        if self._promoted is None:
+            return [[], []]
         row = self._promoted.slice(latent, 1).to_pylist()[0]
-        pairs = lambda tokens, scores: list(zip(row.get(tokens, []), row.get(scores, []), strict=True))
-        return pairs("tokens", "scores"), pairs("suppressed_tokens", "suppressed_scores")
+        return [list(zip(row.get(tokens, []), row.get(scores, []), strict=True)) for tokens, scores in _PROMOTED]
 
-    def _sentences(self, latent: int, n: int) -> list[Sentence]:
-        if self._places is not None:
-            return self._from_places(latent, n)
-        if self._top is None or self._tokenizer is None:
+    def _sentences(self, latent: int, n: int) -> list[CardSentence]:
+        """Its n strongest sentences, the same text once."""
+        if self._tokenizer is None:
             return []
-        found: dict[tuple, Sentence] = {}
-        for row in self._top_rows(latent):
-            if len(found) < n and (ids := tuple(row["token_ids"])) not in found:
-                activations = [float(a) for a in row["token_activations"]]
-                found[ids] = Sentence(pieces(self._tokenizer, ids), activations, row["activation"])
+        if self._places is not None:
+            return self._sentences_at_places(self._places, self._tokenizer, latent, n)
+        found: dict[tuple[int, ...], CardSentence] = {}
+        for sentence in self._top.sentences(latent, _AGGREGATION) if self._top else []:
+            ids = tuple(sentence.token_ids)
+            if len(found) < n and ids not in found:
+                activations = [float(a) for a in sentence.token_activations]
+                found[ids] = CardSentence(pieces(self._tokenizer, ids), activations, sentence.activation)
         return list(found.values())
 
-    def _top_rows(self, latent: int) -> list[dict]:
-        """The latent's rows of NAME.top.parquet by the highest token, best first.
-
-        The table is sorted by latent, so its rows lie in one row group or two neighbours, found by their statistics.
-        """
-
-        wanted = (pc.field("latent") == latent) & (pc.field("aggregation") == _AGGREGATION)
-        parts = []
-        for number in range(self._top.num_row_groups):
-            statistics = self._top.metadata.row_group(number).column(0).statistics
-            if statistics is not None and not statistics.min <= latent <= statistics.max:
-                continue
-            with self._reading:
-                if self._group[0] != number:
-                    columns = ["latent", "aggregation", "rank", "activation", "token_ids", "token_activations"]
-                    self._group = (number, self._top.read_row_group(number, columns=columns))
-                parts.append(self._group[1].filter(wanted))
-        return pa.concat_tables(parts).sort_by("rank").to_pylist() if parts else []
-
-    @cached_property
-    def _tokenizer(self) -> "Tokenizer | None":
-
-        if self._given[0] is not None:
-            return self._given[0]
-        try:
-            return load_tokenizer(self._model_dir())
-        except InputError as error:
-            self.missing.append(f"No sentences without the model's tokenizer: {error}")
-            return None
-
-    def _model_dir(self) -> str:
-
-        if is_embedded(self.sae_path):
-            return TINY_LLAMA_DIR
-        if "model_dir" not in self.info:
-            raise InputError(f"{self.sae_path} has no JSON that names its model; give the tokenizer.")
-        return self.info["model_dir"]
-
-    @cached_property
-    def _model_and_sae(self) -> tuple["Transformer", "TopKSparseAutoencoder"]:
-
-        _, model, sae = self._given
-        model = model or load_model(self._model_dir())
-        return model, sae or load_sae_model(self.sae_path, model.device)
-
-    def _from_places(self, latent: int, n: int) -> list[Sentence]:
-        """The latent's sentences that NAME.top_places.parquet points at; those that differ here are left out."""
-
+    def _sentences_at_places(self, places: pa.Table, tokenizer: Tokenizer, latent: int, n: int) -> list[CardSentence]:
+        """The sentences that NAME.top_places.parquet points at; those that differ in this installation are left out."""
         found = []
         model, sae = self._model_and_sae
-        for row in self._places.filter(pc.field("latent") == latent).sort_by("rank").slice(0, n).to_pylist():
+        for row in places.filter(pc.field("latent") == latent).sort_by("rank").slice(0, n).to_pylist():
             text = text_at(row)
             if text is None:
                 continue
-            ids = self._tokenizer.encode(text)[: self.info["max_tokens"]]
+            ids = tokenizer.encode(text)[: self.info["max_tokens"]]
             with torch.inference_mode():
                 tokens = torch.tensor([ids], device=model.device)
                 values, indices = sae.encode(model.activations(tokens, self.info["site"])[0])
             activations = (values * (indices == latent)).sum(1).tolist()
-            found.append(Sentence(pieces(self._tokenizer, ids), activations, max(activations)))
+            found.append(CardSentence(pieces(tokenizer, ids), activations, max(activations)))
         return found
 
+    # ---- the model
 
-def pieces(tokenizer: "Tokenizer", token_ids: Sequence[int]) -> list[str]:
+    @cached_property
+    def _tokenizer(self) -> Tokenizer | None:
+        if self._given.tokenizer is not None:
+            return self._given.tokenizer
+        try:
+            return load_tokenizer(self._model_dir)
+        except InputError as error:
+            self.missing.append(f"No sentences without the model's tokenizer: {error}")
+            return None
+
+    @cached_property
+    def _model_dir(self) -> str:
+        return source_of(self.sae_path).model_dir(option="the page's --llama_model_dir")
+
+    @cached_property
+    def _model_and_sae(self) -> tuple[Transformer, TopKSparseAutoencoder]:
+        model = self._given.model or load_model(self._model_dir)
+        return model, self._given.sae or load_sae_model(self.sae_path, model.device)
+
+
+def pieces(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
     """The text of each token, in whole characters: one spread over several tokens stands at its last one."""
 
     stream = TextStream(tokenizer)
@@ -302,6 +283,3 @@ def pieces(tokenizer: "Tokenizer", token_ids: Sequence[int]) -> list[str]:
     if texts:
         texts[-1] += stream.end()
     return texts
-
-
-# ---- HTML

@@ -8,7 +8,7 @@ _CERTAIN = 0.9  # of an interesting latent's meaning, at least
 _FREQUENCIES = (2e-4, 5e-3)  # of an interesting latent: neither rare nor everywhere
 
 
-def interesting_latents(index: "LatentIndex") -> list[int]:
+def interesting_latents(index: LatentIndex) -> list[int]:
     """Latents worth showing, best score first: their meaning is certain and in plain words (no parts of words, signs or
     numbers), most of them new in the list; and they fire neither rarely nor everywhere."""
     certain = index.certainty >= _CERTAIN
@@ -25,11 +25,14 @@ def interesting_latents(index: "LatentIndex") -> list[int]:
     return chosen
 
 
-def best_first(index: "LatentIndex") -> list[int]:
+def best_first(index: LatentIndex) -> list[int]:
     """All living latents by score, then certainty; those without a meaning last."""
     return [row["latent"] for row in index.search(sort="score", limit=index.n_latents)]
 
 
 def is_plain(meaning: str | None) -> bool:
-    words = (meaning or "").split(", ")
+    """Whether a meaning is of whole words alone."""
+    if meaning is None:
+        return False
+    words = meaning.split(", ")
     return len(words[0]) > 3 and "number" not in words and all(c.isalpha() or c in " ,.;:'\"()-/" for c in meaning)

@@ -1,30 +1,50 @@
-"""The names of latents: files MEANING.yaml, latent -> {certainty, common_semantic}, most certain first.
+"""What latents mean: files MEANING.yaml, latent -> {certainty, common_semantic}, most certain first.
 
-Beside each may lie MEANING.scores.parquet (score_interpretations.py): how well a name tells where its latent fires.
+Beside each may lie MEANING.scores.parquet: how well one can tell by a meaning alone where its latent fires.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
+from latents.tables import Table
 from llama_3.checkpoint import TINY_LLAMA_DIR
 from pipeline.errors import InputError
 from pipeline.files import PROJECT_DIR, atomic_path
 from pipeline.sae_files import SaeFiles
 
-SCORES_SCHEMA = pa.schema(
-    {"latent": pa.int32(), "balanced_accuracy": pa.float32(), "shuffled": pa.float32(), "sentences": pa.int32()}
+SCORES = Table(
+    "scores.parquet",
+    "score_interpretations.py",
+    "scores",
+    pa.schema(
+        {
+            "latent": pa.int32(),
+            "balanced_accuracy": pa.float32(),
+            "shuffled": pa.float32(),  # of another latent's meaning; null where it was not tried
+            "sentences": pa.int32(),
+        }
+    ),
 )
 _GUESS = 0.5  # balanced accuracy of a guess
 
 
 class Meaning(NamedTuple):
     text: str  # what the sentences have in common; `common_semantic` in the file
-    certainty: float  # from 0 to 1, by its giver
+    certainty: float  # from 0 to 1, stated by whoever gave it
     score: float | None = None  # balanced accuracy on sentences the name was not found by; None where not scored
+
+
+class Score(NamedTuple):
+    """A row of MEANING.scores.parquet; SCORES describes the fields."""
+
+    latent: int
+    balanced_accuracy: float
+    shuffled: float | None
+    sentences: int
 
 
 def is_embedded(sae_path: str | Path) -> bool:
@@ -53,12 +73,27 @@ def read_meanings(path: Path, fix: str = "make it again.") -> dict[int, Meaning]
         raise InputError(f"There is no {path}; {fix}") from None
     except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} holds no meanings of latents ({' '.join(str(error).split())}); {fix}") from None
-    scores: dict[int, float] = {}
-    scores_path = path.with_name(path.stem + ".scores.parquet")
-    if scores_path.is_file():
-        table = pq.ParquetFile(scores_path).read(columns=["latent", "balanced_accuracy"])
-        scores = dict(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    scores = read_scores(path)
     return {latent: Meaning(text, certainty, scores.get(latent)) for latent, text, certainty in fields}
+
+
+def scores_path(meaning_path: Path) -> Path:
+    return meaning_path.with_suffix(f".{SCORES.suffix}")
+
+
+def write_scores(meaning_path: Path, scores: Sequence[Score]) -> None:
+    columns = zip(*scores, strict=True)
+    SCORES.write(scores_path(meaning_path), dict(zip(Score._fields, columns, strict=True)))
+
+
+def read_scores(meaning_path: Path) -> dict[int, float]:
+    """The balanced accuracy of each latent's meaning; empty where none is scored."""
+    path = scores_path(meaning_path)
+    if not path.is_file():
+        return {}
+    columns = ["latent", "balanced_accuracy"]
+    table = SCORES.open(path, columns).read(columns=columns)
+    return dict(zip(*(table[name].to_pylist() for name in columns), strict=True))
 
 
 def best_meanings(sae_path: str | Path) -> dict[int, Meaning]:

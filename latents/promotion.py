@@ -1,7 +1,11 @@
 """What a latent makes the model say next, by the logit lens."""
 
+from torch import Tensor
 
-def promoted_logits(model, site: str, directions, base):
+from llama_3.model import Transformer
+
+
+def promoted_logits(model: Transformer, site: str, directions: Tensor, base: Tensor) -> Tensor:
     """What latents add to the logits of the next token, (n, vocab_size); only differences within a row mean anything.
 
     directions: (n, d_model) at `site`, in the SAE's space; base: (d_model,) the SAE's b_pre.

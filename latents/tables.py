@@ -1,57 +1,310 @@
-"""The tables beside an SAE: top sentences, examples, statistics of latents."""
+"""The tables beside an SAE, NAME.SUFFIX: what each holds, who writes it, how it is read. All are sorted by latent.
 
-from collections.abc import Iterator
+for latent, sentences in top_sentences(path, "max", n=20): ...       # one latent after another
+TopFile(path).sentences(latent, "max")                               # any latent
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError
+from pipeline.files import atomic_path
+from pipeline.sentences import SentenceDataset
 
 Aggregation = Literal["mean", "max", "last"]  # how a latent's activation over a sentence is measured
+AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
+TENTHS = 10  # parts of a latent's range, from 0 to its highest activation
+SILENT = -1  # the `tenth` of sentences in which a latent does not fire
+
+_ROW_GROUP = 2**16  # rows written at once
+_LISTS = pa.large_list
 
 
-class Sentence(NamedTuple):
-    """A sentence as the model read it."""
+class Table(NamedTuple):
+    """A kind of table."""
+
+    suffix: str  # the file is NAME.suffix
+    made_by: str  # script
+    holds: str
+    schema: pa.Schema
+
+    def open(self, path: Path, columns: list[str]) -> pq.ParquetFile:
+        """The file, memory-mapped. Raises InputError unless it is a parquet file with these columns."""
+        if not path.is_file():
+            raise InputError(f"There is no {path}; run {self.made_by} first.")
+        try:
+            file = pq.ParquetFile(path, memory_map=True)
+        except (pa.ArrowInvalid, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path} cannot be read as a parquet file ({reason}); run {self.made_by} again.") from None
+        if missing := sorted(set(columns) - set(file.schema_arrow.names)):
+            raise InputError(f"{path} cannot be read: it has no column {missing[0]}; run {self.made_by} again.")
+        return file
+
+    def write(self, path: Path, columns: Mapping[str, Any]) -> None:
+        """Write all of it at once, atomically. columns: arrays or lists."""
+        with atomic_path(path) as temporary:
+            pq.write_table(pa.table(dict(columns), schema=self.schema), temporary, compression="zstd")
+
+
+_CAPTURE_TOP = "capture_top_activating_sentences.py"
+_SENTENCE = {
+    "sentence_idx": pa.int64(),
+    "text": pa.large_string(),
+    "token_ids": _LISTS(pa.int32()),  # as the model read it
+    "token_activations": _LISTS(pa.float16()),  # of the latent, per token, normalised space
+}
+TOP = Table(
+    "top.parquet",
+    _CAPTURE_TOP,
+    "sentences",
+    pa.schema(
+        {
+            "latent": pa.int32(),
+            "aggregation": pa.dictionary(pa.int32(), pa.string()),
+            "rank": pa.int32(),  # 0: the strongest
+            "activation": pa.float32(),  # over the sentence
+            **_SENTENCE,
+        }
+    ),
+)
+EXAMPLES = Table(
+    "examples.parquet",
+    _CAPTURE_TOP,
+    "examples",
+    pa.schema({"latent": pa.int32(), "tenth": pa.int8(), **_SENTENCE}),
+)
+LATENTS = Table(
+    "latents.parquet",
+    _CAPTURE_TOP,
+    "frequencies, companions",
+    pa.schema(
+        {
+            "latent": pa.int32(),
+            "frequency": pa.float32(),  # share of tokens it fires on
+            "mean": pa.float32(),  # activation where it fires
+            "max": pa.float32(),
+            "sentences": pa.int64(),  # in which it fires
+            "sentences_by_tenth": pa.list_(pa.int64(), TENTHS),
+            "cofiring_latents": _LISTS(pa.int32()),  # latents that fire on the same tokens, closest first
+            "cofiring_jaccard": _LISTS(pa.float32()),
+        }
+    ),
+)
+PROMOTED = Table(
+    "promoted.parquet",
+    "promoted_tokens.py",
+    "promoted tokens",
+    pa.schema(
+        {
+            "latent": pa.int32(),
+            "tokens": pa.list_(pa.string()),
+            "scores": pa.list_(pa.float32()),  # logits in standard deviations over the vocabulary
+            "suppressed_tokens": pa.list_(pa.string()),
+            "suppressed_scores": pa.list_(pa.float32()),
+        }
+    ),
+)
+
+
+# ---- writing sentences
+
+
+class SentenceColumns(NamedTuple):
+    """Where the columns of a row's sentence are looked up: its text, its tokens, the latent's activations on them."""
+
+    n_latents: int
+    dataset: SentenceDataset
+    captured: np.ndarray  # sentence_idx of each captured sentence, ascending
+    token_ids: pa.LargeListArray  # of each captured sentence
+    pair_keys: np.ndarray  # sentence_idx * n_latents + latent of each (sentence, latent) pair, ascending
+    pair_places: np.ndarray  # of each pair in `activations`
+    activations: pa.LargeListArray  # per token
+
+    def columns(self, sentence_idx: np.ndarray, latent: np.ndarray) -> dict[str, Any]:
+        sentence = np.searchsorted(self.captured, sentence_idx)
+        pair = self.pair_places[np.searchsorted(self.pair_keys, sentence_idx * self.n_latents + latent)]
+        return {
+            "sentence_idx": pa.array(sentence_idx, pa.int64()),
+            "text": self.dataset.texts.take(pa.array(self.dataset.order[sentence_idx])),
+            "token_ids": self.token_ids.take(pa.array(sentence)),
+            "token_activations": self.activations.take(pa.array(pair)),
+        }
+
+
+def write_top(
+    path: Path,
+    sentences: SentenceColumns,
+    latent: np.ndarray,
+    aggregation: np.ndarray,
+    rank: np.ndarray,
+    activation: np.ndarray,
+    sentence_idx: np.ndarray,
+) -> None:
+    """NAME.top.parquet, by latent, aggregation and rank. aggregation: indices into AGGREGATIONS. Rows in any order."""
+    order = np.lexsort((rank, aggregation, latent))
+    columns = {
+        "latent": pa.array(latent[order], pa.int32()),
+        "aggregation": pa.DictionaryArray.from_arrays(aggregation[order].astype(np.int32), list(AGGREGATIONS)),
+        "rank": pa.array(rank[order], pa.int32()),
+        "activation": pa.array(activation[order], pa.float32()),
+    }
+    _write_rows(path, TOP, columns, sentences, sentence_idx[order], latent[order])
+
+
+def write_examples(
+    path: Path, sentences: SentenceColumns, latent: np.ndarray, tenth: np.ndarray, sentence_idx: np.ndarray
+) -> None:
+    """NAME.examples.parquet, by latent; a latent's rows stay in the order in which they come."""
+    order = np.argsort(latent, kind="stable")
+    columns = {"latent": pa.array(latent[order], pa.int32()), "tenth": pa.array(tenth[order], pa.int8())}
+    _write_rows(path, EXAMPLES, columns, sentences, sentence_idx[order], latent[order])
+
+
+def _write_rows(
+    path: Path,
+    table: Table,
+    columns: dict[str, pa.Array],
+    sentences: SentenceColumns,
+    sentence_idx: np.ndarray,
+    latent: np.ndarray,
+) -> None:
+    """Write rows a part at a time: with their sentences, all at once would be too large."""
+    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
+        for start in range(0, len(latent), _ROW_GROUP):
+            rows = slice(start, start + _ROW_GROUP)
+            own = {name: column[rows] for name, column in columns.items()}
+            part = pa.table({**own, **sentences.columns(sentence_idx[rows], latent[rows])}, schema=table.schema)
+            writer.write_table(part, row_group_size=_ROW_GROUP)
+
+
+def lists(lengths: list[np.ndarray], values: list[np.ndarray]) -> pa.LargeListArray:
+    """A column of lists from parts of their lengths and of their values, one after another."""
+    offsets = np.concatenate([[0], *lengths]).cumsum()
+    return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(np.concatenate(values)))
+
+
+# ---- reading sentences
+
+
+class TopSentence(NamedTuple):
+    """One of the sentences that activate a latent most, as the model read it."""
 
     token_ids: list[int]
-    activations: list[float]  # of the latent, one a token
+    token_activations: list[float]  # of the latent
+    activation: float  # of the latent over the sentence
+
+
+class ExampleSentence(NamedTuple):
+    """A sentence drawn from a part of a latent's range."""
+
+    tenth: int  # 0: the weakest; SILENT where the latent does not fire
+    text: str
+    token_ids: list[int]
+
+
+_TOP_SENTENCE = ["token_ids", "token_activations", "activation"]
+_TOP_COLUMNS = ["latent", "aggregation", "rank", *_TOP_SENTENCE]
+
+
+def open_top(path: Path) -> pq.ParquetFile:
+    """NAME.top.parquet. Raises InputError unless it is what capture_top_activating_sentences.py writes."""
+    return TOP.open(path, _TOP_COLUMNS)
 
 
 def top_sentences(
-    path: Path, aggregation: str, n: int, wanted: list[range] | None
-) -> Iterator[tuple[int, list[Sentence]]]:
-    """Each latent's n strongest sentences, a row group of NAME.top.parquet in memory. wanted: all latents when None."""
-
-    columns = ["latent", "token_ids", "token_activations"]
+    path: Path, aggregation: Aggregation, n: int, wanted: list[range] | None = None
+) -> Iterator[tuple[int, list[TopSentence]]]:
+    """Each latent's n strongest sentences, strongest first. wanted: all latents when None."""
     rows = (pc.field("aggregation") == aggregation) & (pc.field("rank") < n)
+    with open_top(path) as file:
+        for latent, entries in _by_latent(file, _TOP_SENTENCE, rows, ["aggregation", "rank"], wanted):
+            yield latent, [TopSentence(*entry) for entry in entries]
+
+
+def top_texts(path: Path, n: int) -> Iterator[tuple[int, set[str]]]:
+    """The texts of each latent's n strongest sentences by any aggregation."""
+    with TOP.open(path, ["latent", "rank", "text"]) as file:
+        for latent, entries in _by_latent(file, ["text"], pc.field("rank") < n, ["rank"]):
+            yield latent, {text for (text,) in entries}
+
+
+def example_sentences(path: Path) -> Iterator[tuple[int, list[ExampleSentence]]]:
+    """Each latent's rows of NAME.examples.parquet."""
+    columns = list(ExampleSentence._fields)
+    with EXAMPLES.open(path, ["latent", *columns]) as file:
+        for latent, entries in _by_latent(file, columns):
+            yield latent, [ExampleSentence(*entry) for entry in entries]
+
+
+def _by_latent(
+    file: pq.ParquetFile,
+    columns: list[str],
+    rows: pc.Expression | None = None,
+    row_columns: list[str] | None = None,
+    wanted: list[range] | None = None,
+) -> Iterator[tuple[int, list[tuple]]]:
+    """(latent, its rows' columns), a row group in memory. rows: which ones to keep, an expression on row_columns."""
 
     def entries() -> Iterator[tuple]:
-        with pq.ParquetFile(path) as file:
-            for i in range(file.num_row_groups):
-                latents = file.read_row_group(i, columns=["latent"])["latent"].to_numpy()
-                if wanted is None or any(((r.start <= latents) & (latents < r.stop)).any() for r in wanted):
-                    table = file.read_row_group(i, columns=[*columns, "aggregation", "rank"]).filter(rows)
-                    for batch in table.to_batches(max_chunksize=4096):
-                        yield from zip(*(batch[name].to_pylist() for name in columns), strict=True)
+        for i in range(file.num_row_groups):
+            latents = file.read_row_group(i, columns=["latent"])["latent"].to_numpy()
+            if wanted is not None and not any(((r.start <= latents) & (latents < r.stop)).any() for r in wanted):
+                continue
+            table = file.read_row_group(i, columns=["latent", *columns, *(row_columns or [])])
+            table = table if rows is None else table.filter(rows)
+            for batch in table.to_batches(max_chunksize=4096):
+                yield from zip(*(batch[name].to_pylist() for name in ("latent", *columns)), strict=True)
 
     for latent, group in groupby(entries(), key=lambda entry: entry[0]):
         if wanted is None or any(latent in r for r in wanted):
-            yield latent, [Sentence(token_ids, activations) for _, token_ids, activations in group]
+            yield latent, [entry[1:] for entry in group]
 
 
-def check_top_sentences(path: Path) -> None:
-    """Raise InputError unless the file is what capture_top_activating_sentences.py writes."""
+class TopFile:
+    """NAME.top.parquet, read at any latent by any number of threads. Raises InputError as `open_top` does.
 
-    mend = "run capture_top_activating_sentences.py to make it."
-    if not path.is_file():
-        raise InputError(f"There is no {path}; {mend}")
-    try:
-        missing = {"latent", "aggregation", "rank", "token_ids", "token_activations"} - set(pq.read_schema(path).names)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path} is not a parquet file ({error}); {mend}") from None
-    if missing:
-        raise InputError(f"{path} has no column {sorted(missing)[0]}; {mend}")
+    The table is sorted by latent, so a latent's rows lie in one row group or in neighbours, found by their statistics.
+    """
+
+    def __init__(self, path: Path):
+        self._file = open_top(path)
+        self._lock = threading.Lock()
+        self._last: tuple[int, pa.Table | None] = (-1, None)  # the row group read last, and its number
+
+    def sentences(self, latent: int, aggregation: Aggregation) -> list[TopSentence]:
+        """A latent's sentences, strongest first."""
+        rows = (pc.field("latent") == latent) & (pc.field("aggregation") == aggregation)
+        parts = []
+        for number in range(self._file.num_row_groups):
+            statistics = self._file.metadata.row_group(number).column(0).statistics
+            if statistics is None or statistics.min <= latent <= statistics.max:
+                parts.append(self._row_group(number).filter(rows))
+        if not parts:
+            return []
+        table = pa.concat_tables(parts).sort_by("rank")
+        return [TopSentence(*entry) for entry in zip(*(table[n].to_pylist() for n in _TOP_SENTENCE), strict=True)]
+
+    def _row_group(self, number: int) -> pa.Table:
+        with self._lock:
+            last, table = self._last
+            if last != number or table is None:
+                table = self._file.read_row_group(number, columns=_TOP_COLUMNS)
+                self._last = (number, table)
+            return table
+
+
+# ---- statistics of latents
+
+
+def highest_activations(path: Path) -> np.ndarray:
+    """(n_latents,) float32: the column `max` of NAME.latents.parquet, 0 for a latent that never fired."""
+    return LATENTS.open(path, ["max"]).read(columns=["max"])["max"].to_numpy().astype(np.float32)

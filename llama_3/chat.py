@@ -11,7 +11,7 @@ Llama 3.1 on a system message always comes first, and begins with two lines: the
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from llama_3.tokenizer import JsonTokenizer, Tokenizer
+from llama_3.tokenizer import Tokenizer
 from pipeline.errors import InputError
 
 CHAT_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -24,7 +24,7 @@ class Message(NamedTuple):
     content: str
 
 
-def check_chat(tokenizer: Tokenizer | JsonTokenizer) -> None:
+def check_chat(tokenizer: Tokenizer) -> None:
     """Raise InputError unless the model has Llama 3's chat tokens."""
     for name in CHAT_TOKENS:
         if name not in tokenizer.special_tokens:
@@ -34,14 +34,12 @@ def check_chat(tokenizer: Tokenizer | JsonTokenizer) -> None:
             )
 
 
-def encode_dialogue(
-    tokenizer: Tokenizer | JsonTokenizer, messages: Sequence[Message], date: str | None = None
-) -> list[int]:
+def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], date: str | None = None) -> list[int]:
     """Token ids of a dialogue, ending where the assistant's next answer begins.
 
     date: Llama 3.1 and later, "26 Jul 2024" for example; None gives Llama 3's format, without the date header.
     Special tokens written in a message are text. Raises InputError for a model without chat tokens, ValueError for a
-    role that is none.
+    role that does not exist.
     """
     check_chat(tokenizer)
     begin, header, end_header, end_of_turn = (tokenizer.special_tokens[name] for name in CHAT_TOKENS)

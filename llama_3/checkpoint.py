@@ -3,9 +3,9 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import blobfile
 
@@ -22,37 +22,17 @@ class Checkpoint(NamedTuple):
     config_path: str
     config: dict[str, Any]
     weights: list[str]  # paths
-
-    @property
-    def is_meta(self) -> bool:
-        return self.config_path.endswith("params.json")
+    format: Literal["meta", "hugging face"]  # llama_3.loading.READERS has one for each
 
 
 def find_checkpoint(model_dir: str) -> Checkpoint:
-    """The files of a Llama folder of either format. Raises InputError when there is none."""
+    """The files of a Llama folder of any format. Raises InputError when there is none."""
     model_dir = str(model_dir)
-    inside = lambda *parts: blobfile.join(model_dir, *parts)
     names = sorted(blobfile.listdir(model_dir)) if blobfile.isdir(model_dir) else []
-    safetensors = [name for name in names if re.fullmatch(r"model.*\.safetensors", name)]
-    index = "model.safetensors.index.json"
-    if "params.json" not in names and "config.json" in names and (safetensors or index in names):
-        if index in names:
-            try:
-                safetensors = sorted(set(read_json(inside(index))["weight_map"].values()))
-            except (KeyError, TypeError, AttributeError):
-                raise InputError(f"{inside(index)} is not an index of tensors; fetch it again.") from None
-        return Checkpoint(
-            model_dir,
-            inside("config.json"),
-            read_json(inside("config.json")),
-            [inside(name) for name in safetensors],
-        )
-    for folder in (model_dir, inside("original")):
-        if blobfile.exists(blobfile.join(folder, "params.json")):
-            params = read_json(path := blobfile.join(folder, "params.json"))
-            if blobfile.exists(blobfile.join(folder, "consolidated.01.pth")):
-                raise InputError(f"{folder} is split for several GPUs; name a Hugging Face folder of the same model.")
-            return Checkpoint(folder, path, params, [blobfile.join(folder, "consolidated.00.pth")])
+    for find in (_find_hugging_face, _find_meta):
+        if found := find(model_dir, names):
+            return found
+    inside = lambda name: blobfile.join(model_dir, name)
     if "config.json" in names:
         raise InputError(f"There is no model*.safetensors beside {inside('config.json')}; fetch the weights as well.")
     if "consolidated.00.pth" in names:
@@ -63,7 +43,34 @@ def find_checkpoint(model_dir: str) -> Checkpoint:
     )
 
 
-def read_json(path: str) -> dict:
+def _find_hugging_face(model_dir: str, names: list[str]) -> Checkpoint | None:
+    inside = lambda name: blobfile.join(model_dir, name)
+    weights = [name for name in names if re.fullmatch(r"model.*\.safetensors", name)]
+    index = "model.safetensors.index.json"
+    if "params.json" in names or "config.json" not in names or not (weights or index in names):
+        return None
+    if index in names:
+        try:
+            weights = sorted(set(read_json(inside(index))["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
+            raise InputError(f"{inside(index)} is not an index of tensors; fetch it again.") from None
+    path = inside("config.json")
+    return Checkpoint(model_dir, path, read_json(path), [inside(name) for name in weights], "hugging face")
+
+
+def _find_meta(model_dir: str, names: list[str]) -> Checkpoint | None:
+    """In the folder itself, or in the `original/` of Meta's repositories."""
+    for folder in (model_dir, blobfile.join(model_dir, "original")):
+        path = blobfile.join(folder, "params.json")
+        if blobfile.exists(path):
+            params = read_json(path)
+            if blobfile.exists(blobfile.join(folder, "consolidated.01.pth")):
+                raise InputError(f"{folder} is split for several GPUs; name a Hugging Face folder of the same model.")
+            return Checkpoint(folder, path, params, [blobfile.join(folder, "consolidated.00.pth")], "meta")
+    return None
+
+
+def read_json(path: str) -> dict[str, Any]:
     try:
         with blobfile.BlobFile(path, "r") as file:
             return dict(json.load(file))
@@ -89,6 +96,15 @@ def checkpoint_identity(model_dir: str) -> dict[str, Any]:
         "weights_bytes": sum(blobfile.stat(path).size for path in found.weights),
         "weights_sha256": sample_sha256(found.weights),
     }
+
+
+def differing_field(known: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    """The first field in which two identities differ; None where they are of one checkpoint.
+
+    The folder's name does not count, nor does a field that only one of them has: older files have fewer.
+    """
+    both = sorted((known.keys() & found.keys()) - {"name"})
+    return next((name for name in both if known[name] != found[name]), None)
 
 
 def sample_sha256(paths: Sequence[str], pieces: int = 64, piece_bytes: int = 2**16) -> str:

@@ -1,22 +1,22 @@
 """Generate text: sampling, streams of tokens and of text, batches of prompts of any lengths."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama_3.chat import Message, encode_dialogue
-from llama_3.model import Transformer
+from llama_3.model import Intervention, Transformer
 from llama_3.tokenizer import TextStream, Tokenizer
 from pipeline.errors import InputError
 
 
-def sample(logits: "Tensor", temperature: float, top_p: float, uniform: "Tensor") -> "Tensor":
+def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
     """One token a row: nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751) with given random numbers.
 
     logits: (batch, vocab_size); uniform: (batch,) in [0, 1). Returns (batch,). temperature 0 takes the largest logit.
     """
-
     if temperature == 0:
         return logits.argmax(-1)
     probs, tokens = (logits.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
@@ -30,22 +30,21 @@ def sample(logits: "Tensor", temperature: float, top_p: float, uniform: "Tensor"
 
 
 def generate(
-    model: "Transformer",
+    model: Transformer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    stop_tokens: Sequence[int],
+    stop_tokens: Collection[int],
     temperature: float = 0.0,
     top_p: float = 1.0,
     seeds: Sequence[int] | None = None,
-    steering: "tuple[str, Callable[[Tensor], Tensor], Sequence[int]] | None" = None,
+    steering: Intervention | None = None,
 ) -> Iterator[list[int | None]]:
     """Stream the next token of every prompt, None for one that has stopped.
 
     prompts: token ids, of any lengths, each at least one. seeds: one a prompt; a prompt's samples depend on its seed,
-    not on its neighbours. steering: (site, function, skip_tokens) for `model.intervene`, in force in this call only.
+    not on its neighbours. steering: for `model.intervene`, in force in this call only.
     Raises InputError where the longest prompt and the new tokens do not fit the model's context.
     """
-
     batch, longest = len(prompts), max(map(len, prompts))
     check_context(model, longest, max_new_tokens)
     device = model.device
@@ -75,7 +74,7 @@ def generate(
         yield step
 
 
-def check_context(model: "Transformer", n_prompt_tokens: int, max_new_tokens: int) -> None:
+def check_context(model: Transformer, n_prompt_tokens: int, max_new_tokens: int) -> None:
     """Raise InputError where they exceed the model's context."""
     if n_prompt_tokens + max_new_tokens > model.args.max_seq_len:
         raise InputError(
@@ -85,38 +84,42 @@ def check_context(model: "Transformer", n_prompt_tokens: int, max_new_tokens: in
 
 
 def stream(
-    model: "Transformer", tokenizer: "Tokenizer", prompts: Sequence[Sequence[int]], **options
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], **options: Any
 ) -> Iterator[list[str]]:
     """Stream what each prompt gains, step by step, in whole characters; prompts and options as of `generate`."""
-
     texts = [TextStream(tokenizer, prompt) for prompt in prompts]
     for step in generate(model, prompts, stop_tokens=tokenizer.stop_ids, **options):
         yield [text.end() if token is None else text.add(token) for text, token in zip(texts, step, strict=True)]
     yield [text.end() for text in texts]
 
 
-def encode_text(tokenizer: "Tokenizer", prompt: str) -> list[int]:
+def encode_text(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """A prompt's token ids, after begin-of-text where the model knows it."""
-    return tokenizer.encode(prompt, bos=tokenizer.starts_with_bos) or [tokenizer.bos_id]
+    if ids := tokenizer.encode(prompt, bos=tokenizer.starts_with_bos):
+        return ids
+    if tokenizer.bos_id is None:
+        raise InputError("This model has no begin-of-text token, so it cannot begin without a prompt; write one.")
+    return [tokenizer.bos_id]
 
 
-def stream_text(model: "Transformer", tokenizer: "Tokenizer", prompts: Sequence[str], **options) -> Iterator[list[str]]:
+def stream_text(
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], **options: Any
+) -> Iterator[list[str]]:
     """Stream the completions of texts; options as of `generate`."""
     return stream(model, tokenizer, [encode_text(tokenizer, prompt) for prompt in prompts], **options)
 
 
 def stream_chat(
-    model: "Transformer",
-    tokenizer: "Tokenizer",
-    dialogues: "Sequence[Sequence[Message]]",
+    model: Transformer,
+    tokenizer: Tokenizer,
+    dialogues: Sequence[Sequence[Message]],
     date: str | None = None,
-    **options,
+    **options: Any,
 ) -> Iterator[list[str]]:
     """Stream the assistant's next message of each dialogue; date as of `encode_dialogue`, options as of `generate`."""
-
     return stream(model, tokenizer, [encode_dialogue(tokenizer, d, date) for d in dialogues], **options)
 
 
-def complete(model: "Transformer", tokenizer: "Tokenizer", prompts: Sequence[str], **options) -> list[str]:
+def complete(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], **options: Any) -> list[str]:
     """The whole completions of texts."""
     return ["".join(pieces) for pieces in zip(*stream_text(model, tokenizer, prompts, **options), strict=True)]

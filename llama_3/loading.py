@@ -11,8 +11,8 @@ Any model of the Llama architecture will do: Llama 3.x, SmolLM2, TinyLlama. Path
 import pickle
 import re
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import blobfile
 import safetensors
@@ -73,7 +73,7 @@ def read_params(model_dir: str, rope_scaling_factor: float | None = None) -> Mod
 
 def model_args(found: Checkpoint, rope_scaling_factor: float | None = None) -> ModelArgs:
     try:
-        args = (_meta_args if found.is_meta else _hf_args)(found.config)
+        args = READERS[found.format].args(found.config)
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "head_dim"):
             if not isinstance(args[name], int) or args[name] < 1:
                 raise ValueError(f"{name} = {args[name]!r}")
@@ -84,7 +84,7 @@ def model_args(found: Checkpoint, rope_scaling_factor: float | None = None) -> M
         raise InputError(f"{found.config_path} does not describe a Llama model ({error!r}); fetch it again.") from None
 
 
-def _meta_args(params: dict) -> dict:
+def _meta_args(params: dict[str, Any]) -> dict[str, Any]:
     scaled = bool(params.get("use_scaled_rope", False))
     known = ROPE_SCALING_FACTORS.get((params["dim"], params["n_layers"]), 8.0)
     return {
@@ -102,7 +102,7 @@ def _meta_args(params: dict) -> dict:
     }
 
 
-def _hf_args(config: dict) -> dict:
+def _hugging_face_args(config: dict[str, Any]) -> dict[str, Any]:
     for name, expected in {"model_type": "llama", "hidden_act": "silu"}.items():
         if config.get(name, expected) != expected:
             raise ValueError(f"{name} is {config[name]!r}, not {expected!r}")
@@ -147,7 +147,7 @@ def load_model(
     rope_scaling_factor: float | None = None,
     packed: bool = False,
 ) -> Transformer:
-    """Load a checkpoint for inference. Raises InputError, naming file and mend, when it is not whole.
+    """Load a checkpoint for inference. Raises InputError, naming file and fix, when it is not whole.
 
     Weights of another dtype or device are converted one tensor at a time; the others stay mapped to their file.
     packed: on a CPU, make linear layers PackedLinear: faster, but without parameters; ignored where there is none.
@@ -158,9 +158,8 @@ def load_model(
     with torch.device("meta"):
         model = Transformer(args)
     expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    loaded = _read_meta(found.weights[0]) if found.is_meta else _read_safetensors(found.weights)
-    if not found.is_meta and found.config.get("tie_word_embeddings") and "tok_embeddings.weight" in loaded:
-        loaded["output.weight"] = loaded["tok_embeddings.weight"]
+    reader = READERS[found.format]
+    loaded = reader.weights(found)
     _check(loaded, expected, found)
     output, embedding = loaded["output.weight"].tensor, loaded["tok_embeddings.weight"].tensor
     tied = output.data_ptr() == embedding.data_ptr()
@@ -168,13 +167,13 @@ def load_model(
     state = {}
     for name in sorted(expected, key=lambda name: loaded[name].tensor.numel()):
         tensor, _, path = loaded[name]
-        if not found.is_meta and name.endswith((".wq.weight", ".wk.weight")):
-            # Hugging Face rotates the first half of a head against the second, Meta neighbouring pairs.
+        if reader.rotates_halves and name.endswith((".wq.weight", ".wk.weight")):
             tensor = tensor.unflatten(0, (-1, 2, args.head_dim // 2)).transpose(1, 2)
         layer = name.removesuffix(".weight")
         if packed and isinstance(model.get_submodule(layer), nn.Linear):
-            model.set_submodule(layer, PackedLinear(tensor, dtype, in_file=not _is_remote(path)))
-            model.to_pack.append(model.get_submodule(layer))
+            linear = PackedLinear(tensor, dtype, in_file=not _is_remote(path))
+            model.set_submodule(layer, linear)
+            model.to_pack.append(linear)
         elif packed and name == "tok_embeddings.weight":
             state[name] = tensor  # rows are converted as they are looked up: the table stays in its file
         elif not (tied and name == "output.weight"):
@@ -191,7 +190,8 @@ def _is_remote(path: str) -> bool:
     return path.startswith(("gs://", "az://"))
 
 
-def _read_meta(path: str) -> dict[str, Loaded]:
+def _read_meta(found: Checkpoint) -> dict[str, Loaded]:
+    (path,) = found.weights
     try:
         if _is_remote(path):
             with blobfile.BlobFile(path, "rb") as file:
@@ -205,11 +205,10 @@ def _read_meta(path: str) -> dict[str, Loaded]:
     return {name: Loaded(tensor, name, path) for name, tensor in state.items() if not IGNORED.fullmatch(name)}
 
 
-def _read_safetensors(paths: Sequence[str]) -> dict[str, Loaded]:
+def _read_hugging_face(found: Checkpoint) -> dict[str, Loaded]:
     """The tensors of Hugging Face's files under Meta's names."""
-
-    loaded = {}
-    for path in paths:
+    loaded: dict[str, Loaded] = {}
+    for path in found.weights:
         try:
             if _is_remote(path):
                 with blobfile.BlobFile(path, "rb") as file:
@@ -222,6 +221,8 @@ def _read_safetensors(paths: Sequence[str]) -> dict[str, Loaded]:
         for name, tensor in tensors.items():
             if not IGNORED.fullmatch(name):
                 loaded[_meta_name(name)] = Loaded(tensor, name, path)
+    if found.config.get("tie_word_embeddings") and "tok_embeddings.weight" in loaded:
+        loaded["output.weight"] = loaded["tok_embeddings.weight"]
     return loaded
 
 
@@ -231,6 +232,20 @@ def _meta_name(name: str) -> str:
     if match is None or match[2] not in HF_NAMES:
         return name
     return f"{match[1] or ''}{HF_NAMES[match[2]]}.weight"
+
+
+class Reader(NamedTuple):
+    """How a format is read. What it gives has Meta's names."""
+
+    args: Callable[[dict[str, Any]], dict[str, Any]]  # the JSON -> fields of ModelArgs
+    weights: Callable[[Checkpoint], dict[str, Loaded]]
+    rotates_halves: bool  # RoPE turns the first half of a head against the second; Meta's neighbouring pairs
+
+
+READERS = {
+    "meta": Reader(_meta_args, _read_meta, rotates_halves=False),
+    "hugging face": Reader(_hugging_face_args, _read_hugging_face, rotates_halves=True),
+}
 
 
 def _check(loaded: dict[str, Loaded], expected: dict[str, tuple[int, ...]], found: Checkpoint) -> None:
@@ -257,6 +272,3 @@ def _check(loaded: dict[str, Loaded], expected: dict[str, tuple[int, ...]], foun
     if surplus := sorted(loaded.keys() - expected.keys()):
         _, their_name, path = loaded[surplus[0]]
         raise InputError(f"{path} holds {their_name}, unknown to this model; {config} belongs to another one.")
-
-
-# ---- tokenizer

@@ -11,17 +11,16 @@ Sites, each (batch, seq, d_model), in the order in which a layer computes them:
 
 import contextlib
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_3.packed import PackedLinear
+from llama_3.packed import PackedLinear, pack_all
 
 SITES = ("resid_pre", "attention_norm", "attention_out", "resid_mid", "ffn_norm", "mlp_out", "resid_post")
 
@@ -38,7 +37,7 @@ class ModelArgs:
     n_kv_heads: int
     vocab_size: int
     hidden_dim: int  # width inside the feed-forward layer
-    head_dim: int | None = None  # dim / n_heads when not given
+    head_dim: int = 0  # dim / n_heads when not given
     norm_eps: float = 1e-5
     rope_theta: float = 500000.0
     rope_scaling_factor: float = 1.0
@@ -48,7 +47,7 @@ class ModelArgs:
     max_seq_len: int = 8192  # positions it was trained for
 
     def __post_init__(self) -> None:
-        if self.head_dim is None:
+        if not self.head_dim:
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
 
 
@@ -198,16 +197,16 @@ class TransformerBlock(nn.Module):
 
 
 class Intervention(NamedTuple):
-    model: "Transformer"
+    """What `Transformer.intervene(*intervention)` does to a forward pass; `generate` takes it as `steering`."""
+
     site: str
-    fn: Callable[[Tensor], Tensor]
-    skip_tokens: tuple[int, ...]
+    fn: Callable[[Tensor], Tensor]  # activations at the site, (..., d_model) -> same
+    skip_tokens: Sequence[int] = ()  # positions that hold one of them keep their value
 
 
-_packing = threading.Lock()
-
-# Interventions belong to the thread (or asyncio task) that entered them: two requests served at once do not meet.
-_interventions: ContextVar[tuple[Intervention, ...]] = ContextVar("interventions", default=())
+# Those in force, each with its model. They belong to the thread (or asyncio task) that entered them: two requests
+# served at once do not meet.
+_interventions: ContextVar[tuple[tuple["Transformer", Intervention], ...]] = ContextVar("interventions", default=())
 
 
 class _AllCaptured(Exception):
@@ -225,7 +224,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(i, args) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
-        self.to_pack: list[PackedLinear] = []  # before the first forward pass; the largest last
+        self.to_pack: list[PackedLinear] = []  # until the first forward pass; the largest last
 
     @property
     def device(self) -> torch.device:
@@ -234,13 +233,6 @@ class Transformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
-
-    def pack(self) -> None:
-        """Pack what is to be packed, the largest first: what that takes for a moment then has room for the smaller."""
-        with _packing:
-            while self.to_pack:
-                self.to_pack[-1].pack()
-                self.to_pack.pop()
 
     def new_cache(self, batch_size: int, max_len: int) -> Cache:
         """Room for the keys and values of `max_len` positions of `batch_size` sequences, in the model's dtype."""
@@ -263,6 +255,10 @@ class Transformer(nn.Module):
         x = self._run(tokens, cache, n_pad, self._intervention_hook(tokens))
         return self.output(self.norm(x[:, -1:] if last_only else x)).float()
 
+    @overload
+    def activations(self, tokens: Tensor, sites: str) -> Tensor: ...
+    @overload
+    def activations(self, tokens: Tensor, sites: Sequence[str]) -> dict[str, Tensor]: ...
     def activations(self, tokens: Tensor, sites: str | Sequence[str]) -> Tensor | dict[str, Tensor]:
         """Activations at one site, (batch, seq, d_model) in the model's dtype, or at several as a dict.
 
@@ -295,15 +291,14 @@ class Transformer(nn.Module):
         its values shares its thread.
         """
         check_site(site, self.args.n_layers)
-        added = Intervention(self, site, fn, tuple(skip_tokens))
-        token = _interventions.set((*_interventions.get(), added))
+        token = _interventions.set((*_interventions.get(), (self, Intervention(site, fn, tuple(skip_tokens)))))
         try:
             yield
         finally:
             _interventions.reset(token)
 
     def _intervention_hook(self, tokens: Tensor) -> Hook:
-        active = [i for i in _interventions.get() if i.model is self]
+        active = [intervention for model, intervention in _interventions.get() if model is self]
 
         def hook(site: str, x: Tensor) -> Tensor:
             for intervention in active:
@@ -320,7 +315,7 @@ class Transformer(nn.Module):
     def _run(self, tokens: Tensor, cache: Cache | None, n_pad: Tensor | None, hook: Hook) -> Tensor:
         """The residual stream after the last layer, (batch, seq, d_model)."""
         if self.to_pack:
-            self.pack()
+            pack_all(self.to_pack)
         seq = tokens.shape[1]
         start = cache.length if cache is not None else 0
         if cache is not None and start + seq > cache.max_len:
@@ -330,10 +325,10 @@ class Transformer(nn.Module):
         if n_pad is not None or (start > 0 and seq > 1):
             keys = torch.arange(start + seq, device=tokens.device)
             mask = (keys[None, :] <= positions[:, None])[None, None]  # (1, 1, seq, keys)
-        if n_pad is not None:
-            mask = mask & (keys[None, :] >= n_pad[:, None])[:, None, None]
-            mask = mask | (keys[None, :] == positions[:, None])  # a padded position sees itself: no row without keys
-            positions = (positions[None] - n_pad[:, None]).clamp(min=0)  # (batch, seq)
+            if n_pad is not None:
+                mask = mask & (keys[None, :] >= n_pad[:, None])[:, None, None]
+                mask = mask | (keys[None, :] == positions[:, None])  # a padded position sees itself: no row is empty
+                positions = (positions[None] - n_pad[:, None]).clamp(min=0)  # (batch, seq)
         freqs = rope_frequencies(self.args).to(tokens.device)
         rope = rope_tables(freqs, positions)
         x = self.tok_embeddings(tokens).to(self.dtype)
@@ -345,7 +340,7 @@ class Transformer(nn.Module):
 
 
 def check_site(site: str, n_layers: int) -> int:
-    """The layer of a site such as layers.22.attention_norm. Raises ValueError, naming the mend, for anything else."""
+    """The layer of a site such as layers.22.attention_norm. Raises ValueError, naming the fix, for anything else."""
     parts = site.split(".")
     if len(parts) != 3 or parts[0] != "layers" or not parts[1].isdecimal() or parts[2] not in SITES:
         raise ValueError(f"{site!r} is not a site; write layers.N.S with S one of {', '.join(SITES)}.")

@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import threading
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +30,9 @@ class PackedLinear(nn.Module):
         return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
     def pack(self) -> None:
-        if self.weight is not None:
-            return
         source = self.source
+        if source is None:
+            return
         # Over 32 MB, so that malloc gives it back to the system: smaller holes between lasting tensors would stay.
         room = torch.empty(max(source.numel(), 2**24), dtype=self.weight_dtype)
         weight = room[: source.numel()].view(source.shape).copy_(source).view(-1, source.shape[-1])
@@ -43,6 +44,18 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+_packing = threading.Lock()
+
+
+def pack_all(layers: list[PackedLinear]) -> None:
+    """Pack the layers and empty the list, the last (largest) first: what that takes for a moment then has room for the
+    smaller ones."""
+    with _packing:
+        while layers:
+            layers[-1].pack()
+            layers.pop()
 
 
 def forget_pages(mapped: Tensor) -> None:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 import blobfile
 import tiktoken
@@ -68,8 +69,33 @@ def write_ranks(path: Path, ranks: dict[bytes, int]) -> None:
     path.write_bytes(b"".join(base64.b64encode(token) + b" " + str(rank).encode() + b"\n" for token, rank in in_order))
 
 
-class Tokenizer:
-    """Text to token ids and back. Special tokens written in a text are text, never control."""
+class Tokenizer(Protocol):
+    """What every tokenizer here has. Special tokens written in a text are text, never control."""
+
+    special_tokens: dict[str, int]
+    vocab_size: int
+    starts_with_bos: bool  # whether texts that the model was trained on do
+
+    @property
+    def bos_id(self) -> int | None: ...  # None: the model has no begin-of-text
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def stop_ids(self) -> frozenset[int]: ...  # of the tokens that end an answer
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Token ids, on request between begin-of-text and end-of-text, where the model has them."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the tokens; bytes that are not whole UTF-8 characters become U+FFFD."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class TiktokenTokenizer:
+    """Llama 3's `tokenizer.model`."""
 
     def __init__(self, ranks: dict[bytes, int], name: str = "llama_3"):
         n = len(ranks)
@@ -82,7 +108,8 @@ class Tokenizer:
         self.vocab_size = n + N_SPECIAL_TOKENS
         self.bos_id = self.special_tokens["<|begin_of_text|>"]
         self.eos_id = self.special_tokens["<|end_of_text|>"]
-        self.starts_with_bos = True  # whether texts that the model was trained on do
+        self.stop_ids = frozenset(self.special_tokens[name] for name in STOP_TOKENS)
+        self.starts_with_bos = True
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         ids = [self.bos_id] if bos else []
@@ -96,19 +123,14 @@ class Tokenizer:
         return ids + [self.eos_id] if eos else ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the tokens; bytes that are not whole UTF-8 characters become U+FFFD."""
         return self.model.decode(list(ids))
 
     def token_bytes(self, token_id: int) -> bytes:
         return self.model.decode_single_token_bytes(token_id)
 
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        return frozenset(self.special_tokens[name] for name in STOP_TOKENS)
-
 
 class JsonTokenizer:
-    """A `tokenizer.json`, with the same methods. Special tokens written in a text are text here too."""
+    """Any `tokenizer.json`."""
 
     def __init__(self, path: str, bos_id: int | None, eos_ids: int | list[int] | None):
         """bos_id, eos_ids: what config.json says. Raises InputError when the file is missing or broken."""
@@ -136,14 +158,17 @@ class JsonTokenizer:
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         ids = self.model.encode(text, add_special_tokens=False).ids
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        begin = [self.bos_id] if bos and self.bos_id is not None else []
+        end = [self.eos_id] if eos and self.eos_id is not None else []
+        return [*begin, *ids, *end]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the tokens; bytes that are not whole UTF-8 characters become U+FFFD."""
         return self.model.decode(list(ids), skip_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         token = self.model.id_to_token(token_id)
+        if token is None:
+            raise IndexError(f"There is no token {token_id}.")
         if token in self.special_tokens:
             return token.encode()
         if self.is_byte_level:
@@ -160,7 +185,7 @@ class TextStream:
     `decode` makes of all the tokens after the prompt.
     """
 
-    def __init__(self, tokenizer: Tokenizer | JsonTokenizer, prompt: Sequence[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
         self.tokenizer = tokenizer
         # Some decoders treat the first token apart (a leading space): what was given out last stays as context.
         self.context = list(prompt)
@@ -185,7 +210,7 @@ class TextStream:
         return text
 
 
-def load_tokenizer(model_dir: str = TINY_LLAMA_DIR) -> Tokenizer | JsonTokenizer:
+def load_tokenizer(model_dir: str = TINY_LLAMA_DIR) -> Tokenizer:
     """The tokenizer of a checkpoint folder: tokenizer.model in Meta's format, tokenizer.json in Hugging Face's.
 
     Raises InputError when it is missing, broken, or does not fit the vocabulary of the model beside it.
@@ -197,11 +222,11 @@ def load_tokenizer(model_dir: str = TINY_LLAMA_DIR) -> Tokenizer | JsonTokenizer
     if blobfile.exists(inside("tokenizer.json")) and blobfile.exists(inside("config.json")):
         generation = inside("generation_config.json")
         ids = config | (read_json(generation) if blobfile.exists(generation) else {})
-        tokenizer = JsonTokenizer(inside("tokenizer.json"), ids.get("bos_token_id"), ids.get("eos_token_id"))
+        tokenizer: Tokenizer = JsonTokenizer(inside("tokenizer.json"), ids.get("bos_token_id"), ids.get("eos_token_id"))
     else:
         original = inside("original", "tokenizer.model")
         path = original if blobfile.exists(original) else inside("tokenizer.model")
-        tokenizer = Tokenizer(read_ranks(path))
+        tokenizer = TiktokenTokenizer(read_ranks(path))
     vocab_size = config.get("vocab_size", tokenizer.vocab_size)
     # A model may carry rows that no token uses, to round the vocabulary up.
     if not tokenizer.vocab_size <= vocab_size < tokenizer.vocab_size + 1024:

@@ -7,8 +7,9 @@ over megabytes although the order is random.
 import functools
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ _AHEAD = 4  # steps read ahead
 class Batches:
     """Rows of the training shards by global batch, memory-mapped; the order depends on seed and epoch alone."""
 
-    def __init__(self, data_dir: str, manifest: dict, batch_size: int, seed: int):
+    def __init__(self, data_dir: str | Path, manifest: dict[str, Any], batch_size: int, seed: int):
         self.stored, self.d_model = manifest["batch_size"], manifest["d_model"]
         self.batch_size, self.seed = batch_size, seed
         self.names = [record["file"] for record in manifest["shards"]]
@@ -33,14 +34,11 @@ class Batches:
         ]
         self.per_step = batch_size // self.stored
         self.steps_per_epoch = len(self.where) // self.per_step
-        self.order = functools.lru_cache(2)(self.order)
-
-    def order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.where))
 
     def stored_batches(self, epoch: int, step: int) -> list[tuple[int, int]]:
         """A step's stored batches: (shard, first row)."""
-        return [self.where[batch] for batch in self.order(epoch)[step * self.per_step : (step + 1) * self.per_step]]
+        order = _order(self.seed, epoch, len(self.where))
+        return [self.where[batch] for batch in order[step * self.per_step : (step + 1) * self.per_step]]
 
     def read(self, epoch: int, step: int, rank: int, world_size: int, out: Tensor | None = None) -> Tensor:
         """This process's share of a step's rows, (batch_size / world_size, d_model) bfloat16.
@@ -59,6 +57,12 @@ class Batches:
         return out
 
 
+@functools.lru_cache(2)  # what is read ahead may lie in the next epoch
+def _order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of n stored batches in an epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
 def open_rows(path: Path) -> np.ndarray:
     """A shard's activations as a memory-mapped array of their bits, (n_rows, d_model) int16."""
     return open_shard(path, "sae_preprocessing.py").get_tensor("acts").view(torch.int16).numpy()
@@ -73,12 +77,13 @@ class Reader:
     def __init__(self, batches: Batches, steps: range, rank: int, size: int, device: torch.device):
         shape = (batches.batch_size // size, batches.d_model)
         self.batches, self.steps, self.rank, self.size, self.device = batches, iter(steps), rank, size, device
-        self.cuda = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if self.cuda else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # A step's buffer is written again when `next` is called for the step after: its rows have been used then.
-        self.buffers = [torch.empty(shape, dtype=torch.bfloat16, pin_memory=self.cuda) for _ in range(_AHEAD)]
+        self.buffers = [
+            torch.empty(shape, dtype=torch.bfloat16, pin_memory=self.stream is not None) for _ in range(_AHEAD)
+        ]
         self.pool = ThreadPoolExecutor(_READERS)
-        self.ahead: deque = deque()
+        self.ahead: deque[Future[Tensor]] = deque()
 
     def __enter__(self) -> "Reader":
         return self
@@ -89,7 +94,7 @@ class Reader:
     def read(self, step: int) -> Tensor:
         place = divmod(step, self.batches.steps_per_epoch)
         rows = self.batches.read(*place, self.rank, self.size, out=self.buffers[step % len(self.buffers)])
-        if not self.cuda:
+        if self.stream is None:
             return rows
         with torch.cuda.stream(self.stream):
             rows = rows.to(self.device, non_blocking=True)
@@ -102,6 +107,6 @@ class Reader:
         while len(self.ahead) < _AHEAD and (step := next(self.steps, None)) is not None:
             self.ahead.append(self.pool.submit(self.read, step))
         rows = self.ahead.popleft().result()
-        if self.cuda:
+        if self.stream is not None:
             rows.record_stream(torch.cuda.current_stream())
         return rows, time.perf_counter() - started

@@ -1,13 +1,14 @@
-"""The activation file format: what capture_activations.py writes and later stages read.
+"""The activations' file format: what capture_activations.py writes and later stages read.
 
 One folder per site holds safetensors shards and a manifest.json. A shard holds whole sentences, in order:
 
-    acts          (n_tokens, d_model) bfloat16   one row a token
+    acts          (n_tokens, d_model) bfloat16   a row per token
     token_ids     (n_tokens,) int32
     sentence_idx  (n_sentences,) int64           index into the sentence dataset's seeded order, ascending
     offsets       (n_sentences + 1,) int64       sentence s has the rows offsets[s] to offsets[s + 1]
 """
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.files import atomic_path
+from pipeline.files import atomic_path, sha256
 from pipeline.manifests import MANIFEST, check_files, check_sum, read_manifest
+from pipeline.source import Source
 
 CAPTURE_STAGE = "capture_activations.py"
 
@@ -50,8 +52,55 @@ class Shard(NamedTuple):
     offsets: Tensor
 
 
+def write_activations(
+    folder: Path, name: str, acts: Tensor, sentence_idx: list[int], token_ids: list[list[int]], shard_bytes: int
+) -> list[dict[str, Any]]:
+    """Write sentences to NAME-00.safetensors, NAME-01.safetensors, ... of about shard_bytes; returns their records.
+
+    acts: (n_tokens, d_model) bfloat16, the sentences' tokens one after the other. A shard has as many whole sentences
+    as fit, at least one.
+    """
+    rows_per_shard = shard_bytes // (2 * acts.shape[1])
+    records: list[dict[str, Any]] = []
+    first = row = 0
+    while first < len(sentence_idx):
+        last, n_tokens = first + 1, len(token_ids[first])
+        while last < len(sentence_idx) and n_tokens + len(token_ids[last]) <= rows_per_shard:
+            n_tokens += len(token_ids[last])
+            last += 1
+        ids = token_ids[first:last]
+        shard = Shard(
+            acts=acts[row : row + n_tokens].contiguous(),
+            token_ids=torch.tensor([token for sentence in ids for token in sentence], dtype=torch.int32),
+            sentence_idx=torch.tensor(sentence_idx[first:last]),
+            offsets=torch.tensor([0, *map(len, ids)]).cumsum(0),
+        )
+        path = folder / f"{name}-{len(records):02d}.safetensors"
+        write_shard(path, shard._asdict())
+        records.append(
+            {
+                "file": path.name,
+                "bytes": path.stat().st_size,
+                "sha256": sha256(path),
+                "first_sentence_idx": sentence_idx[first],
+                "n_sentences": last - first,
+                "n_tokens": n_tokens,
+            }
+        )
+        first, row = last, row + n_tokens
+    return records
+
+
+def run_checksum(records: list[dict[str, Any]]) -> str:
+    """One checksum over the shards' checksums: which run of capture_activations.py they are of."""
+    return hashlib.sha256("".join(record["sha256"] for record in records).encode()).hexdigest()
+
+
 class ActivationStore:
-    """Read one site's captured activations. Raises InputError for a folder that is incomplete or damaged."""
+    """Read one site's captured activations. Raises InputError for a folder that is incomplete or damaged.
+
+    `source` is the record of where they come from.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -63,6 +112,8 @@ class ActivationStore:
         check_files(folder, self.records, CAPTURE_STAGE)
         self.d_model: int = self.manifest["d_model"]
         self.n_tokens: int = self.manifest["counts"]["tokens"]
+        stated = {**self.manifest, "activations": run_checksum(self.records)}  # older manifests do not state it
+        self.source = Source.read(stated, self.folder / MANIFEST).with_folder("activations_dir", self.folder)
         self._files: dict[int, Any] = {}  # shard -> its file, opened at first use
 
     def _file(self, i: int) -> Any:

@@ -6,10 +6,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 
 class World(NamedTuple):
@@ -17,8 +21,8 @@ class World(NamedTuple):
 
     rank: int
     size: int
-    device: Any  # torch.device
-    group: Any = None  # of torch.distributed; None: all processes
+    device: torch.device
+    group: dist.ProcessGroup | None = None  # None: all processes
 
     @property
     def is_main(self) -> bool:
@@ -30,15 +34,11 @@ class World(NamedTuple):
 
     def barrier(self) -> None:
         if self.size > 1:
-            import torch.distributed as dist
-
             dist.barrier(self.group)
 
-    def all_reduce(self, tensor: Any) -> Any:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over the processes, in place."""
         if self.size > 1:
-            import torch.distributed as dist
-
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
@@ -46,34 +46,38 @@ class World(NamedTuple):
         """Every process's picklable value, in order of rank, on every process."""
         if self.size == 1:
             return [value]
-        import torch.distributed as dist
-
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, self.group)
         return values
 
 
-def grid(w: World, width: int) -> tuple[World, World]:
-    """The processes in rows of `width`, which must divide their number: this process's column and its row.
+ALONE = World(0, 1, torch.device("cpu"))
 
-    A row's processes have neighbouring ranks, and so share a node where the node has that many.
-    """
-    if w.size == 1:
-        return w, w
-    from torch.distributed.device_mesh import init_device_mesh
 
-    mesh = init_device_mesh(w.device.type, (w.size // width, width), mesh_dim_names=("column", "row"))
+class Grid(NamedTuple):
+    """The processes of a run in rows and columns, as one of them sees it."""
+
+    world: World  # all processes
+    column: World
+    row: World  # neighbouring ranks, which share a node where the node has that many
+
+
+def make_grid(world: World, width: int) -> Grid:
+    """The processes in rows of `width`, which must divide their number."""
+    if world.size == 1:
+        return Grid(world, world, world)
+    names = ("column", "row")
+    mesh = init_device_mesh(world.device.type, (world.size // width, width), mesh_dim_names=names)
     column, row = (
-        World(mesh.get_local_rank(name), mesh.size(i), w.device, mesh.get_group(name))
-        for i, name in enumerate(("column", "row"))
+        World(mesh.get_local_rank(name), mesh.size(i), world.device, mesh.get_group(name))
+        for i, name in enumerate(names)
     )
-    return column, row
+    return Grid(world, column, row)
 
 
 @contextlib.contextmanager
 def world() -> Iterator[World]:
     """Join the process group that torchrun describes in the environment: nccl on GPUs, gloo on CPUs."""
-
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
@@ -84,8 +88,6 @@ def world() -> Iterator[World]:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     if size > 1:
-        import torch.distributed as dist
-
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             threading.Thread(target=_end_with_torchrun, args=(os.getppid(),), daemon=True).start()
@@ -102,12 +104,17 @@ def _end_with_torchrun(torchrun: int) -> None:
     os._exit(1)
 
 
-@contextlib.contextmanager
-def noted_signals() -> Iterator[SimpleNamespace]:
-    """SIGTERM and Ctrl-C do not end the process in this block: `number` says which one came, 0 for none."""
-    seen = SimpleNamespace(number=0)
+@dataclass
+class StopSignal:
+    number: int = 0  # of the signal that came; 0 for none
 
-    def note(number: int, _frame: Any) -> None:
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[StopSignal]:
+    """In this block SIGTERM and Ctrl-C do not end the process; they are noted."""
+    seen = StopSignal()
+
+    def note(number: int, _frame: FrameType | None) -> None:
         seen.number = number
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}

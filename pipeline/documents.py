@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import InputError
 
 _KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".txt": "txt"}
-_ENDINGS = ", ".join(_KINDS)
+ENDINGS = ", ".join(_KINDS)
 
 
 def kind_of(name: str) -> str | None:
@@ -35,12 +35,12 @@ def document_files(input_path: str) -> list[Path]:
         )
     if path.is_file():
         if not kind_of(path.name):
-            raise InputError(f"{input_path} has an unknown ending; documents come as {_ENDINGS}.")
+            raise InputError(f"{input_path} has an unknown ending; documents come as {ENDINGS}.")
         return [path]
     names = sorted(file.relative_to(path).as_posix() for file in files_below(path))
     kinds = {kind for name in names if (kind := kind_of(name))}
     if not kinds:
-        raise InputError(f"{input_path} holds no documents ({_ENDINGS}); name another folder.")
+        raise InputError(f"{input_path} holds no documents ({ENDINGS}); name another folder.")
     if len(kinds) > 1:
         raise InputError(f"{input_path} holds {' and '.join(sorted(kinds))} files; name a folder of one kind.")
     return [path / name for name in names if kind_of(name)]
@@ -50,7 +50,7 @@ def files_below(folder: Path) -> Iterator[Path]:
     """Every file in a folder and its subfolders, through links too; InputError for what cannot be looked into."""
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename} cannot be read ({error.strerror}); mend or remove it.")
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}); fix or remove it.")
 
     seen = set()
     for where, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
@@ -61,7 +61,7 @@ def files_below(folder: Path) -> Iterator[Path]:
         seen.add(real)
         for path in (Path(where) / name for name in names):
             if kind_of(path.name) and not path.exists():
-                raise InputError(f"{path} points to nothing; mend or remove it.")
+                raise InputError(f"{path} points to nothing; fix or remove it.")
             yield path
 
 
@@ -73,7 +73,6 @@ def describe_files(listing: list[tuple]) -> dict[str, Any]:
 
 def open_parquet(path: Path) -> Any:
     """The parquet file, once its column `text` is known to be there. Raises InputError."""
-
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
@@ -89,7 +88,6 @@ def open_parquet(path: Path) -> Any:
 
 def iter_parquet(path: Path, batch_size: int) -> Iterator[Any]:
     """The column `text` in batches, as bytes (Arrow large_binary, nulls as empty)."""
-
     try:
         for batch in open_parquet(path).iter_batches(batch_size=batch_size, columns=["text"]):
             yield pc.fill_null(batch.column(0).cast(pa.large_binary()), b"")
@@ -110,12 +108,13 @@ def iter_jsonl(path: Path) -> Iterator[bytes]:
                 try:
                     value = json.loads(line.decode(errors="surrogateescape"))
                 except (ValueError, RecursionError) as error:
-                    raise InputError(f"Line {number} of {path} is not JSON ({error}); mend it.") from None
+                    raise InputError(f"Line {number} of {path} is not JSON ({error}); correct it.") from None
                 text = value.get("text", 0) if isinstance(value, dict) else 0
-                if not isinstance(text, str | None):
-                    raise InputError(f'Line {number} of {path} is not an object with a string "text"; mend it.')
+                text = "" if text is None else text
+                if not isinstance(text, str):
+                    raise InputError(f'Line {number} of {path} is not an object with a string "text"; correct it.')
                 try:
-                    yield (text or "").encode(errors="surrogateescape")
+                    yield text.encode(errors="surrogateescape")
                 except UnicodeEncodeError:
                     yield text.encode(errors="surrogatepass")
     except (pa.ArrowInvalid, OSError) as error:
@@ -135,7 +134,7 @@ def iter_documents(files: list[Path]) -> Iterator[bytes]:
                 try:
                     yield path.read_bytes()
                 except OSError as error:
-                    raise InputError(f"{path} cannot be read ({error}); mend or remove it.") from None
+                    raise InputError(f"{path} cannot be read ({error}); fix or remove it.") from None
 
 
 def as_text(document: bytes) -> str:

@@ -44,14 +44,14 @@ def write_json(path: Path | str, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path | str, mend: str) -> Any:
-    """Read a JSON file. Raises InputError, ending in `mend`, when it is missing or broken."""
+def read_json(path: Path | str, fix: str) -> Any:
+    """Read a JSON file. Raises InputError, ending in `fix`, when it is missing or broken."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"No {Path(path).name} in {Path(path).parent}; {mend}") from None
+        raise InputError(f"No {Path(path).name} in {Path(path).parent}; {fix}") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); {mend}") from None
+        raise InputError(f"{path} cannot be read ({error}); {fix}") from None
 
 
 def sha256(path: Path | str) -> str:
@@ -78,7 +78,7 @@ def locked(folder: Path | str, rank: int = 0, barrier: Callable[[], None] = lamb
         folder.mkdir(parents=True, exist_ok=True)
         lock, workers_lock = open(folder / ".lock", "a"), open(folder / ".workers.lock", "a")  # noqa: SIM115
     except OSError as error:
-        raise InputError(f"{folder} cannot be written to ({error}); mend that or name another folder.") from None
+        raise InputError(f"{folder} cannot be written to ({error}); fix that or name another folder.") from None
     with lock, workers_lock:
         try:
             if rank == 0:
@@ -97,12 +97,12 @@ def locked(folder: Path | str, rank: int = 0, barrier: Callable[[], None] = lamb
 
 
 def require_disk(folder: Path | str, needed_bytes: float) -> None:
-    """Raise InputError when the disk that will hold `folder` has less than `needed_bytes` free."""
+    """Raise Stop when the disk that will hold `folder` has less than `needed_bytes` free."""
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if needed_bytes > free:
-        raise InputError(
+        raise Stop(
             f"{folder} needs about {gb(needed_bytes)} but its disk has {gb(free)} free; free some or write elsewhere."
         )

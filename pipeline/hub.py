@@ -1,10 +1,36 @@
-"""What the scripts that fetch from the Hugging Face hub share: checks of what arrives, errors in a sentence."""
+"""What the scripts that fetch from the Hugging Face hub share: files as it lists them, errors in a sentence."""
 
+import contextlib
 import hashlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import InputError, Stop
 from pipeline.files import sha256
+
+
+def describe_file(listed: Any) -> dict[str, Any]:
+    """source (its path in the repository), bytes, and the checksum that the hub has.
+
+    That is sha256 for a large file, and for a small one git_sha1 (git's blob id).
+    """
+    checksum = {"sha256": listed.lfs.sha256} if listed.lfs else {"git_sha1": listed.blob_id}
+    return {"source": listed.rfilename, "bytes": listed.lfs.size if listed.lfs else listed.size, **checksum}
+
+
+@contextlib.contextmanager
+def answers_of_a_hub() -> Iterator[None]:
+    """Raise InputError where the block trips over an answer that no hub gives."""
+    from huggingface_hub import constants
+
+    try:
+        yield
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise InputError(
+            f"{constants.ENDPOINT} does not answer as the Hugging Face hub does; check HF_ENDPOINT and the network."
+        ) from None
 
 
 def is_whole(path: Path, file: dict[str, Any]) -> bool:
@@ -17,13 +43,15 @@ def is_whole(path: Path, file: dict[str, Any]) -> bool:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == file["git_sha1"]
 
 
-def explain(error: Exception, repo: str) -> str:
-    """One sentence, with the mend, for an error of the hub, the way to it, or the disk."""
+def explain(error: Exception, repo: str) -> Stop:
+    """What to raise for an error of the hub, the way to it, or the disk: a sentence with the fix.
+
+    InputError where the repository, the token or a setting is at fault; another Stop where running again may do.
+    """
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
-        HTTPError,
         OfflineModeIsEnabled,
         RevisionNotFoundError,
     )
@@ -32,22 +60,35 @@ def explain(error: Exception, repo: str) -> str:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     token = get_token()
     if isinstance(error, GatedRepoError) and not token:
-        return f"{repo} needs a token: accept the licence at {page}, make a token at {settings}, put it into HF_TOKEN."
+        return InputError(
+            f"{repo} needs a token: accept the licence at {page}, make a token at {settings}, put it into HF_TOKEN."
+        )
     if status == 403 and token:
-        return (
+        return InputError(
             f"Your token may not read {repo}: accept the licence at {page} with the token's account, wait until that "
             f"page says granted, and let the token read gated repositories ({settings})."
         )
     if status == 401 and token:
-        return f"{hub} refuses your token; make a new one at {settings} and put it into HF_TOKEN."
+        return InputError(f"{hub} refuses your token; make a new one at {settings} and put it into HF_TOKEN.")
     if isinstance(error, RevisionNotFoundError):
-        return f"{repo} no longer has the commit this folder was begun with; remove the folder and run again."
+        return InputError(
+            f"{repo} no longer has the commit this folder was begun with; remove the folder and run again."
+        )
     if status in (401, 404):
-        return f"{hub} does not have {repo} or its files ({status}); see whether {page} is still there."
+        return InputError(f"{hub} does not have {repo} or its files ({status}); see whether {page} is still there.")
     if status is not None:
-        return f"{hub} answered {status} to the request for {repo}; run again later, it continues."
+        return Stop(f"{hub} answered {status} to the request for {repo}; run again later, it continues.")
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; unset it to fetch a model."
-    if isinstance(error, HTTPError):
-        return f"No connection to {hub} ({error}); check the network and HF_ENDPOINT and run again, it continues."
-    return f"{repo} could not be written ({error}); free some disk or name another folder, and run again to continue."
+        return InputError("HF_HUB_OFFLINE is set; unset it to fetch a model.")
+    if isinstance(error, connection_errors()):
+        return Stop(f"No connection to {hub} ({error}); check the network and HF_ENDPOINT and run again, it continues.")
+    return Stop(
+        f"{repo} could not be written ({error}); free some disk or name another folder, and run again to continue."
+    )
+
+
+def connection_errors() -> type[Exception]:
+    """The base of every error of the hub's client, of connections too."""
+    from huggingface_hub import errors
+
+    return errors.HTTPError  # pyright: ignore[reportPrivateImportUsage] # of an HTTP library that changed before

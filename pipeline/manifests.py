@@ -1,4 +1,4 @@
-"""manifest.json: what a folder holds, who made it, whether it is complete; checksums of its shards."""
+"""manifest.json: what a folder holds, which stage made it, whether it is complete; checksums of its shards."""
 
 import contextlib
 import json
@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from llama_3.checkpoint import differing_field
 from pipeline.errors import InputError
 from pipeline.files import PROJECT_DIR, locked, read_json, require_disk, sha256, write_json
 
@@ -44,10 +45,10 @@ def write_manifest(folder: Path | str, stage: str, complete: bool, **fields: Any
 def read_manifest(folder: Path | str, stage: str) -> dict:
     """Read the manifest that `stage` (a script's name) completed in `folder`, or raise InputError."""
     folder = Path(folder)
-    mend = f"run {stage} to make it."
+    fix = f"run {stage} to make it."
     if not folder.is_dir():
-        raise InputError(f"There is no folder {folder}; {mend}")
-    manifest = read_json(folder / MANIFEST, mend)
+        raise InputError(f"There is no folder {folder}; {fix}")
+    manifest = read_json(folder / MANIFEST, fix)
     if not isinstance(manifest, dict) or manifest.get("stage") != stage:
         found = manifest.get("stage") if isinstance(manifest, dict) else "something else"
         raise InputError(f"{folder / MANIFEST} is from {found}, not from {stage}; name the folder {stage} wrote.")
@@ -75,7 +76,7 @@ def begin_or_continue(folder: Path | str, stage: str, decides: dict[str, Any]) -
             raise InputError(f"{folder / MANIFEST} is no manifest; remove the folder or name another.")
         old = manifest.get("decides", {}) if manifest.get("stage") == stage else {"stage": manifest.get("stage")}
         for name in sorted(decides.keys() | old.keys()):
-            if decides.get(name) != old.get(name):
+            if _differ(name, old.get(name), decides.get(name)):
                 then, now = (reprlib.repr(values.get(name)) for values in (old, decides))
                 raise InputError(
                     f"{folder} was begun with {name} = {then}, now it is {now}; use the old value, remove the folder "
@@ -89,21 +90,33 @@ def begin_or_continue(folder: Path | str, stage: str, decides: dict[str, Any]) -
     return False
 
 
+def _differ(name: str, then: Any, now: Any) -> bool:
+    if name == "model" and isinstance(then, dict) and isinstance(now, dict):
+        return differing_field(then, now) is not None
+    return then != now
+
+
+def complete_already(folder: Path | str, stage: str, decides: dict[str, Any]) -> bool:
+    """`begin_or_continue`; of a complete folder also check that its shards are there, and print that it is complete."""
+    if not begin_or_continue(folder, stage, decides):
+        return False
+    check_complete(folder, stage)
+    print(f"{folder} is complete already.", flush=True)
+    return True
+
+
 @contextlib.contextmanager
 def output_folder(folder: Path | str, stage: str, decides: dict[str, Any], needed_bytes: float) -> Iterator[bool]:
-    """Hold an output folder for this run alone, begun or continued. Yields whether its work is complete already, which
-    is then printed.
+    """Hold an output folder for this run alone, begun or continued. Yields whether its work is complete already.
 
-    needed_bytes: disk for all of it; what is there already is subtracted. Raises InputError as `locked`,
-    `begin_or_continue`, `check_complete` and `require_disk` do.
+    needed_bytes: disk for all of it; what is there already is subtracted. Raises InputError as `locked` and
+    `complete_already` do, and Stop as `require_disk` does.
     """
     folder = Path(folder)
     with locked(folder):
         if not (folder / MANIFEST).exists():
             require_disk(folder, needed_bytes)
-        if begin_or_continue(folder, stage, decides):
-            check_complete(folder, stage)
-            print(f"{folder} is complete already.")
+        if complete_already(folder, stage, decides):
             yield True
             return
         present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -125,7 +138,7 @@ def check_files(folder: Path | str, shards: list[dict], stage: str) -> None:
 
 
 def check_complete(folder: Path | str, stage: str) -> None:
-    """Raise InputError where a complete folder has lost a shard: to run the stage again would not mend that."""
+    """Raise InputError where a complete folder has lost a shard: running the stage again would not bring it back."""
     manifest = read_manifest(folder, stage)
     check_files(folder, manifest["shards"] + manifest.get("validation_shards", []), stage)
 
@@ -133,8 +146,8 @@ def check_complete(folder: Path | str, stage: str) -> None:
 def check_sum(folder: Path | str, shard: dict, stage: str) -> None:
     """Raise InputError unless a shard's bytes are those whose checksum its manifest holds.
 
-    A second of one core for 1.5 GB where the processor has SHA instructions. What it reads stays in the page cache for
-    whoever reads the shard next, so it is no second pass over the disk.
+    A core takes a second for 1.5 GB where the processor has SHA instructions. What it reads stays in the page cache for
+    whoever reads the shard next, so the disk is read once.
     """
     path = Path(folder) / shard["file"]
     try:

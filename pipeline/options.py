@@ -107,23 +107,26 @@ def parse_constants(
         parser.add_argument("command", nargs="?", choices=list(commands), default=next(iter(commands)), help=text)
     options: dict[str, Option] = {}
     for node in ast.parse(source).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
         if not isinstance(target, ast.Name) or not target.id.isupper() or target.id.startswith("_"):
             continue
         name, default = target.id.lower(), module_globals.get(target.id)
         annotation = module_globals.get("__annotations__", {}).get(target.id, type(default))
         option = options[name] = option_of(annotation, default)
+        assert node.end_lineno is not None
         _, _, comment = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().partition("#")
         required = isinstance(node, ast.AnnAssign) and node.value is None
         choices = f"one of {', '.join(map(str, option.choices))}; " if option.choices else ""
         after = "" if required else f" ({choices}default: {default})"
-        about = {"help": (comment.strip() + after).replace("%", "%%")}
+        about = (comment.strip() + after).replace("%", "%%")
         if option.item is bool:
-            parser.add_argument(f"--{name}", type=_parse_bool, nargs="?", const=True, default=default, **about)
+            parser.add_argument(f"--{name}", type=_parse_bool, nargs="?", const=True, default=default, help=about)
         elif option.is_list:
-            parser.add_argument(f"--{name}", type=option.item, nargs="+", default=default, **about)
+            parser.add_argument(f"--{name}", type=option.item, nargs="+", default=default, help=about)
         else:
-            parser.add_argument(f"--{name}", type=option.item, default=default, required=required, **about)
+            parser.add_argument(f"--{name}", type=option.item, default=default, required=required, help=about)
     config = parser.parse_args(argv)
     for name, option in options.items():
         check_option(name, getattr(config, name), option)
@@ -134,7 +137,7 @@ def check_option(name: str, value: Any, option: Option) -> None:
     """Raise InputError for a value that an option does not allow."""
     if value is None and option.may_be_none:
         return
-    values = list(value) if option.is_list else [value]
+    values: list[Any] = list(value) if option.is_list and value is not None else [value]
     if option.length is not None and len(values) != option.length:
         raise InputError(f"--{name} has {len(values)} values, it takes {option.length}; correct it.")
     for each in values:

@@ -10,7 +10,7 @@ from typing import NoReturn
 from pipeline.errors import Stop
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], object]) -> None:
     """Run a script's main. A `Stop` becomes one sentence on stderr and exit code 2; Ctrl-C exits with 130.
 
     Under torchrun every rank usually meets the same bad input. Rank 0 prints it; the others wait, so that torchrun,
@@ -26,6 +26,7 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         exit_at_once(2)
     except RuntimeError as error:
+        # gloo raises a plain RuntimeError for a lost peer: its text alone tells it from others.
         if "RANK" not in os.environ or not re.search("Connection|NCCL", str(error)):
             raise
         print(f"rank {rank}: another process of this run has ended.", file=sys.stderr, flush=True)  # it printed why

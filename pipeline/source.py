@@ -6,8 +6,8 @@
     json |= source.as_json(path)                         # into the next manifest
 
 Folders are stored relative to the file that names them, so that a data folder can be moved as a whole, and as the
-absolute path they had, for what lies elsewhere. Identities are checksums: a model or sentences of the same name that
-are not those that were captured are named in a sentence.
+absolute path they had, for what lies elsewhere. Identities are checksums: another model or other sentences of the same
+name are refused in a sentence.
 """
 
 import dataclasses
@@ -16,21 +16,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_3.checkpoint import checkpoint_identity
+from llama_3.checkpoint import checkpoint_identity, differing_field
 from pipeline.errors import InputError
-from pipeline.sentences import SentenceDataset
+from pipeline.files import PROJECT_DIR
+from pipeline.sentences import SHUFFLE_SEED, SentenceDataset
 
 _FOLDERS = ("model_dir", "sentences_dir", "activations_dir")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is known of the activations' origin. None: the file does not say.
+    """What is known of the activations' origin. None: the file does not state it.
 
     `folders` holds, for model_dir, sentences_dir and activations_dir, where each may lie now, likeliest first.
     """
 
-    file: str  # the manifest or JSON that says all this, for messages
+    file: str  # the manifest or JSON that states all this, for messages
     folders: Mapping[str, list[str]] = dataclasses.field(default_factory=dict)
     model: dict[str, Any] | None = None  # identity of the checkpoint (llama_3.checkpoint.checkpoint_identity)
     documents: dict[str, Any] | None = None  # identity of the documents the sentences are from
@@ -47,29 +48,25 @@ class Source:
     @classmethod
     def read(cls, info: Mapping[str, Any], file: str | Path) -> "Source":
         """The origin that a manifest or NAME.json (`info`, read from `file`) states."""
-        folders = {name: _candidates(info, name, Path(file).parent) for name in _FOLDERS if info.get(name)}
-        fields = {field.name for field in dataclasses.fields(cls)} - {"file", "folders"}
-        return cls(str(file), folders, **{name: info[name] for name in fields if name in info})
+        folders = {name: _candidates(info, name, str(file)) for name in _FOLDERS if info.get(name)}
+        return cls(str(file), folders, **{name: info[name] for name in _field_names() if name in info})
 
     def as_json(self, file: str | Path) -> dict[str, Any]:
         """The record for a JSON file that will lie at `file`; what is not known is left out."""
-        fields = [field.name for field in dataclasses.fields(self) if field.name not in ("file", "folders")]
-        record = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+        record = {name: getattr(self, name) for name in _field_names() if getattr(self, name) is not None}
         places = {name: _first_that_exists(candidates) for name, candidates in self.folders.items()}
-        base = Path(file).resolve().parent
-        relative = {n: p if _is_remote(p) else Path(os.path.relpath(p, base)).as_posix() for n, p in places.items()}
-        absolute = {n: p for n, p in places.items() if not _is_remote(p)}
-        return {**record, **relative, "absolute": absolute}
+        absolute = {name: place for name, place in places.items() if not _is_remote(place)}
+        return {**record, **{name: _relative(place, str(file)) for name, place in places.items()}, "absolute": absolute}
 
     def with_folder(self, name: str, folder: str | Path) -> "Source":
         """The same with one folder, for example activations_dir, as given."""
         return dataclasses.replace(self, folders={**self.folders, name: [_absolute(folder)]})
 
     def need(self, name: str) -> Any:
-        """A field. Raises InputError where the file does not say it."""
+        """A field. Raises InputError where the file does not state it."""
         if (value := getattr(self, name)) is None:
             raise InputError(
-                f"{self.file} does not say {name}; name an SAE or data that a stage of this project wrote."
+                f"{self.file} does not state {name}; name an SAE or data that a stage of this project wrote."
             )
         return value
 
@@ -79,10 +76,10 @@ class Source:
             return given
         candidates = self.folders.get(name, [])
         if not candidates:
-            raise InputError(f"{self.file} does not say {name}; name the folder with {option}.")
+            raise InputError(f"{self.file} does not state {name}; name the folder with {option}.")
         found = _first_that_exists(candidates)
-        if not _is_remote(found) and not Path(found).exists():
-            raise InputError(f"{self.file} says {name} {found}, where there is nothing now; name it with {option}.")
+        if not _exists(found):
+            raise InputError(f"{self.file} has {name} = {found}, where there is nothing now; name it with {option}.")
         return found
 
     def model_dir(self, given: str | None = None, option: str = "--llama_model_dir") -> str:
@@ -96,41 +93,67 @@ class Source:
         if self.model is None:
             return
         found = checkpoint_identity(folder)
-        for name in sorted((self.model.keys() & found.keys()) - {"name"}):
-            if self.model[name] != found[name]:
-                raise InputError(
-                    f"{folder} is not the model that {self.file} is of ({name} is {found[name]}, there it is "
-                    f"{self.model[name]}); name that model's folder with {option}."
-                )
+        if name := differing_field(self.model, found):
+            raise InputError(
+                f"{folder} is not the model of {self.file}: {name} is {found[name]} instead of {self.model[name]}; "
+                f"name that model's folder with {option}."
+            )
 
     def sentences(self, given: str | None = None, option: str = "--sentences_dir") -> SentenceDataset:
         """The sentences that were captured, in the same order. Raises InputError where they are others."""
         dataset = self.need("dataset")
-        found = SentenceDataset(
-            self.folder("sentences_dir", given, option), dataset.get("sentences"), dataset.get("seed", 42)
-        )
-        known, shards = dataset.get("shards"), found.shard_checksums()
-        in_all = dataset.get("sentences_in_all", len(found.order))
-        if len(found.order) != in_all or (known and shards and shards != known):
+        folder = self.folder("sentences_dir", given, option)
+        found = SentenceDataset(folder, dataset.get("sentences"), dataset.get("seed", SHUFFLE_SEED))
+        n_found, n_known = len(found.order), dataset.get("sentences_in_all", len(found.order))
+        if n_found != n_known:
             raise InputError(
-                f"{found.folder} has {len(found.order)} sentences, and not those of {self.file}, which is of {in_all}; "
-                f"name those with {option}."
+                f"{folder} holds {n_found} sentences, those of {self.file} were {n_known}; name those with {option}."
+            )
+        known, shards = dataset.get("shards"), found.shard_checksums()
+        if known and shards and shards != known:
+            raise InputError(
+                f"{folder} holds other sentences than those of {self.file} (their checksums differ); name those with "
+                f"{option}."
             )
         return found
 
 
-def _candidates(info: Mapping[str, Any], name: str, base: Path) -> list[str]:
-    """Where a folder may lie: relative to the file that names it, where it was, relative to the working directory
-    (older files)."""
+def _field_names() -> list[str]:
+    """The fields that stand in the JSON as they are."""
+    return [field.name for field in dataclasses.fields(Source) if field.name not in ("file", "folders")]
+
+
+# ---- folders
+
+
+def _candidates(info: Mapping[str, Any], name: str, file: str) -> list[str]:
+    """Where a folder that `file` names may lie: relative to that file, then where it was.
+
+    Older files have no absolute path; theirs is relative to the working directory, or else to the project's.
+    """
     stored = info[name]
     if _is_remote(stored):
         return [stored]
-    absolute = info.get("absolute", {}).get(name)
-    return [_absolute(base / stored), *([absolute] if absolute else []), _absolute(stored)]
+    beside = [] if _is_remote(file) else [_absolute(Path(file).resolve().parent / stored)]
+    if absolute := info.get("absolute", {}).get(name):
+        return [*beside, absolute]
+    return [*beside, _absolute(stored), _absolute(PROJECT_DIR / stored)]
+
+
+def _relative(place: str, file: str) -> str:
+    """The place as seen from the file's folder; links are resolved, since `..` leads out of where they point."""
+    if _is_remote(place) or _is_remote(file):
+        return place
+    return Path(os.path.relpath(os.path.realpath(place), Path(file).resolve().parent)).as_posix()
 
 
 def _first_that_exists(candidates: list[str]) -> str:
-    return next((path for path in candidates if _is_remote(path) or Path(path).exists()), candidates[0])
+    """Where none does, the last one: the place where the folder was."""
+    return next(filter(_exists, candidates), candidates[-1])
+
+
+def _exists(path: str) -> bool:
+    return _is_remote(path) or Path(path).exists()
 
 
 def _absolute(path: str | Path) -> str:
@@ -138,4 +161,4 @@ def _absolute(path: str | Path) -> str:
 
 
 def _is_remote(path: str) -> bool:
-    return str(path).startswith(("gs://", "az://"))
+    return path.startswith(("gs://", "az://"))

@@ -15,7 +15,13 @@ from pipeline.errors import Stop
 def _end_with_main_process() -> None:
     """Let this worker end when the main process is killed; it would wait for work for ever."""
     main_process = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (main_process.join(), os._exit(1)), daemon=True).start()
+    assert main_process is not None  # this is a worker
+
+    def wait() -> None:
+        main_process.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class Workers:

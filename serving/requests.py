@@ -1,103 +1,95 @@
-"""What a request to the page asks for, checked and carried out."""
+"""What a request asks of a model that many share: checked against the limits, and carried out in turns."""
 
-import argparse
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
-from torch import Tensor
-
-from latents.index import LatentIndex
-from llama_3.chat import Message
-from llama_3.generation import stream_chat, stream_text
+from latents.index import LatentIndex, pieces
+from llama_3.chat import Message, encode_dialogue
+from llama_3.generation import check_context, encode_text, stream_chat, stream_text
 from pipeline.errors import InputError
-from serving.steered_model import Setup, prompts_in, seeds_of
-from serving.steering import DEFAULT_MODE, make_steering
+from serving.steered_model import Sampling, SteeredModel, strongest_latents
+from serving.steering import Steering
+
+T = TypeVar("T")
 
 
-class Page(NamedTuple):
+@dataclass(frozen=True)
+class Limits:
+    """The most that one request may ask for."""
+
+    max_prompts: int
+    max_prompt_chars: int  # of a prompt, text or message
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Served:
     """What all requests share; nobody changes it."""
 
-    setup: Setup
-    limits: argparse.Namespace  # the options
-    index: "LatentIndex | None"  # None without an SAE
-    highest: "Tensor | None"  # (n_latents,) each latent's highest observed activation; ones where it is not known
+    opened: SteeredModel
+    limits: Limits
+    index: LatentIndex | None  # None without an SAE
     lock: threading.Lock  # held for one step of the model: requests take turns, torch works on one at a time
 
-    @property
-    def is_embedded(self) -> bool:
-        return self.limits.llama_model_dir is None
+
+# ---- checks
 
 
-class Steering(NamedTuple):
-    """What a request steers with."""
-
-    strengths: Mapping[int, float] = {}
-    mode: str = DEFAULT_MODE
-    keep_error: bool = True
-
-
-class Sampling(NamedTuple):
-    n_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-
-
-def check_sampling(page: Page, sampling: Sampling) -> None:
+def check_sampling(served: Served, sampling: Sampling) -> None:
     """Raise InputError for what no slider allows: a number box is empty, or a program sent something else."""
-    numbers = {"tokens": sampling.n_tokens, "temperature": sampling.temperature, "top-p": sampling.top_p}
-    most = {"tokens": page.limits.max_new_tokens, "temperature": 10, "top-p": 1}
-    least = {"tokens": 1, "temperature": 0, "top-p": 0}
-    for name, number in numbers.items():
-        if not isinstance(number, (int, float)) or not least[name] <= number <= most[name]:
-            raise InputError(f"{name.capitalize()} is a number from {least[name]} to {most[name]}; correct it.")
+    bounds = {
+        "Tokens": (sampling.max_new_tokens, 1, served.limits.max_new_tokens),
+        "Temperature": (sampling.temperature, 0, 10),
+        "Top-p": (sampling.top_p, 0, 1),
+    }
+    for name, (number, least, most) in bounds.items():
+        if not isinstance(number, (int, float)) or not least <= number <= most:
+            raise InputError(f"{name} is a number from {least} to {most}; correct it.")
     if not isinstance(sampling.seed, int) or not 0 <= sampling.seed < 2**32:
         raise InputError(f"The seed is a whole number from 0 to {2**32 - 1}; correct it.")
 
 
-def check_length(page: Page, text: str, what: str) -> None:
-    if len(text) > page.limits.max_prompt_chars:
-        raise InputError(
-            f"{what} has {len(text):,} characters; {page.limits.max_prompt_chars:,} is the limit here. Shorten it."
-        )
+def check_length(served: Served, text: str, what: str) -> None:
+    most = served.limits.max_prompt_chars
+    if len(text) > most:
+        raise InputError(f"{what} has {len(text):,} characters; {most:,} is the limit here. Shorten it.")
 
 
-def prompts_of(page: Page, text: str) -> list[str]:
+def prompts_in(lines: Iterable[str]) -> list[str]:
+    """The lines that are not empty, without their ends."""
+    return [prompt for line in lines if (prompt := line.rstrip("\r\n")).strip()]
+
+
+def prompts_of(served: Served, text: str) -> list[str]:
     """The prompts, one a line. Raises InputError where there are none, too many, or too long ones."""
     prompts = prompts_in(text.split("\n"))
     if not prompts:
         raise InputError("There is no prompt; write at least one line.")
-    if len(prompts) > page.limits.max_prompts:
-        raise InputError(f"These are {len(prompts)} prompts; {page.limits.max_prompts} is the limit here.")
+    if len(prompts) > served.limits.max_prompts:
+        raise InputError(f"These are {len(prompts)} prompts; {served.limits.max_prompts} is the limit here.")
     for number, prompt in enumerate(prompts, 1):
-        check_length(page, prompt, f"Prompt {number}")
+        check_length(served, prompt, f"Prompt {number}")
     return prompts
 
 
-def intervention(page: Page, steering: Steering) -> "tuple[str, Any, tuple[int, ...]] | None":
-    """`steering` of llama_3_inference.generate, or None where nothing is steered."""
-    if page.setup.sae is None or not steering.strengths:
-        return None
-    function = make_steering(
-        page.setup.sae, steering.strengths, page.highest, mode=steering.mode, keep_error=steering.keep_error
-    )
-    return page.setup.sae.info["site"], function, (page.setup.tokenizer.bos_id,)
+# ---- turns
 
 
-def by_turns(page: Page, steps: Iterator) -> Iterator:
+def by_turns(served: Served, steps: Iterator[T]) -> Iterator[T]:
     """Each step computed while no other request's is."""
     while True:
-        with page.lock:
+        with served.lock:
             step = next(steps, None)
         if step is None:
             return
         yield step
 
 
-def at_most_every(seconds: float, values: Iterator) -> Iterator:
+def at_most_every(seconds: float, values: Iterable[T]) -> Iterator[T]:
     """The first value at once, later ones no faster than this, and the last."""
     shown_at, waiting = 0.0, []
     for value in values:
@@ -109,45 +101,95 @@ def at_most_every(seconds: float, values: Iterator) -> Iterator:
     yield from waiting
 
 
+# ---- requests
+
+
 def completions(
-    page: Page, prompts: Sequence[str], steering: Steering, sampling: Sampling
+    served: Served, prompts: Sequence[str], steering: Steering, sampling: Sampling
 ) -> Iterator[dict[str, list[str]]]:
-    """The growing completions of every prompt, clean and, with latents, steered, from the same seeds."""
-    setup = page.setup
-    kinds = {"clean": None}
-    if (steered := intervention(page, steering)) is not None:
-        kinds["steered"] = steered
-    options = {
-        "max_new_tokens": sampling.n_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "seeds": seeds_of(argparse.Namespace(seed=sampling.seed), len(prompts)),
-    }
-    streams = [stream_text(setup.model, setup.tokenizer, prompts, steering=how, **options) for how in kinds.values()]
-    texts = {kind: [""] * len(prompts) for kind in kinds}
-    for steps in by_turns(page, itertools.zip_longest(*streams, fillvalue=[""] * len(prompts))):
-        for kind, step in zip(kinds, steps, strict=True):
+    """The growing completions of every prompt, clean and, with latents, steered, from the same seeds.
+
+    Raises InputError, before the first, for what cannot be completed.
+    """
+    model, tokenizer = served.opened.model, served.opened.tokenizer
+    check_sampling(served, sampling)
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            check_context(model, len(encode_text(tokenizer, prompt)), sampling.max_new_tokens)
+        except InputError as error:
+            raise InputError(f"Prompt {number}: {error}") from None
+    interventions = {"clean": None}
+    if (intervention := served.opened.intervention(steering)) is not None:
+        interventions = {"clean": None, "steered": intervention}
+    options = sampling.options(len(prompts))
+    streams = [stream_text(model, tokenizer, prompts, steering=each, **options) for each in interventions.values()]
+    texts = {kind: [""] * len(prompts) for kind in interventions}
+    for steps in by_turns(served, itertools.zip_longest(*streams, fillvalue=[""] * len(prompts))):
+        for kind, step in zip(interventions, steps, strict=True):
             texts[kind] = [text + piece for text, piece in zip(texts[kind], step, strict=True)]
         yield texts
 
 
-def answers(
-    page: Page, messages: "Sequence[Message]", n_before: int, steering: Steering, sampling: Sampling
-) -> Iterator[str]:
-    """The growing answer to a dialogue. n_before: answers given before, so that each is another sample."""
-    setup = page.setup
+class Answer(NamedTuple):
+    dialogue: list[Message]  # with the message and as much of its answer as there is
+    n_forgotten: int  # messages, the oldest, that no longer fit the context
+
+
+def chat(
+    served: Served,
+    dialogue: Sequence[Message],
+    message: str,
+    system: str,
+    steering: Steering,
+    sampling: Sampling,
+) -> Iterator[Answer]:
+    """The dialogue with the message and its growing answer. Raises InputError, before the first, for bad input."""
+    if not message.strip():
+        raise InputError("There is no message; write one.")
+    check_length(served, message, "The message")
+    check_length(served, system, "The system message")
+    check_sampling(served, sampling)
+    model, tokenizer, date = served.opened.model, served.opened.tokenizer, served.opened.date
+    first = [Message("system", system)] if system.strip() else []
+    length = lambda messages: len(encode_dialogue(tokenizer, [*first, *messages], date))
+    question = Message("user", message)
+    check_context(model, length([question]), sampling.max_new_tokens)
+    read = [*dialogue, question]  # what the model reads of it
+    while length(read) + sampling.max_new_tokens > model.args.max_seq_len:
+        del read[:2]
+    n_forgotten = len(dialogue) + 1 - len(read)
     stream = stream_chat(
-        setup.model,
-        setup.tokenizer,
-        [messages],
-        setup.date,
-        max_new_tokens=sampling.n_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seeds=seeds_of(argparse.Namespace(seed=sampling.seed), 1, n_before),
-        steering=intervention(page, steering),
+        model,
+        tokenizer,
+        [[*first, *read]],
+        date,
+        steering=served.opened.intervention(steering),
+        **sampling.options(1, first=len(dialogue) // 2),  # each answer is another sample
     )
     text = ""
-    for (piece,) in by_turns(page, stream):
+    for (piece,) in by_turns(served, stream):
         text += piece
-        yield text
+        yield Answer([*dialogue, question, Message("assistant", text)], n_forgotten)
+
+
+class Look(NamedTuple):
+    """A text as the model and the SAE see it."""
+
+    tokens: list[str]
+    latents: list[list[tuple[int, float]]]  # of each token, with activations, strongest first
+    token: int | None = None  # whose latents are listed
+    latent: int | None = None  # that colours the text
+
+
+def look_at(served: Served, text: str) -> Look:
+    """A text as it is looked at first. Raises InputError for an empty or too long one."""
+    if not text.strip():
+        raise InputError("There is no text; write something to look at.")
+    check_length(served, text, "The text")
+    opened = served.opened
+    ids = encode_text(opened.tokenizer, text)
+    check_context(opened.model, len(ids), 0)
+    with served.lock:
+        rows = [latents for _, latents in strongest_latents(opened, ids, opened.need_sae().k)]
+    skipped = int(ids[0] == opened.tokenizer.bos_id)  # no SAE here was trained on begin-of-text
+    return Look(pieces(opened.tokenizer, ids[skipped:]), rows[skipped:])

@@ -1,9 +1,11 @@
-"""A model with its tokenizer and SAE, opened by what a user names."""
+"""A model with its tokenizer and its SAE, opened by what a user names; what the terminal and the page share."""
 
-import sys
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,131 +13,205 @@ from torch import Tensor
 from latents.meanings import best_meanings
 from llama_3 import load_model, load_tokenizer
 from llama_3.checkpoint import TINY_LLAMA_DIR
-from llama_3.model import Transformer, check_site
+from llama_3.generation import generate
+from llama_3.model import Intervention, Transformer, check_site
 from llama_3.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from sae import TopKSparseAutoencoder, load_sae_model
-from serving.steering import highest_activations, make_steering
+from serving.steering import Steering, known_highest, make_steering
+
+TINY_SAE_PATH = str(Path(TINY_LLAMA_DIR) / "sae.pth")  # the embedded model's SAE
 
 _DATE_OF_THE_TEMPLATE = "26 Jul 2024"  # what Llama 3.1's published template writes when nobody names a date
 
 
-class Setup(NamedTuple):
-    """What the options name, opened."""
-
-    model: "Transformer"
-    tokenizer: "Tokenizer"
-    sae: "TopKSparseAutoencoder | None"
-    meanings: dict[int, str]
-    options: dict[str, Any]  # of generate, but for seeds and steering
-    steering: "tuple[str, Callable[[Tensor], Tensor], Sequence[int]] | None"
-    date: str | None  # of a chat
+# ---- what a user names
 
 
-def set_up(config) -> Setup:
+@dataclass(frozen=True)
+class ModelChoice:
+    """What to open, named as the options of the terminal and the page; their comments explain each."""
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    dtype = ("bfloat16" if device.startswith("cuda") else "float32") if config.dtype == "auto" else config.dtype
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise InputError(f"--dtype {dtype} is unknown; write bfloat16, float16 or float32.")
+    llama_model_dir: str | None = None  # None: the embedded tiny Llama
+    device: str = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    date: str = "auto"  # of a chat, "none", or "auto"
+    sae_model_path: str | None = None
+    sae_layer_idx: int | None = None  # this and the next three: of an SAE without a JSON
+    k: int | None = None
+    normalize_eps: float | None = None
+    rope_scaling_factor: float | None = None  # of the model, too, where there is no SAE
+
+    @property
+    def is_embedded(self) -> bool:
+        return self.llama_model_dir is None
+
+    @property
+    def model_dir(self) -> str:
+        return self.llama_model_dir or TINY_LLAMA_DIR
+
+    def about_sae(self) -> dict[str, Any]:
+        """What is said of the SAE: it must not contradict its JSON, and stands for one that is missing."""
+        facts = {name: getattr(self, name) for name in ("k", "normalize_eps", "rope_scaling_factor")}
+        if self.sae_layer_idx is not None:
+            facts["site"] = f"layers.{self.sae_layer_idx}.attention_norm"
+        return {name: value for name, value in facts.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    max_new_tokens: int
+    temperature: float  # 0: always the most likely token
+    top_p: float
+    seed: int
+
+    def options(self, n: int, first: int = 0) -> dict[str, Any]:
+        """Arguments of `generate` for prompts `first` to first + n: each one has a seed of its own."""
+        limits = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "top_p": self.top_p}
+        return limits | {"seeds": self.seeds(n, first)}
+
+    def seeds(self, n: int, first: int = 0) -> list[int]:
+        return [self.seed * 1_000_003 + first + i for i in range(n)]
+
+
+Job = TypeVar("Job", ModelChoice, Sampling)
+
+
+def taken_from(options: Mapping[str, Any], job: type[Job]) -> Job:
+    """A job whose fields are options of the same names."""
+    return job(**{field.name: options[field.name] for field in dataclasses.fields(job)})
+
+
+# ---- what is opened
+
+
+@dataclass(frozen=True)
+class SteeredModel:
+    """A model with its tokenizer and, where there is one, its SAE. Requests may share it; nobody changes it."""
+
+    choice: ModelChoice
+    model: Transformer
+    tokenizer: Tokenizer
+    date: str | None  # of a chat; None: without the date header
+    sae: TopKSparseAutoencoder | None = None
+    sae_path: str = ""  # empty without an SAE
+    meanings: Mapping[int, str] = dataclasses.field(default_factory=dict)  # the best one of each latent that has any
+
+    def need_sae(self) -> TopKSparseAutoencoder:
+        if self.sae is None:
+            raise InputError("Latents need an SAE of this model; name it with --sae_model_path.")
+        return self.sae
+
+    @cached_property
+    def highest(self) -> Tensor | None:
+        """(n_latents,) each latent's highest observed activation; None, with a printed sentence, where not known."""
+        return known_highest(self.sae_path)
+
+    def intervention(self, steering: Steering) -> Intervention | None:
+        """`steering` of `generate`; None where nothing is steered. Raises InputError for what cannot be."""
+        if not steering.strengths:
+            return None
+        return make_steering(self.need_sae(), steering, self.highest, self.tokenizer.bos_id)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, first: int, steering: Intervention | None
+    ) -> Iterator[list[int | None]]:
+        """`llama_3.generation.generate` for prompts `first` and following, until the model's own stop tokens."""
+        options = sampling.options(len(prompts), first)
+        return generate(self.model, prompts, stop_tokens=self.tokenizer.stop_ids, steering=steering, **options)
+
+    def text_after(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+        """What the tokens add to the prompt's text."""
+        return self.tokenizer.decode([*prompt, *tokens])[len(self.tokenizer.decode(prompt)) :]
+
+
+def open_model(choice: ModelChoice, needs_sae: bool = False) -> SteeredModel:
+    """Open what is named. needs_sae: with the embedded model its SAE too, where none is named.
+
+    Raises InputError for what is missing, broken, or does not fit together.
+    """
+    device = pick_device(choice.device)
+    sae_path = choice.sae_model_path
+    if needs_sae and sae_path is None:
+        if not choice.is_embedded:
+            raise InputError("Latents need an SAE of this model; name it with --sae_model_path.")
+        sae_path = TINY_SAE_PATH
+    sae = open_sae(sae_path, device, choice) if sae_path else None
+    rope_scaling_factor = sae.info.get("rope_scaling_factor") if sae else choice.rope_scaling_factor
+    dtype = pick_dtype(choice.dtype, device)
+    model = load_model(choice.model_dir, device, dtype, rope_scaling_factor, packed=True)
+    tokenizer = load_tokenizer(choice.model_dir)
+    date = chat_date(choice.date, model)
+    if not (sae and sae_path):
+        return SteeredModel(choice, model, tokenizer, date)
+    check_fits(sae, sae_path, model, choice.model_dir)
+    return SteeredModel(choice, model, tokenizer, date, sae, sae_path, latent_meanings(sae_path))
+
+
+def pick_device(name: str) -> str:
+    """auto: a GPU where there is one. Raises InputError for one that cannot be used."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {device} cannot be used here ({reason}); write cpu or cuda.") from None
-    model_dir = config.llama_model_dir or TINY_LLAMA_DIR
-    sae, sae_path = None, config.sae_model_path
-    if config.latents or config.show_latents or sae_path:
-        if sae_path is None and config.llama_model_dir is not None:
-            raise InputError("Latents need an SAE of this model; name it with --sae_model_path.")
-        sae_path = sae_path or str(Path(TINY_LLAMA_DIR) / "sae.pth")
-        sae = load_sae_model(sae_path, device, **what_options_say(config))
-        if "site" not in sae.info:
-            raise InputError(f"{sae_path} has no JSON that names its site; name its layer with --sae_layer_idx.")
-    rope_scaling_factor = sae.info.get("rope_scaling_factor") if sae else config.rope_scaling_factor
-    model = load_model(model_dir, device, getattr(torch, dtype), rope_scaling_factor, packed=True)
-    tokenizer = load_tokenizer(model_dir)
-    if sae and sae.d_model != model.args.dim:
+    return device
+
+
+def pick_dtype(name: str, device: str) -> torch.dtype:
+    """auto: bfloat16 on a GPU, float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.startswith("cuda") else torch.float32
+    return getattr(torch, name)
+
+
+def open_sae(path: str, device: str, choice: ModelChoice) -> TopKSparseAutoencoder:
+    """The SAE, once its site is known. Raises InputError."""
+    sae = load_sae_model(path, device, **choice.about_sae())
+    if "site" not in sae.info:
+        raise InputError(f"{path} has no JSON that names its site; name its layer with --sae_layer_idx.")
+    return sae
+
+
+def check_fits(sae: TopKSparseAutoencoder, sae_path: str, model: Transformer, model_dir: str) -> None:
+    """Raise InputError unless the model has the SAE's width and site."""
+    if sae.d_model != model.args.dim:
         raise InputError(
             f"{sae_path} has d_model {sae.d_model}, {model_dir} has {model.args.dim}; they do not belong together."
         )
-    if sae:
-        try:
-            check_site(sae.info["site"], model.args.n_layers)
-        except ValueError as error:
-            raise InputError(f"{sae_path} does not belong to {model_dir}: {error}") from None
-    steering = None
-    if config.latents:
-        strengths = strength_of_each(config.latents, config.strengths)
-        highest = known_highest(sae_path, sae.n_latents)
-        function = make_steering(sae, strengths, highest, config.mode, config.keep_error)
-        steering = (sae.info["site"], function, (tokenizer.bos_id,))  # no SAE here was trained on begin-of-text
-    options = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_p")}
-    date = None if config.date == "none" else config.date
-    if config.date == "auto":  # the date header came with Llama 3.1, as did scaled RoPE
-        date = _DATE_OF_THE_TEMPLATE if model.args.rope_scaling_factor != 1 else None
-    meanings = latent_meanings(sae_path) if sae else {}
-    return Setup(model, tokenizer, sae, meanings, options, steering, date)
-
-
-def what_options_say(config) -> dict[str, Any]:
-    """What the options say of the SAE: it must not contradict its JSON, and stands for one that is missing."""
-    told = {name: getattr(config, name) for name in ("k", "normalize_eps", "rope_scaling_factor")}
-    if config.sae_layer_idx is not None:
-        told["site"] = f"layers.{config.sae_layer_idx}.attention_norm"
-    return {name: value for name, value in told.items() if value is not None}
-
-
-def known_highest(sae_path: str, n_latents: int) -> "Tensor":
-    """`steering.highest_activations`, or ones, with a line that says so, where a published SAE comes without them."""
-
     try:
-        return highest_activations(sae_path)
-    except InputError as error:
-        print(f"{error} Until then a strength counts in plain activation.", file=sys.stderr)
-        return torch.ones(n_latents)
+        check_site(sae.info["site"], model.args.n_layers)
+    except ValueError as error:
+        raise InputError(f"{sae_path} does not belong to {model_dir}: {error}") from None
 
 
-def strength_of_each(latents: list[int], strengths: list[float]) -> dict[int, float]:
-    """Latent -> strength. A single strength is that of all. Raises InputError where they do not fit together."""
-    if len(strengths) == 1:
-        strengths = strengths * len(latents)
-    if len(strengths) != len(latents):
-        raise InputError(
-            f"--latents names {len(latents)}, --strengths {len(strengths)}; give one strength for each or one for all."
-        )
-    if len(set(latents)) < len(latents):
-        raise InputError("--latents names a latent twice; name it once, with the strength it shall have.")
-    return dict(zip(latents, strengths, strict=True))
+def chat_date(date: str, model: Transformer) -> str | None:
+    """auto: the date header came with Llama 3.1, as did scaled RoPE."""
+    if date == "auto":
+        return _DATE_OF_THE_TEMPLATE if model.args.rope_scaling_factor != 1 else None
+    return None if date == "none" else date
+
+
+# ---- what it shows
 
 
 def latent_meanings(sae_path: str) -> dict[int, str]:
-    """The best meaning of each latent that has one (`latent_index.best_meanings`)."""
-
+    """The best meaning of each latent that has one (`latents.meanings.best_meanings`)."""
     return {latent: meaning.text for latent, meaning in best_meanings(sae_path).items()}
 
 
-def strongest_latents(setup: Setup, ids: list[int], n: int) -> list[tuple[str, list[tuple[int, float]]]]:
+def strongest_latents(opened: SteeredModel, ids: Sequence[int], n: int) -> list[tuple[str, list[tuple[int, float]]]]:
     """Each token's text and its n strongest latents with their activations, normalised space; none on begin-of-text."""
-
+    sae = opened.need_sae()
     with torch.inference_mode():
-        acts = setup.model.activations(torch.tensor([ids], device=setup.model.device), setup.sae.info["site"])[0]
-        values, indices = setup.sae.encode(acts)
+        acts = opened.model.activations(torch.tensor([ids], device=opened.model.device), sae.info["site"])[0]
+        values, indices = sae.encode(acts)
     rows = []
     for token, value, index in zip(ids, values.tolist(), indices.tolist(), strict=True):
         pairs = sorted(zip(index, value, strict=True), key=lambda pair: -pair[1])[:n]
-        kept = [] if token == setup.tokenizer.bos_id else [pair for pair in pairs if pair[1] > 0]
-        rows.append((setup.tokenizer.decode([token]), kept))
+        kept = [] if token == opened.tokenizer.bos_id else [pair for pair in pairs if pair[1] > 0]
+        rows.append((opened.tokenizer.decode([token]), kept))
     return rows
-
-
-# Control characters that a model writes could move the cursor or worse. Pictures of them are shown.
-_VISIBLE = {i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"} | dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
-
-
-def seeds_of(config, n: int, first: int = 0) -> list[int]:
-    return [config.seed * 1_000_003 + first + i for i in range(n)]
-
-
-def prompts_in(lines: Iterable[str]) -> list[str]:
-    return [prompt for line in lines if (prompt := line.rstrip("\r\n")).strip()]

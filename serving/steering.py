@@ -1,4 +1,4 @@
-"""Steer a model by latents of its sparse autoencoder: five modes, each a function for `model.intervene`.
+"""Steer a model by latents of its sparse autoencoder: five modes, each an intervention at the SAE's site.
 
 With z the normalised activation, v_i the value of latent i where TopK keeps it (else 0), d_i its direction, s_i its
 strength and m_i its highest observed activation, each mode changes the reconstruction z_hat = sum v_i d_i + b_pre by
@@ -15,46 +15,68 @@ Clamping is that of Templeton et al. 2024, "Scaling Monosemanticity", under "Inf
 """
 
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from latents import tables
+from llama_3.model import Intervention
 from pipeline.errors import InputError
 from pipeline.sae_files import SaeFiles
 from sae import TopKSparseAutoencoder
 
 Mode = Literal["h_bias", "add", "clamp", "scale", "ablate"]
-MODES = {
+MODES: dict[Mode, str] = {
     "h_bias": "add strength x its highest activation to the latent before TopK",
     "add": "add strength x its highest activation x the latent's direction to every token",
     "clamp": "set the latent to strength x its highest activation on every token",
     "scale": "multiply the latent by the strength where it fires; 1 changes nothing",
     "ablate": "set the latent to 0; the strength does not matter",
 }
-DEFAULT_MODE = "add"  # these two: the best of benchmarks/steering.py on the reference SAE
+DEFAULT_MODE: Mode = "add"  # these two: the best of benchmarks/steering.py on the reference SAE
 DEFAULT_STRENGTH = 4.0  # in multiples of the latent's highest activation
 
 
+class Steering(NamedTuple):
+    """What a user asks for; without strengths nothing is steered."""
+
+    strengths: Mapping[int, float] = {}  # latent -> strength, in multiples of its highest activation
+    mode: Mode = DEFAULT_MODE
+    keep_error: bool = True
+
+
 def make_steering(
-    sae: "TopKSparseAutoencoder",
+    sae: TopKSparseAutoencoder, steering: Steering, highest: Tensor | None, bos_id: int | None
+) -> Intervention:
+    """For `generate(steering=...)` and `model.intervene(*...)`: `steering_function` at the SAE's site.
+
+    bos_id: begin-of-text keeps its activations, since no SAE here was trained on it; None where a model has none.
+    """
+    function = steering_function(sae, steering.strengths, highest, steering.mode, steering.keep_error)
+    return Intervention(sae.info["site"], function, () if bos_id is None else (bos_id,))
+
+
+def steering_function(
+    sae: TopKSparseAutoencoder,
     strengths: Mapping[int, float],
-    highest: "Tensor",
-    mode: str = DEFAULT_MODE,
+    highest: Tensor | None,
+    mode: Mode = DEFAULT_MODE,
     keep_error: bool = True,
-) -> "Callable[[Tensor], Tensor]":
-    """A function for `model.intervene` at the SAE's site: raw x (..., d_model) -> the same shape and dtype, steered.
+) -> Callable[[Tensor], Tensor]:
+    """Raw x (..., d_model) at the SAE's site -> the same shape and dtype, steered.
 
     strengths: latent -> strength, in multiples of `highest`; in mode scale the factor itself.
-    highest: (n_latents,), each latent's highest observed activation, normalised space (`highest_activations`).
+    highest: (n_latents,), each latent's highest observed activation, normalised space (`highest_activations`); None
+    where it is not known: a strength then counts in plain activation.
     With keep_error, strength 0 (h_bias, add) and factor 1 (scale) return x bit for bit. The function holds all its
     state and changes none: requests share nothing but the SAE. Raises InputError as `check_latents`.
     """
-
+    if highest is None:
+        highest = torch.ones(sae.n_latents)
     check_latents(strengths, highest, mode)
     if len(highest) != sae.n_latents:
         raise InputError(
@@ -68,7 +90,7 @@ def make_steering(
     directions = sae.decoder.weight.t()[latents]  # (n_steered, d_model)
     h_bias = torch.zeros(sae.n_latents, device=device).index_add(0, latents, values_at)
 
-    def change(z: "Tensor") -> "Tensor":
+    def change(z: Tensor) -> Tensor:
         """What to add to the reconstruction of z, normalised space; broadcasts to z's shape."""
         if mode == "h_bias":
             return sae.decode(*sae.encode_normalized(z, h_bias)) - sae.decode(*sae.encode_normalized(z))
@@ -79,7 +101,7 @@ def make_steering(
         changed = {"clamp": values_at.expand_as(kept), "scale": kept * factors, "ablate": torch.zeros_like(kept)}
         return (changed[mode] - kept).to(directions.dtype) @ directions
 
-    def steer(x: "Tensor") -> "Tensor":
+    def steer(x: Tensor) -> Tensor:
         z, mean, std = sae.normalize(x)
         if keep_error:
             return (x + change(z) * std).to(x.dtype)
@@ -88,9 +110,9 @@ def make_steering(
     return steer
 
 
-def check_latents(strengths: Mapping[int, float], highest: "Tensor", mode: str = DEFAULT_MODE) -> None:
-    """Raise InputError for an unknown mode, a latent that is none of (n_latents,) `highest` or never fired, and a
-    strength that is no finite number."""
+def check_latents(strengths: Mapping[int, float], highest: Tensor, mode: str = DEFAULT_MODE) -> None:
+    """Raise InputError for an unknown mode, a latent outside range(n_latents) or one that never fired, and a strength
+    that is not finite. highest: (n_latents,)."""
     if mode not in MODES:
         raise InputError(f"There is no steering mode {mode!r}; choose one of {', '.join(MODES)}.")
     for latent, strength in strengths.items():
@@ -102,17 +124,34 @@ def check_latents(strengths: Mapping[int, float], highest: "Tensor", mode: str =
             raise InputError(f"Latent {latent} cannot have strength {strength}; give a finite number.")
 
 
-def highest_activations(sae_path: str | Path) -> "Tensor":
+def highest_activations(sae_path: str | Path) -> Tensor:
     """(n_latents,) float32, each latent's highest activation in NAME.latents.parquet, 0 for one that never fired.
 
     Raises InputError where the file is missing or unreadable.
     """
+    return torch.from_numpy(tables.highest_activations(SaeFiles(sae_path).beside(tables.LATENTS.suffix)))
 
-    path = SaeFiles(sae_path).beside("latents.parquet")
+
+def known_highest(sae_path: str | Path) -> Tensor | None:
+    """`highest_activations`; None, with a printed sentence, where a published SAE comes without them."""
     try:
-        highest = pq.ParquetFile(path).read(columns=["max"]).column("max")  # read_table would import pandas
-    except FileNotFoundError:
-        raise InputError(f"There is no {path}; run capture_top_activating_sentences.py first.") from None
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise InputError(f"{path} cannot be read ({error}); run capture_top_activating_sentences.py.") from None
-    return torch.tensor(highest.to_pylist(), dtype=torch.float32)
+        return highest_activations(sae_path)
+    except InputError as error:
+        print(f"{error} Until then a strength counts in plain activation.", file=sys.stderr)
+        return None
+
+
+def strength_of_each(latents: Sequence[int], strengths: Sequence[float]) -> dict[int, float]:
+    """Latent -> strength, from the options --latents and --strengths. A single strength counts for all.
+
+    Raises InputError where they do not fit together.
+    """
+    if len(strengths) == 1:
+        strengths = [*strengths] * len(latents)
+    if len(strengths) != len(latents):
+        raise InputError(
+            f"--latents names {len(latents)}, --strengths {len(strengths)}; give one strength for each or one for all."
+        )
+    if len(set(latents)) < len(latents):
+        raise InputError("--latents names a latent twice; name it once, with the strength it shall have.")
+    return dict(zip(latents, strengths, strict=True))

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -25,13 +26,16 @@ from support.pipeline_runs import SITE, as_flags, call, refusal, some_texts, the
 from support.pipeline_runs import write_sentences as write_sentences_to
 
 import capture_activations as capture
+import openwebtext_sentences_dataset
 from llama_3 import load_model, load_tokenizer
+from llama_3.checkpoint import checkpoint_identity
 from llama_3.model import Transformer
 from llama_3.padding import make_batches
-from pipeline.activation_store import ActivationStore
+from pipeline.activation_store import ActivationStore, run_checksum
 from pipeline.errors import InputError
 from pipeline.files import sha256, write_json
 from pipeline.manifests import MANIFEST, write_manifest
+from pipeline.source import Source
 
 SITES = ("layers.2.mlp_out", "layers.0.resid_pre", SITE)
 MAX_TOKENS = 30
@@ -120,6 +124,38 @@ def test_counts(captured, tiny_model_dir, token_ids):
     assert lengths.count(0) > 0 and max(lengths) > MAX_TOKENS  # the data has what this is about
 
 
+def test_the_manifest_states_where_the_activations_come_from(options, captured, tiny_model_dir, tmp_path, monkeypatch):
+    """Another working directory reads the same; the same run twice is the same run, another one is not."""
+    stores = {site: ActivationStore(captured / site) for site in SITES}
+    monkeypatch.chdir(tmp_path)
+    for site, store in stores.items():
+        source = Source.read(json.loads((captured / site / MANIFEST).read_text()), captured / site / MANIFEST)
+        assert (source.site, source.layer, source.d_model) == (site, int(site.split(".")[1]), TINY_PARAMS["dim"])
+        assert (source.begin_of_text, source.max_tokens) == (False, MAX_TOKENS)
+        assert source.bos_id == load_tokenizer(tiny_model_dir).bos_id
+        assert source.model == checkpoint_identity(str(tiny_model_dir))
+        assert source.documents is None  # the published dataset does not state them
+        assert Path(source.model_dir()).samefile(tiny_model_dir)
+        assert list(source.sentences()) == TEXTS
+        assert source.activations == store.source.activations == run_checksum(store.records)
+        assert store.source.folder("activations_dir", None, "--data_dir") == str(captured / site)
+    assert len({store.source.activations for store in stores.values()}) == len(SITES)
+    call(capture, **options, sites=[SITE], output_dir=tmp_path / "again")
+    assert ActivationStore(tmp_path / "again" / SITE).source.activations == stores[SITE].source.activations
+
+
+def test_the_manifest_states_the_documents(tiny_model_dir, tmp_path):
+    (tmp_path / "documents.jsonl").write_text('{"text": "One is here. The other is there."}\n' * 9)
+    flags = {"input_path": tmp_path / "documents.jsonl", "output_dir": tmp_path / "sentences"}
+    call(openwebtext_sentences_dataset, **flags, punkt="corpus", num_processes=1)
+    options = {**OPTIONS, "model_dir": tiny_model_dir, "sentences_dir": tmp_path / "sentences", "sites": [SITE]}
+    call(capture, **options, output_dir=tmp_path / "out")
+    source = ActivationStore(tmp_path / "out" / SITE).source
+    manifest = json.loads((tmp_path / "sentences" / MANIFEST).read_text())
+    assert source.documents == manifest["decides"]["documents"]
+    assert source.need("dataset")["shards"] == [shard["sha256"] for shard in manifest["shards"]]
+
+
 def test_folder_holds_what_the_manifest_names_and_no_more(captured):
     assert sorted(p.name for p in captured.iterdir() if not p.name.startswith(".")) == sorted(SITES)
     for site in SITES:
@@ -157,6 +193,14 @@ def test_begin_of_text_is_seen_and_not_stored(options, tmp_path, tiny_model_dir,
             acts, stored_ids = store.sentence(i)
             assert stored_ids.tolist() == ids
             assert_within_an_ulp(acts, model.activations(torch.tensor([[bos_id, *ids]]), SITE)[0, 1:])
+
+
+def test_begin_of_text_that_the_tokenizer_does_not_have_is_refused(options, tmp_path, capsys, monkeypatch):
+    tokenizer = load_tokenizer(options["model_dir"])
+    tokenizer.bos_id = None
+    monkeypatch.setattr(capture, "load_tokenizer", lambda model_dir: tokenizer)
+    said = refusal(capsys, capture, **options, sites=[SITE], begin_of_text="true", output_dir=tmp_path / "out")
+    assert said.endswith("has no begin-of-text; leave out --begin_of_text.") and not (tmp_path / "out").exists()
 
 
 def test_num_samples_takes_the_first(options, captured, tmp_path):
@@ -322,6 +366,7 @@ def test_a_sentence_that_does_not_fit_the_gpu_is_an_error(options, tmp_path, mon
     assert f"{MAX_TOKENS} tokens does not fit" in said and "--max_tokens" in said
 
 
+@pytest.mark.slow
 def test_killed_while_writing_a_shard(options, captured, tmp_path):
     source = """
         import os, signal
@@ -460,6 +505,16 @@ def test_refuses_other_published_sentences_in_the_same_folder(options, tmp_path,
     assert "was begun with sentence_files" in refusal(capsys, capture, **chosen)
 
 
+def test_sentences_of_a_single_file(options, tmp_path):
+    """What lies beside it does not count, neither here nor for those who read the activations."""
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"text": [f"{name} {i}" for i in range(5)]}), tmp_path / f"{name}.parquet")
+    chosen = options | {"sentences_dir": tmp_path / "b.parquet", "num_samples": 0}
+    call(capture, **chosen, sites=[SITE], output_dir=tmp_path / "out")
+    found = ActivationStore(tmp_path / "out" / SITE).source.sentences()
+    assert sorted(found) == [f"b {i}" for i in range(5)]
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
@@ -523,6 +578,7 @@ def test_nan_names_the_sentence_of_a_large_set(options, tiny_model_dir, tmp_path
     assert "sentence 10," in said
 
 
+@pytest.mark.slow
 def test_torchrun_says_what_is_missing_once(options, tmp_path):
     options = options | {"sentences_dir": tmp_path / "nowhere"}
     done = torchrun(2, "capture_activations.py", **options, sites=[SITE], output_dir=tmp_path / "out")

@@ -7,6 +7,7 @@ Compares what the server received and sent with the answer file, and with what t
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 from support.claude_runs import asking_options, kill_when
@@ -16,8 +17,8 @@ from support.pipeline_runs import call, refusal
 import interpret_top_sentences_direct as script
 import interpret_top_sentences_parse_responses as parse_script
 import interpret_top_sentences_send_batches as send_script
-from claude import batches
 from claude.direct import end_last_line
+from claude.journal import open_journal
 
 SENTENCES = {latent: [f"the {latent} ring", f"hello {latent}"] for latent in range(12)}
 
@@ -47,6 +48,17 @@ def answers(options: dict) -> list[dict]:
     return [json.loads(line) for line in (options["response_output_dir"] / "direct.jsonl").open()]
 
 
+def test_the_scripts_that_ask_have_the_same_defaults():
+    """What both have, they have with the same value and the same help text."""
+    lines = [
+        {line.partition(":")[0].partition(" =")[0]: line for line in Path(asking.__file__).read_text().splitlines()}
+        for asking in (script, send_script)
+    ]
+    shared = [name for name in lines[0].keys() & lines[1].keys() if name.isupper()]
+    assert len(shared) == 15
+    assert [lines[0][name] for name in shared] == [lines[1][name] for name in shared]
+
+
 def test_the_same_questions_and_the_same_form_of_answers_as_in_batches(server, options, tmp_path):
     call(script, **options)
     got = {line["custom_id"]: line["result"] for line in answers(options)}
@@ -71,6 +83,7 @@ def test_answers_are_asked_once_whatever_the_server_does(server, options):
     assert server.calls("messages") == len(SENTENCES) + 4
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_run_again(server, options, capsys):
     server.plan["messages"] += [None] * 5 + ["hang"]
     kill_when(server.arrived, script, options | {"concurrency": 1})
@@ -106,7 +119,7 @@ def test_latents_in_a_batch_are_left_out_and_sending_meanwhile_is_refused(server
     call(send_script, **batch_options, latents="0-9")
     call(script, **options)
     assert asked(server) == ["10", "11"]
-    with batches.open_journal(options["response_ids_filepath"], "meanings by mean"):
+    with open_journal(options["response_ids_filepath"], "meanings by mean"):
         assert "in use" in refusal(capsys, script, **options)
 
 

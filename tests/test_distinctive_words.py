@@ -4,8 +4,10 @@ features must be those that one reads off the marked text.
 .venv/bin/python -m pytest tests/test_distinctive_words.py
 """
 
+import json
 import math
 import random
+import shutil
 from collections import Counter
 
 import pyarrow as pa
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from support.pipeline_runs import call, refusal, write_sentences
 
 import interpret_top_sentences_distinctive_words as distinctive
+from interpret_top_sentences_distinctive_words import Corpus
 from latents.words import features
 from llama_3 import load_tokenizer
 from pipeline.files import write_json
@@ -46,7 +49,7 @@ def top_rows(latent: int, aggregation: str, texts: list[str], word: str | None =
             ends = [len(TOKENIZER.decode(ids[: i + 1])) for i in range(len(ids))]
             activations = [2.0 * (end > start and begin < start + len(word)) + 0.9
                            for begin, end in zip([0, *ends], ends, strict=False)]  # fmt: skip
-        about = {"latent": latent, "aggregation": aggregation, "rank": rank, "text": text}
+        about = {"latent": latent, "aggregation": aggregation, "rank": rank, "text": text, "activation": 1.0}
         rows.append(about | {"token_ids": ids, "token_activations": activations})
     return rows
 
@@ -137,6 +140,19 @@ def test_top_sentences_and_n_words(sae_path):
     assert all("," not in meaning["common_semantic"] for meaning in meanings(sae_path, "mean").values())
 
 
+def test_moved_data_and_another_working_directory(sae_path, tmp_path, monkeypatch):
+    call(distinctive, model_path=sae_path)
+    before = meanings(sae_path, "mean")
+    shutil.copytree(tmp_path / "sentences", tmp_path / "moved" / "sentences")
+    for name in ("sae.json", "sae.top.parquet"):
+        shutil.copy(tmp_path / name, tmp_path / "moved")
+    info = json.loads((tmp_path / "sae.json").read_text()) | {"sentences_dir": "sentences"}
+    write_json(tmp_path / "moved" / "sae.json", info)
+    monkeypatch.chdir(tmp_path / "moved")
+    call(distinctive, model_path="sae.pth")
+    assert meanings("sae.pth", "mean") == before
+
+
 def test_output_dir(sae_path, tmp_path):
     call(distinctive, model_path=sae_path, output_dir=tmp_path / "out")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
@@ -166,7 +182,7 @@ def test_z_scores_equal_the_published_formula(top, corpus, more, n_corpus, prior
     y of the n top sentences and Y of the N corpus sentences hold w; the prior's a_0 sentences are like the corpus.
     """
     n_top = max(top.values()) + more + 1
-    scores = distinctive.z_scores(Counter(top), n_top, Counter(corpus), n_corpus, prior)
+    scores = distinctive.z_scores(Counter(top), n_top, Corpus(Counter(corpus), n_corpus), prior)
     assert scores.keys() == top.keys()
     for word, y in top.items():
         Y = corpus.get(word, 0)
@@ -178,7 +194,9 @@ def test_z_scores_equal_the_published_formula(top, corpus, more, n_corpus, prior
 
 def test_scores_order_words_as_one_would():
     corpus = Counter({"the": 900, "file": 90, "llama": 9, "alpaca": 3})
-    scores = distinctive.z_scores(Counter({"the": 45, "file": 30, "llama": 45, "alpaca": 1}), 50, corpus, 1000, 20.0)
+    scores = distinctive.z_scores(
+        Counter({"the": 45, "file": 30, "llama": 45, "alpaca": 1}), 50, Corpus(corpus, 1000), 20.0
+    )
     assert scores["llama"] > scores["file"] > scores["alpaca"] > 0
     assert abs(scores["the"]) < 1  # as frequent as everywhere
 
@@ -186,7 +204,7 @@ def test_scores_order_words_as_one_would():
 def test_a_word_unseen_in_the_sample_of_the_corpus_beats_a_common_one():
     """The corpus is known by a sample: of 25 million sentences, a word in 300 of them is usually not in it."""
     corpus = Counter({"the": 30_000, "llama": 0})
-    scores = distinctive.z_scores(Counter({"the": 45, "llama": 50}), 50, corpus, 50_000, 20.0)
+    scores = distinctive.z_scores(Counter({"the": 45, "llama": 50}), 50, Corpus(corpus, 50_000), 20.0)
     assert scores["llama"] > scores["the"]
 
 
@@ -194,7 +212,7 @@ def test_a_word_comes_before_parts_and_sequences_that_add_nothing():
     corpus = Counter(
         {"model": 30, "…el": 60, "the model": 20, "the": 500, "baseline": 10, "for": 400, "for example": 9}
     )
-    name = lambda *sentences: distinctive.name_latent([set(s) for s in sentences], corpus, 1000, 20.0, 3)
+    name = lambda *sentences: distinctive.name_latent([set(s) for s in sentences], Corpus(corpus, 1000), 20.0, 3)
     assert name(*[["model", "…el", "the model"]] * 10) == (["model"], 1.0)
     assert name(*[["model", "…el"]] * 5, *[["baseline", "…el"]] * 5) == (["…el"], 1.0)
     assert name(*[["for", "for example"]] * 10) == (["for example"], 1.0)  # its words are everywhere

@@ -18,9 +18,13 @@ from hypothesis import strategies as st
 from support.pipeline_runs import SITE, call, refusal, some_texts, write_sentences
 from torch.distributions import Categorical, kl_divergence
 
-import llama_3
+import autoencoder.evaluation
 import sae_evaluation
+from autoencoder.evaluation import by_position, evaluate
+from autoencoder.frequencies import frequency_histogram
+from autoencoder.measures import MEASURES
 from llama_3 import load_model, load_tokenizer
+from llama_3.checkpoint import checkpoint_identity
 from pipeline.errors import InputError
 from sae import TopKSparseAutoencoder, save_sae
 
@@ -56,7 +60,7 @@ def sentences():
 
 
 def run(model, sae, sentences, batch_tokens=40, bos_id=None) -> dict:
-    return sae_evaluation.evaluate(model, {"it": sae}, SITE, sentences, batch_tokens, bos_id)["it"]
+    return evaluate(model, {"it": sae}, SITE, sentences, batch_tokens, bos_id)["it"]
 
 
 # ---- the naive computation
@@ -184,7 +188,7 @@ def test_equals_the_naive_computation(model, sae, sentences, batch_tokens, bos_i
 
 def test_pieces_bound_the_logits_and_change_nothing(model, sae, sentences, monkeypatch):
     expected = run(model, sae, sentences, 10_000)
-    monkeypatch.setattr(sae_evaluation, "_ROWS", 4)
+    monkeypatch.setattr(autoencoder.evaluation, "ROWS", 4)
     rows = []
     handle = model.output.register_forward_hook(lambda m, inputs, out: rows.append(inputs[0].numel() // D_MODEL))
     found = run(model, sae, sentences, 10_000)
@@ -253,9 +257,9 @@ def test_several_share_all_but_their_own_pass(model, sae, sentences, monkeypatch
     calls = []
     original = model.activations
     monkeypatch.setattr(model, "activations", lambda *args: calls.append(1) or original(*args))
-    together = sae_evaluation.evaluate(model, saes, SITE, sentences, 10_000, None)
+    together = evaluate(model, saes, SITE, sentences, 10_000, None)
     assert len(calls) == 4 + len(saes)  # one batch: as far as the site, clean, zeroed, mean
-    assert sae_evaluation.evaluate(model, saes, SITE, sentences, 40, None) == alone
+    assert evaluate(model, saes, SITE, sentences, 40, None) == alone
     assert list(together) == list(saes) and alone["one"]["fvu"] != alone["clean"]["fvu"]
 
 
@@ -278,7 +282,7 @@ def test_what_cannot_be_measured_is_said(model, sae, sentences):
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n), max_size=40))))
 def test_every_firing_latent_is_in_its_bin(case):
     n_tokens, counts = case
-    histogram = sae_evaluation.frequency_histogram([n for n in counts if n], n_tokens)
+    histogram = frequency_histogram([n for n in counts if n], n_tokens)._asdict()
     check_histogram(histogram, counts, n_tokens)
 
 
@@ -287,7 +291,7 @@ def test_every_firing_latent_is_in_its_bin(case):
 def test_bands_of_position_hold_every_token_once(lengths):
     tokens = [sum(n > place for n in lengths) for place in range(max(lengths))]
     error = [2.0 * place * n for place, n in enumerate(tokens)]
-    bands = sae_evaluation.by_position(error, tokens)
+    bands = by_position(error, tokens)
     assert [band["first"] for band in bands] == [2**i for i in range(len(bands))]
     assert [band["last"] + 1 for band in bands[:-1]] == [band["first"] for band in bands[1:]]
     assert bands[-1]["last"] == max(lengths) and sum(band["tokens"] for band in bands) == sum(lengths)
@@ -309,7 +313,7 @@ def info(tiny_model_dir, tmp_path):
         "begin_of_text": False,
         "max_tokens": 12,
         "model_dir": str(tiny_model_dir),
-        "model": {"name": "tiny", "weights_bytes": 1},
+        "model": checkpoint_identity(str(tiny_model_dir)),
         "sentences_dir": str(write_sentences(tmp_path / "sentences", TEXTS)),
         "dataset": {"sentences": 70, "seed": 42},
         "first_validation_sentence": 50,
@@ -333,11 +337,22 @@ def size_of_png(path) -> tuple[int, int]:
     return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
 
 
+def forms() -> dict[str, str]:
+    return {measure.key: measure.form for measure in MEASURES}
+
+
 @pytest.mark.parametrize(("n", "begin_of_text"), [(2000, False), (7, True)])
 def test_script_takes_the_held_out_sentences(sae_path, sae, info, model, tiny_model_dir, capsys, n, begin_of_text):
-    trained_on = info["dataset"] | ({"shards": ["other sentences"]} if begin_of_text else {"shards": []})
+    """begin_of_text: also with other sentences than those of the training, which then have to be named."""
+    trained_on = info["dataset"] | {"shards": [], "sentences_in_all": 80}
+    if begin_of_text:
+        trained_on |= {"shards": ["other sentences"], "sentences_in_all": 81}
     save_sae(sae, sae_path, info | {"begin_of_text": begin_of_text, "dataset": trained_on})
-    call(sae_evaluation, sae_model_path=sae_path, num_sentences=n, batch_tokens=100)
+    options = {"sae_model_path": sae_path, "num_sentences": n, "batch_tokens": 100}
+    if begin_of_text:
+        assert info["sentences_dir"] in refusal(capsys, sae_evaluation, **options)
+        options["sentences_dir"] = info["sentences_dir"]
+    call(sae_evaluation, **options)
     tokenizer = load_tokenizer(tiny_model_dir)
     held_out = [tokenizer.encode(text)[:12] for text in TEXTS[50 : min(70, 50 + n)]]
     expected = naive(model, sae, [ids for ids in held_out if len(ids) > 1], tokenizer.bos_id if begin_of_text else None)
@@ -346,7 +361,7 @@ def test_script_takes_the_held_out_sentences(sae_path, sae, info, model, tiny_mo
     assert ("is not the data of the training" in out) == begin_of_text
     for name in ("fvu", "loss_recovered", "zeroing_cost", "kl_spliced"):
         line = next(line for line in out.splitlines() if line.startswith(f"{name} "))
-        assert line.split()[1] == f"{result[name]:.4f}"
+        assert line.split()[1] == forms()[name].format(result[name])
     assert result.pop("site") == SITE and result.pop("dead_frac") == 0.125
     check(result, expected)
     assert min(size_of_png(sae_path.with_suffix(".evaluation.png"))) > 300
@@ -366,7 +381,7 @@ def test_script_puts_several_side_by_side(sae_path, sae, info, tmp_path, capsys)
     results = [read(path) for path in paths]
     rows = {line.split()[0]: line.split()[1:4] for line in out.splitlines() if line and line[0].isalpha()}
     for name in ("fvu", "l0", "loss_clean", "kl_spliced", "loss_recovered_mean"):
-        assert rows[name] == [f"{result[name]:.4f}" for result in results]
+        assert rows[name] == [forms()[name].format(result[name]) for result in results]
     heading = next(line for line in out.splitlines() if line.startswith("  "))
     assert heading.split() == list(map(str, paths))  # two are called sae: the columns have their paths
     assert [result["site"] for result in results] == [SITE, SITE, other_site]
@@ -395,7 +410,7 @@ def test_script_refuses_what_does_not_fit_before_the_model_is_loaded(
     def must_not_load(*_args, **_keywords):
         raise AssertionError("the model was loaded before the input was checked")
 
-    monkeypatch.setattr(llama_3, "load_model", must_not_load)
+    monkeypatch.setattr(sae_evaluation, "load_model", must_not_load)
     nowhere = tmp_path / "nowhere"
     assert str(nowhere) in refusal(capsys, sae_evaluation, sae_model_path=sae_path, llama_model_dir=nowhere)
     assert str(nowhere) in refusal(capsys, sae_evaluation, sae_model_path=sae_path, sentences_dir=nowhere)

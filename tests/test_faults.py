@@ -32,6 +32,7 @@ from support.sae_runs import write_store
 import capture_activations
 import openwebtext_sentences_dataset
 import sae_preprocessing
+from pipeline import manifests
 from pipeline.manifests import MANIFEST, read_manifest
 from pipeline.sentences import SentenceDataset
 
@@ -177,6 +178,7 @@ def uninterrupted(script, options: dict) -> dict[str, bytes]:
     return expected
 
 
+@pytest.mark.slow
 def test_sentences_survive_kills(documents, tmp_path):
     options = sentences_options(documents, tmp_path / "out")
     expected = uninterrupted(openwebtext_sentences_dataset, options)
@@ -184,6 +186,7 @@ def test_sentences_survive_kills(documents, tmp_path):
     survives_kills(command, tmp_path / "out", expected, N_KILLS or 2, len(expected))
 
 
+@pytest.mark.slow
 def test_capture_survives_kills_under_torchrun(tiny_model_dir, sentences_dir, tmp_path):
     """Two processes, against one."""
     options = capture_options(tiny_model_dir, sentences_dir, tmp_path / "out")
@@ -193,6 +196,7 @@ def test_capture_survives_kills_under_torchrun(tiny_model_dir, sentences_dir, tm
     survives_kills(command, tmp_path / "out", expected, N_KILLS or 1, len(expected) + 2 * len(TEXTS) // 16)
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_torchrun(tiny_model_dir, sentences_dir, tmp_path):
     """kill -9 of torchrun alone: its workers do not go on holding the folder, and the command continues."""
     options = capture_options(tiny_model_dir, sentences_dir, tmp_path / "out")
@@ -223,6 +227,7 @@ def is_free(lock: Path) -> bool:
 
 
 @pytest.mark.parametrize("n_processes", [1, 2] if N_KILLS else [1])
+@pytest.mark.slow
 def test_preprocessing_survives_kills(activations, tmp_path, n_processes):
     options = preprocessing_options(activations, tmp_path / "out")
     expected = uninterrupted(sae_preprocessing, options)
@@ -292,7 +297,7 @@ def test_a_disk_that_is_really_full(activations, tmp_path, capsys):
         options = preprocessing_options(activations, tmp_path / "out")
         with_room: Callable[..., None] = lambda folder, needed: None  # it would say so beforehand
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sae_preprocessing, "require_disk", with_room)
+            patch.setattr(manifests, "require_disk", with_room)
             said = refusal(capsys, sae_preprocessing, **options)
         assert "No space left" in said and "free some disk" in said
         assert list((tmp_path / "out").glob("train-*")) and not list((tmp_path / "out").rglob("*.tmp"))

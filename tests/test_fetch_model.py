@@ -24,7 +24,7 @@ from support.fake_hub import FakeHub, Fault, Repo
 from support.pipeline_runs import the_sentence
 
 import fetch_model
-from pipeline.errors import InputError
+from pipeline.errors import Stop
 from pipeline.files import sha256
 from pipeline.hub import is_whole
 from pipeline.manifests import MANIFEST, check_files
@@ -187,6 +187,7 @@ def test_the_default_folder_bears_the_models_name(hub: FakeHub, tmp_path: Path):
 # ---- downloads that were cut
 
 
+@pytest.mark.slow
 def test_a_killed_download_continues_at_its_commit(hub: FakeHub, tmp_path: Path):
     folder = tmp_path / "smol"
     files = SMOL_FILES | {"model.safetensors": BIG}
@@ -295,7 +296,7 @@ def test_whatever_part_is_here_only_the_rest_is_sent(
         assert contents(folder) == {name: content}
         assert sum(r.sent for r in hub.requests) == (len(content) if ignore_range and missing else missing)
     else:
-        with pytest.raises(InputError, match="arrived damaged"):
+        with pytest.raises(Stop, match="arrived damaged"):
             fetch_model.fetch_file(SMOL_REPO, commit, file, folder)
         assert contents(folder) == {}
     assert not part.exists()

@@ -19,10 +19,11 @@ import llama_3_inference as inference
 from llama_3 import load_model, load_tokenizer
 from llama_3.chat import Message
 from llama_3.generation import complete, generate, sample, stream_chat, stream_text
+from llama_3.model import Intervention
 from pipeline.errors import InputError
 from sae import TopKSparseAutoencoder, save_sae
-from serving.steered_model import set_up
-from serving.steering import DEFAULT_STRENGTH, make_steering
+from serving.steered_model import open_model
+from serving.steering import DEFAULT_STRENGTH, Steering, make_steering, steering_function
 
 N_LATENTS, K = 50, 4
 PROMPTS = [
@@ -224,7 +225,8 @@ def test_the_context_of_released_models(tmp_path, scaled, expected):
 
 
 def steering_of(sae, latent, strength, skip=()):
-    return SITE, make_steering(sae, {latent: strength}, torch.full((N_LATENTS,), HIGHEST), "h_bias"), skip
+    function = steering_function(sae, {latent: strength}, torch.full((N_LATENTS,), HIGHEST), "h_bias")
+    return Intervention(SITE, function, skip)
 
 
 def test_strength_0_changes_nothing(model, sae):
@@ -319,7 +321,8 @@ def test_script_prints_clean_and_steered(tiny_model_dir, sae_path, model, tokeni
     both = capsys.readouterr().out
     sae = TopKSparseAutoencoder(TINY_PARAMS["dim"], N_LATENTS, K)
     sae.load_state_dict(torch.load(sae_path, weights_only=True))
-    steering = (SITE, make_steering(sae, strengths, torch.full((N_LATENTS,), HIGHEST), *how), (tokenizer.bos_id,))
+    sae.info = {"site": SITE}
+    steering = make_steering(sae, Steering(strengths, *how), torch.full((N_LATENTS,), HIGHEST), tokenizer.bos_id)
     for prompt in prompts:
         ids = tokenizer.encode(prompt, bos=True)
         clean, steered = greedy(model, ids, 8), greedy(model, ids, 8, *steering)
@@ -362,15 +365,18 @@ def test_published_sae(tiny_model_dir, sae, sae_path, tokenizer, capsys, monkeyp
     assert "give k" in refusal(capsys, inference, **options, rope_scaling_factor=8)
     options |= {"k": K, "normalize_eps": 1e-5, "rope_scaling_factor": 8}
     assert "name its layer with --sae_layer_idx" in refusal(capsys, inference, **options)
-    real, models = set_up, []
-    monkeypatch.setattr(inference, "set_up", lambda config: (setup := real(config), models.append(setup.model))[0])
+    models = []
+    monkeypatch.setattr(
+        inference, "open_model", lambda *what: (opened := open_model(*what), models.append(opened.model))[0]
+    )
     call(inference, **options, sae_layer_idx=SITE.split(".")[1])
     printed = capsys.readouterr()
     assert "sae.latents.parquet; run capture_top_activating_sentences.py first. Until then" in printed.err
     assert models[0].args.rope_scaling_factor == 8
     model = load_model(tiny_model_dir, rope_scaling_factor=8)
-    function = make_steering(sae, {9: 30.0}, torch.ones(N_LATENTS))
-    steered = greedy(model, tokenizer.encode("the", bos=True), 8, SITE, function, (tokenizer.bos_id,))
+    sae.info = {"site": SITE}
+    steering = make_steering(sae, Steering({9: 30.0}), None, tokenizer.bos_id)
+    steered = greedy(model, tokenizer.encode("the", bos=True), 8, *steering)
     assert f"steered  {tokenizer.decode(steered)!r}" in printed.out
 
 

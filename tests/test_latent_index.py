@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.latent_files import DEAD, MEANINGS, N_LATENTS, TEXTS, known, write_latents, write_meanings
+from support.latent_files import DEAD, MEANINGS, N_LATENTS, TEXTS, known, write_latents, write_meaning_file
 from support.pipeline_runs import call
 
 import openwebtext_sentences_dataset
@@ -56,10 +56,10 @@ def test_of_several_meanings_the_best_scored_wins(tmp_path):
     (tmp_path / "sae.json").write_text('{"n_latents": 9}')
     first = {0: ("good", 0.2), 1: ("bad", 1.0), 2: ("sure", 0.9), 3: ("tie", 0.5), 4: ("only", 0.1)}
     first |= {5: ("proved", 0.1)}
-    write_meanings(tmp_path / "sae.meaning_a.yaml", first, {0: 0.8, 1: 0.4, 3: 0.7, 5: 0.6})
+    write_meaning_file(tmp_path / "sae.meaning_a.yaml", first, {0: 0.8, 1: 0.4, 3: 0.7, 5: 0.6})
     second = {0: ("worse", 1.0), 1: ("not scored", 0.1), 2: ("less sure", 0.8), 3: ("surer", 0.6), 5: ("guessed", 1.0)}
-    write_meanings(tmp_path / "sae.meaning_b.yaml", second, {0: 0.6, 3: 0.7})
-    write_meanings(tmp_path / "other.meaning_a.yaml", {6: ("of another SAE", 1.0)})
+    write_meaning_file(tmp_path / "sae.meaning_b.yaml", second, {0: 0.6, 3: 0.7})
+    write_meaning_file(tmp_path / "other.meaning_a.yaml", {6: ("of another SAE", 1.0)})
     found = best_meanings(tmp_path / "sae.pth")
     texts = {latent: meaning.text for latent, meaning in found.items()}
     assert texts == {0: "good", 1: "not scored", 2: "sure", 3: "surer", 4: "only", 5: "proved"}
@@ -93,9 +93,8 @@ def test_a_broken_file_of_meanings_is_named(tmp_path, text):
 def test_search_against_a_loop(index, words, sort, living_only, offset, limit):
     query = " ".join(words)
     latents = pq.read_table(str(index.sae_path)[:-4] + ".latents.parquet").to_pylist()
-    scores = dict(
-        zip(*pq.read_table(str(index.sae_path)[:-4] + ".meaning_a.scores.parquet").to_pydict().values(), strict=True)
-    )
+    scored = pq.read_table(str(index.sae_path)[:-4] + ".meaning_a.scores.parquet").to_pylist()
+    scores = {row["latent"]: row["balanced_accuracy"] for row in scored}
     rows = []
     for i, of in enumerate(latents):
         text, certainty = MEANINGS.get(i, (None, None))
@@ -187,7 +186,7 @@ def test_missing_files_make_missing_fields(tmp_path):
         "interpret_top_sentences_parse_responses.py",
     ):
         assert script in said and (PROJECT_DIR / script).exists()
-    write_meanings(tmp_path / "sae.meaning_a.yaml", {1: ("one", 0.5)})
+    write_meaning_file(tmp_path / "sae.meaning_a.yaml", {1: ("one", 0.5)})
     assert "score_interpretations.py" in "\n".join(LatentIndex(tmp_path / "sae.pth").missing)
 
 
@@ -216,7 +215,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path, tiny_model_dir,
     with pytest.raises(InputError, match="how many latents"):
         LatentIndex(tmp_path / "sae.pth")
     path = write_latents(tmp_path, tiny_model_dir, tokenizer)
-    write_meanings(tmp_path / "sae.meaning_b.yaml", {N_LATENTS: ("beyond", 1.0)})
+    write_meaning_file(tmp_path / "sae.meaning_b.yaml", {N_LATENTS: ("beyond", 1.0)})
     with pytest.raises(InputError, match=f"names latent {N_LATENTS} of {N_LATENTS}"):
         LatentIndex(path)
     (tmp_path / "sae.meaning_b.yaml").unlink()
@@ -277,9 +276,11 @@ def test_coloured_tokens_by_hand():
 
 
 def test_promoted_tokens_are_visible_whatever_they_are(index):
-    card = index.card(0)._replace(promoted=[(" a b", 1.0), ("\n", 0.5), ("\x07<", 0.25), ("", 0.125)], suppressed=[])
+    card = index.card(0)._replace(
+        promoted=[(" a b", 1.0), ("\n", 0.5), ("\x07<", 0.25), ("\u202e", 0.25), ("", 0.125)], suppressed=[]
+    )
     rows = re.findall(r"<code>(.*?)</code><span>(.*?)</span>", card_html(card))
-    assert rows == [("·a·b", "+1.0"), ("↵", "+0.5"), (r"\x07&lt;", "+0.2"), ("∅", "+0.1")]
+    assert rows == [("·a·b", "+1.0"), ("↵", "+0.5"), ("␇&lt;", "+0.2"), (r"\u202e", "+0.2"), ("∅", "+0.1")]
 
 
 @pytest.mark.parametrize("latent", [5, 31, *DEAD])

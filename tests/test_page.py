@@ -22,17 +22,21 @@ from support.pipeline_runs import as_flags, refusal
 
 import llama_3_inference_gradio as page_script
 from latents.index import LatentIndex
+from latents.markup import visible
 from llama_3 import generation, load_model, load_tokenizer
 from llama_3.chat import Message
 from llama_3.checkpoint import TINY_LLAMA_DIR
 from llama_3.generation import stream_chat
 from sae import load_sae_model
-from serving.steering import DEFAULT_STRENGTH, highest_activations, make_steering
+from serving.requests import Limits
+from serving.steered_model import ModelChoice, taken_from
+from serving.steering import DEFAULT_STRENGTH, Steering, highest_activations, make_steering
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+without_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+needs_browser = lambda test: pytest.mark.slow(without_browser(test))
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
 SAE_PATH = str(Path(TINY_LLAMA_DIR) / "sae.pth")
@@ -51,8 +55,7 @@ class Alone:
         self.index = LatentIndex(SAE_PATH, self.tokenizer, self.model, self.sae)
 
     def steering(self, strengths: dict[int, float], **how):
-        function = make_steering(self.sae, strengths, self.highest, **how)
-        return self.sae.info["site"], function, (self.tokenizer.bos_id,)
+        return make_steering(self.sae, Steering(strengths, **how), self.highest, self.tokenizer.bos_id)
 
     def complete(self, prompts, n, steering=None, seed=0, temperature=0.7, top_p=0.95) -> list[str]:
         """Prompt and completion of each prompt by itself."""
@@ -251,7 +254,8 @@ def test_complete_and_steer(visit, address, alone):
     cells = window.locator(".completions .text")
     for row in range(3):  # what is not marked is the same on both sides
         sides = (cells.nth(2 * row + side) for side in (0, 1))
-        clean, steered = (side.evaluate(_UNMARKED).split() for side in sides)
+        # A sign is marked apart from the word before it, so the space between them tells nothing.
+        clean, steered = ("".join(side.evaluate(_UNMARKED).split()) for side in sides)
         assert clean == steered
     assert cells.locator("ins").count() and cells.locator("del").count()
 
@@ -502,7 +506,7 @@ def test_plain_page_with_a_password(visit, tmp_path):
         model, tokenizer = load_model(folder, packed=True), load_tokenizer(folder)
         options = {"max_new_tokens": 8, "temperature": 0.7, "top_p": 0.95, "seeds": [0]}
         expected = "hello" + generation.complete(model, tokenizer, ["hello"], **options)[0].rstrip("\ufffd")
-        assert complete(window, ["hello"], 8)() == {"clean": [page_script.visible(expected)]}
+        assert complete(window, ["hello"], 8)() == {"clean": [visible(expected)]}
 
 
 def test_refusals(capsys, tmp_path):
@@ -532,7 +536,7 @@ def test_sae_without_a_json(capsys, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["page", *as_flags({"sae_model_path": path, **told})])
         config = page_script.parse_constants(vars(page_script))
-    page = page_script.open_page(config)
-    assert page.setup.sae.info["site"] == "layers.6.attention_norm"
-    assert page.setup.sae.k == 32 and page.index.n_latents == 4096
-    assert page.highest.tolist() == [1.0] * 4096  # nothing beside it says how high they get
+    served = page_script.open_served(taken_from(vars(config), ModelChoice), Limits(8, 4000, 256))
+    assert served.opened.sae.info["site"] == "layers.6.attention_norm"
+    assert served.opened.sae.k == 32 and served.index.n_latents == 4096
+    assert served.opened.highest is None  # nothing beside it says how high they get

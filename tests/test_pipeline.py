@@ -18,7 +18,12 @@ from conftest import PROJECT_DIR, write_tiny_model
 
 import demo
 from embedded import recipe
+from latents.index import LatentIndex
+from pipeline.errors import Stop
 from pipeline.manifests import read_manifest
+from serving.own_words import count_hits
+
+pytestmark = pytest.mark.slow  # every stage runs, two of them under torchrun
 
 SITE = "layers.1.attention_norm"
 TEXTS = [
@@ -29,12 +34,10 @@ TEXTS = [
 ]
 
 
-def script(*command: object, processes: int = 1) -> str:
+def script(name: str, processes: int = 1, **options: object) -> str:
     """Run a stage's command line from the project folder and return what it printed."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*start, *map(str, command)], cwd=PROJECT_DIR, capture_output=True, text=True)
+    words = recipe.command(name, processes, **options)
+    done = subprocess.run(words, cwd=PROJECT_DIR, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -44,82 +47,45 @@ def run(tmp_path_factory) -> Path:
     """A folder in which every stage has run."""
     run = tmp_path_factory.mktemp("run")
     model = write_tiny_model(run / "model")
-    (run / "documents").mkdir()
-    pq.write_table(pa.table({"text": TEXTS}), run / "documents" / "documents.parquet")
-    sae = run / "sae" / "sae.pth"
+    documents, sentences, batches = run / "documents", run / "sentences", run / "batches"
+    activations, sae = run / "activations" / SITE, run / "sae" / "sae.pth"
+    documents.mkdir()
+    pq.write_table(pa.table({"text": TEXTS}), documents / "documents.parquet")
     script(
         "openwebtext_sentences_dataset.py",
-        "--input_path",
-        run / "documents",
-        "--output_dir",
-        run / "sentences",
-        "--punkt",
-        "corpus",
-        "--num_processes",
-        1,
+        input_path=documents,
+        output_dir=sentences,
+        punkt="corpus",
+        num_processes=1,
     )
     script(
         "capture_activations.py",
-        "--model_dir",
-        model,
-        "--sentences_dir",
-        run / "sentences",
-        "--output_dir",
-        run / "activations",
-        "--sites",
-        SITE,
-        "--dtype",
-        "float32",
-        "--window_sentences",
-        100,
         processes=2,
+        model_dir=model,
+        sentences_dir=sentences,
+        output_dir=run / "activations",
+        sites=SITE,
+        dtype="float32",
+        window_sentences=100,
     )
-    script(
-        "sae_preprocessing.py",
-        "--input_dir",
-        run / "activations" / SITE,
-        "--output_dir",
-        run / "batches",
-        "--batch_size",
-        64,
-        "--num_processes",
-        1,
-    )
+    script("sae_preprocessing.py", input_dir=activations, output_dir=batches, batch_size=64, num_processes=1)
     script(
         "sae_training.py",
-        "--data_dir",
-        run / "batches",
-        "--model_save_path",
-        sae,
-        "--checkpoint_dir",
-        run / "checkpoints",
-        "--n_latents",
-        96,
-        "--k",
-        6,
-        "--k_aux",
-        8,
-        "--num_epochs",
-        4,
-        "--batch_size",
-        256,
-        "--learning_rate",
-        3e-3,
-        "--wandb",
-        "off",
         processes=2,
+        data_dir=batches,
+        model_save_path=sae,
+        checkpoint_dir=run / "checkpoints",
+        n_latents=96,
+        k=6,
+        k_aux=8,
+        num_epochs=4,
+        batch_size=256,
+        learning_rate=3e-3,
+        wandb="off",
     )
-    script("sae_evaluation.py", "--sae_model_path", sae)
-    script(
-        "capture_top_activating_sentences.py",
-        "--data_dir",
-        run / "activations" / SITE,
-        "--model_path",
-        sae,
-        "--top_sentences",
-        10,
-    )
-    script("interpret_top_sentences_distinctive_words.py", "--model_path", sae)
+    script("sae_evaluation.py", sae_model_path=sae)
+    script("capture_top_activating_sentences.py", data_dir=activations, model_path=sae, top_sentences=10)
+    script("interpret_top_sentences_distinctive_words.py", model_path=sae)
     return run
 
 
@@ -163,13 +129,7 @@ def test_top_sentences_and_names_belong_to_the_sae(run):
 
 def test_every_stage_says_complete_when_run_again(run):
     out = script(
-        "sae_preprocessing.py",
-        "--input_dir",
-        run / "activations" / SITE,
-        "--output_dir",
-        run / "batches",
-        "--batch_size",
-        64,
+        "sae_preprocessing.py", input_dir=run / "activations" / SITE, output_dir=run / "batches", batch_size=64
     )
     assert "complete already" in out
 
@@ -177,19 +137,17 @@ def test_every_stage_says_complete_when_run_again(run):
 def test_completion_with_a_steered_latent(run):
     latents = pq.read_table(run / "sae" / "sae.latents.parquet").to_pydict()
     latent = max(range(96), key=lambda i: latents["max"][i])
-    command = ("llama_3_inference.py", "--llama_model_dir", run / "model", "--sae_model_path", run / "sae" / "sae.pth")
-    options = ("--prompts", "The file", "--latents", latent, "--max_new_tokens", 6)
-    same = script(*command, *options, "--strengths", 0).splitlines()
+    named = {"llama_model_dir": run / "model", "sae_model_path": run / "sae" / "sae.pth"}
+    options = named | {"prompts": "The file", "latents": latent, "max_new_tokens": 6}
+    same = script("llama_3_inference.py", **options, strengths=0).splitlines()
     clean, steered = (next(line.split(kind)[1] for line in same if kind in line) for kind in ("clean  ", "steered"))
     assert clean.strip() == steered.strip()
-    changed = script(*command, *options, "--strengths", 40).splitlines()
+    changed = script("llama_3_inference.py", **options, strengths=40).splitlines()
     steered = next(line.split("steered")[1] for line in changed if "steered" in line)
     assert clean.strip() != steered.strip()
 
 
 def test_the_demo_marks_the_strongest_token(run):
-    from latents.index import LatentIndex
-
     index = LatentIndex(run / "sae" / "sae.pth")
     assert [line for line in index.missing if "score" not in line and "promoted" not in line] == []
     living = index.search(limit=20)
@@ -204,7 +162,7 @@ def test_the_demo_marks_the_strongest_token(run):
 
 
 def test_the_report_of_what_the_stages_left(run):
-    said = script("sae_report.py", "--sae_model_path", run / "sae" / "sae.pth", "--latents", 12)
+    said = script("sae_report.py", sae_model_path=run / "sae" / "sae.pth", latents=12)
     page = (run / "sae" / "sae.report.html").read_text(encoding="utf-8")
     assert "sae.report.html" in said and page.count('<article class="latent-card"') == 12
     quality = json.loads((run / "sae" / "sae.evaluation.json").read_text())
@@ -213,7 +171,7 @@ def test_the_report_of_what_the_stages_left(run):
 
 def test_count_hits_counts_texts_with_a_whole_word():
     texts = ["The File is here.", "profiles", "a file, a file", "nothing"]
-    assert demo.count_hits(texts, ["file"]) == 2
+    assert count_hits(texts, ["file"]) == 2
 
 
 @pytest.mark.parametrize("number", range(10))
@@ -224,3 +182,16 @@ def test_the_demo_passes_only_options_that_exist(tmp_path, number):
     source = (PROJECT_DIR / name).read_text()
     for flag in (part[2:] for part in command[command.index(script) :] if part.startswith("--")):
         assert f"\n{flag.upper()} = " in source or f"\n{flag.upper()}: " in source, f"{name} has no {flag.upper()}"
+
+
+def test_commands():
+    words = recipe.command("capture_activations.py", processes=2, sites=["a", "b"], num_samples=3)
+    assert words[:3] == [sys.executable, "-m", "torch.distributed.run"] and "--nproc_per_node=2" in words
+    assert words[words.index("capture_activations.py") :][1:] == ["--sites", "a", "b", "--num_samples", "3"]
+    assert recipe.command("embedded/corpus.py")[1:] == ["-m", "embedded.corpus"]
+
+
+def test_a_failed_command_stops_with_a_sentence(capfd):
+    with pytest.raises(Stop, match=r"failed with exit code 2, its message is above: sae_report\.py --latents none"):
+        recipe.run_command(recipe.command("sae_report.py", latents="none"), quiet=True)
+    assert "error: argument --latents" in capfd.readouterr().err

@@ -3,6 +3,9 @@
 .venv/bin/python -m pytest tests/test_promoted_tokens.py
 """
 
+import json
+import shutil
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +15,9 @@ from support.pipeline_runs import call, refusal
 import promoted_tokens
 from latents.promotion import promoted_logits
 from llama_3 import load_model, load_tokenizer
+from llama_3.checkpoint import checkpoint_identity
 from llama_3.model import SITES
+from pipeline.files import write_json
 from sae import TopKSparseAutoencoder, save_sae
 
 
@@ -79,6 +84,30 @@ def test_what_a_direction_suppresses_its_opposite_promotes(sae_path):
         if row["latent"] != 3:  # the dead one ties everywhere
             assert row["suppressed_tokens"] == opposite["tokens"]
             assert row["suppressed_scores"] == pytest.approx([-score for score in opposite["scores"]], rel=1e-3)
+
+
+def test_another_model_of_the_same_shape_is_refused(sae_path, tiny_model_dir, capsys):
+    path = sae_path.with_suffix(".json")
+    info = json.loads(path.read_text())
+    write_json(path, info | {"model": checkpoint_identity(str(tiny_model_dir))})
+    call(promoted_tokens, model_path=sae_path)
+    write_json(path, info | {"model": checkpoint_identity(str(tiny_model_dir)) | {"weights_sha256": "another"}})
+    said = refusal(capsys, promoted_tokens, model_path=sae_path)
+    assert str(tiny_model_dir) in said and "weights_sha256" in said and "--llama_model_dir" in said
+
+
+def test_moved_files_and_another_working_directory(sae_path, tiny_model_dir, tmp_path, monkeypatch):
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_model_dir, moved / "model")
+    for name in ("sae.pth", "sae.latents.parquet"):
+        shutil.copy(tmp_path / name, moved)
+    info = json.loads((tmp_path / "sae.json").read_text())
+    write_json(moved / "sae.json", info | {"model_dir": "model", "absolute": {"model_dir": "/nowhere"}})
+    call(promoted_tokens, model_path=sae_path)
+    monkeypatch.chdir(moved)
+    call(promoted_tokens, model_path="sae.pth")
+    before, after = (pq.read_table(folder / "sae.promoted.parquet") for folder in (tmp_path, moved))
+    assert before.equals(after)
 
 
 def test_refusals(sae_path, tmp_path, capsys):

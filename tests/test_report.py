@@ -21,6 +21,7 @@ from support.pipeline_runs import call, refusal
 import sae_report
 from latents.index import LatentIndex
 from latents.interesting import interesting_latents
+from latents.markup import mark_differences
 from llama_3 import load_tokenizer
 
 LIVING = N_LATENTS - len(DEAD)
@@ -100,7 +101,11 @@ def test_one_file_with_every_section(sae_path, capsys):
     page = write(sae_path)
     for part in ("tiny", "layers.1.attention_norm", "12,345", f"{LIVING}", "Training", "training 0.018, held out 0.02"):
         assert part in page.text
-    assert "(FVU)0.1235" in page.text and "one, nats a token0.0625" in page.text and "loss recovered" not in page.text
+    assert (
+        "(FVU)0.1235" in page.text
+        and "one, nats per prediction0.0625" in page.text
+        and "loss recovered" not in page.text
+    )
     assert "5,000 tokens of 70 held-out sentences" in page.text
     assert "Steering with latent 3: Dogs in fiction" in page.text and "7 held “dog” without" in page.text
     assert "This is a cat & a house." in page.text and "The <b> dogs" in page.text
@@ -213,17 +218,17 @@ WORDS = st.lists(st.sampled_from(["dog", "Dog", "a", "<b>", "dogs", "é", " ", "
 
 @given(WORDS, WORDS)
 def test_marked_texts_are_the_texts(clean, steered):
-    for text, marked in zip((clean, steered), sae_report.marked_difference(clean, steered, ["dog"]), strict=True):
-        assert html.unescape(re.sub(r"</?(ins|mark)>", "", marked)) == text
+    for text, marked in zip((clean, steered), mark_differences(clean, steered, ["dog"]), strict=True):
+        assert html.unescape(re.sub(r"</?(ins|del|mark)>", "", marked)) == text
         concept = [word for word in re.findall(r"\w+", text) if word.lower() == "dog"]
         assert re.findall(r"<mark>(.*?)</mark>", marked) == concept
         if clean == steered:
-            assert "<ins>" not in marked
+            assert "<ins>" not in marked and "<del>" not in marked
 
 
 def test_differences_by_hand():
-    found = sae_report.marked_difference("a red cat sat.", "a blue old dog sat.", ["dog"])
-    assert found == ("a <ins>red cat</ins> sat.", "a <ins>blue old</ins> <mark>dog</mark> sat.")
+    found = mark_differences("a red cat sat.", "a blue old dog sat.", ["dog"])
+    assert found == ("a <del>red cat</del> sat.", "a <ins>blue old</ins> <mark>dog</mark> sat.")
 
 
 @given(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3), st.booleans())

@@ -60,6 +60,7 @@ def test_it_waits_and_adds_up_tokens_and_price(server, options, capsys):
     assert f"1 expired, 4 succeeded; 400 input and {n_output} output tokens, {price:,.2f} USD" in said
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_run_again(server, options):
     server.plan["results"] += [None, "hang"]
     kill_when(server.arrived, script, options)

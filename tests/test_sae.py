@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from support.sae_runs import random_sae
 
 import sae as sae_module
-from autoencoder.losses import loss_sums
+from autoencoder.losses import Dead, loss_sums
 from pipeline.errors import InputError
 from pipeline.sae_files import SaeFiles
 from sae import TopKSparseAutoencoder, load_sae_model, save_sae, top_k
@@ -96,6 +96,12 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1
     torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=tolerance * max(scale, 1.0))
 
 
+def dead_of(latents: list[int], n_latents: int, k_aux: int) -> Dead | None:
+    is_dead = torch.zeros(n_latents, dtype=torch.bool)
+    is_dead[latents] = True
+    return Dead.where(is_dead, [len(latents)], k_aux)
+
+
 def check_losses(d_model: int, n_latents: int, k: int, batch: int, dead: list[int], k_aux: int, seed: int, coeff=0.4):
     sae = random_sae(d_model, n_latents, k, seed=seed)
     z = torch.randn(batch, d_model, generator=torch.Generator().manual_seed(seed + 1))
@@ -104,7 +110,7 @@ def check_losses(d_model: int, n_latents: int, k: int, batch: int, dead: list[in
         return sae, None
     (main + coeff * aux).backward()
 
-    sums = loss_sums(sae, z, torch.tensor(dead, dtype=torch.int64), k_aux)
+    sums = loss_sums(sae, z, dead_of(dead, n_latents, k_aux))
     (sums.main + coeff * sums.aux).backward()
     assert_close(sums.main.detach(), main.detach())
     assert_close(sums.aux.detach(), aux.detach())
@@ -147,7 +153,7 @@ def test_kept_pre_activations_below_zero_give_nothing():
         sae.encoder.bias.fill_(-1000.0)
     sae.zero_grad()
     z = torch.randn(4, 5)
-    sums = loss_sums(sae, z, None, 4)
+    sums = loss_sums(sae, z)
     sums.main.backward()
     torch.testing.assert_close(sums.main, (z - sae.b_pre).square().sum())
     assert not sums.fired.any()
@@ -159,7 +165,7 @@ def test_auxiliary_gradient_reaches_dead_latents_whatever_their_sign():
     dead = [1, 4, 12]
     with torch.no_grad():
         sae.encoder.bias[dead] = -1000.0  # never kept by the main TopK
-    sums = loss_sums(sae, torch.randn(7, 5), torch.tensor(dead), k_aux=64)
+    sums = loss_sums(sae, torch.randn(7, 5), dead_of(dead, 13, k_aux=64))
     assert not sums.fired[dead].any()
     sums.aux.backward()
     for grad in (sae.encoder.weight.grad, sae.encoder.bias.grad[:, None], sae.decoder.weight.grad.t()):
@@ -170,10 +176,14 @@ def test_auxiliary_gradient_reaches_dead_latents_whatever_their_sign():
     assert sae.b_pre.grad is None or not sae.b_pre.grad.any()
 
 
-@pytest.mark.parametrize("dead", [None, torch.tensor([], dtype=torch.int64)])
-def test_no_dead_latents_no_auxiliary_loss(dead):
-    sums = loss_sums(random_sae(5, 13, 2), torch.randn(7, 5), dead, k_aux=4)
+@pytest.mark.parametrize(("dead", "k_aux"), [([], 4), ([1, 4, 12], 0)])
+def test_no_dead_latents_or_none_to_keep_no_auxiliary_loss(dead, k_aux):
+    sae = random_sae(5, 13, 2)
+    assert dead_of(dead, 13, k_aux) is None
+    sums = loss_sums(sae, torch.randn(7, 5), None)
     assert sums.aux.item() == 0
+    (sums.main + sums.aux).backward()
+    assert sae.encoder.weight.grad.isfinite().all()
 
 
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.integers(0, 1000))
@@ -182,12 +192,12 @@ def test_losses_of_parts_add_up(parts, seed):
     """What several processes rely on: sums and gradients of parts of a batch are those of the whole."""
     z = torch.randn(sum(parts), 5, generator=torch.Generator().manual_seed(seed))
     whole, split = random_sae(5, 13, 2, seed=seed), random_sae(5, 13, 2, seed=seed)
-    dead = torch.tensor([2, 7])
-    sums = loss_sums(whole, z, dead, 3)
+    dead = dead_of([2, 7], 13, k_aux=3)
+    sums = loss_sums(whole, z, dead)
     (sums.main + sums.aux).backward()
     total = 0.0
     for part in z.split(parts):
-        sums_of_part = loss_sums(split, part, dead, 3)
+        sums_of_part = loss_sums(split, part, dead)
         (sums_of_part.main + sums_of_part.aux).backward()
         total += (sums_of_part.main + sums_of_part.aux).item()
     assert total == pytest.approx((sums.main + sums.aux).item(), rel=1e-5)
@@ -237,7 +247,7 @@ def test_encoder_in_bfloat16():
     expected.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in sae.named_parameters()}
     sae.zero_grad()
-    sums = loss_sums(sae, z, None, 4, encoder_dtype=torch.bfloat16)
+    sums = loss_sums(sae, z, encoder_dtype=torch.bfloat16)
     sums.main.backward()
     assert_close(sums.main.detach(), expected.detach())
     assert torch.equal(sums.fired, (h > 0).sum(0))
@@ -249,34 +259,38 @@ _SLICES = """
 import torch, torch.distributed as dist
 from conftest import PROJECT_DIR
 from support.sae_runs import random_sae
-from autoencoder.losses import LatentGroup, loss_sums
+from autoencoder.losses import Dead, loss_sums
+from pipeline.distributed import World
 
 
 def main():
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    latents = LatentGroup(dist.group.WORLD, rank, size)
+    slices = World(rank, size, torch.device("cpu"))
     cases = [(3, [], 4), (14, [2], 4), (3, [1, 2, 12, 13], 3), (2, [0, 1, 5], 9), (1, list(range(14)), 5)]
     for seed, (k, dead, k_aux) in enumerate(cases):
         whole = random_sae(6, 14, k, seed=seed)
         z = torch.randn(9, 6, generator=torch.Generator().manual_seed(seed))
-        expected = loss_sums(whole, z, torch.tensor(dead, dtype=torch.int64), k_aux)
+        is_dead = torch.zeros(14, dtype=torch.bool)
+        is_dead[dead] = True
+        expected = loss_sums(whole, z, Dead.where(is_dead, [len(dead)], k_aux))
         (expected.main + 0.4 * expected.aux).backward()
         n, part = 14 // size, whole.slice(rank, size)
-        own = torch.tensor([i - rank * n for i in dead if rank * n <= i < (rank + 1) * n], dtype=torch.int64)
+        assert (part.n_latents, part.k) == (n, k)
+        own = slice(rank * n, (rank + 1) * n)
         n_dead = [sum(r * n <= i < (r + 1) * n for i in dead) for r in range(size)]
+        dead_here = Dead.where(is_dead[own], n_dead, k_aux)
         for encoder_dtype in (torch.float32, torch.bfloat16):
             part.zero_grad()
-            sums = loss_sums(part, z, own, k_aux, latents, encoder_dtype, n_dead)
+            sums = loss_sums(part, z, dead_here, slices, encoder_dtype)
             (sums.main + 0.4 * sums.aux).backward()
             if encoder_dtype == torch.bfloat16:
                 continue  # runs; its choice may differ
-            mine = slice(rank * n, (rank + 1) * n)
             pairs = [
-                (sums.main, expected.main), (sums.aux, expected.aux), (sums.fired, expected.fired[mine]),
-                (part.b_pre.grad, whole.b_pre.grad), (part.encoder.bias.grad, whole.encoder.bias.grad[mine]),
-                (part.encoder.weight.grad, whole.encoder.weight.grad[mine]),
-                (part.decoder.weight.grad, whole.decoder.weight.grad[:, mine]),
+                (sums.main, expected.main), (sums.aux, expected.aux), (sums.fired, expected.fired[own]),
+                (part.b_pre.grad, whole.b_pre.grad), (part.encoder.bias.grad, whole.encoder.bias.grad[own]),
+                (part.encoder.weight.grad, whole.encoder.weight.grad[own]),
+                (part.decoder.weight.grad, whole.decoder.weight.grad[:, own]),
             ]
             for i, (got, wanted) in enumerate(pairs):
                 say = lambda m: f"case {seed}, pair {i}: {m}"
@@ -290,6 +304,7 @@ main()  # so that no group outlives it: gloo aborts in one that dies with the in
 """
 
 
+@pytest.mark.slow
 def test_slices_of_an_sae_in_two_processes(tmp_path):
     """Losses and gradients of two slices are those of the whole, dead latents in one slice, in both and in none."""
     script = tmp_path / "slices.py"

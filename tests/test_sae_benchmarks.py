@@ -139,6 +139,7 @@ def test_tables():
     assert rows[2] == "| a site | ours | 0.1000 | 32.0 | 1.0% | 2.0% | 98.77% | 0.0032 | 61 s |"
 
 
+@pytest.mark.slow
 def test_step_benchmark_runs_without_peers(tmp_path):
     output = tmp_path / "found.json"
     hide = "import importlib.util as u, runpy, sys; find = u.find_spec; absent = {'sparsify', 'sae_lens', "
@@ -161,8 +162,8 @@ def test_step_benchmark_runs_without_peers(tmp_path):
     assert "| ours, bfloat16 encoder |" in run.stdout
 
 
+@pytest.mark.slow
 def test_a_way_without_memory_is_a_row():
-    config = type("Config", (), {"threads": 1, "growth_rounds": 1})
     huge = Size(d_model=2**16, n_latents=2**30, k=4, batch_size=8)  # 256 TB of weights
-    found = sae_step.measure_alone("the original's way", huge, "cpu", config)
+    found = sae_step.measure_alone("the original's way", huge, "cpu", threads=1, rounds=1)
     assert found == Measured([], 0, "out of memory")

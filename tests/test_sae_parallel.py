@@ -45,6 +45,8 @@ from support.training_with_mishaps import train_with
 
 from autoencoder.checkpoints import load_checkpoint, whole_checkpoints
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:

@@ -36,6 +36,7 @@ from sae_preprocessing import (
     hypergeometric,
     plan_moves,
     processes_that_fit,
+    random_numbers,
     shard_sizes,
 )
 
@@ -141,10 +142,15 @@ def test_shards_hold_whole_batches_and_match_their_records(batches):
 def test_manifest_passes_on_what_the_capture_said(store, batches):
     manifest, source = (json.loads((folder / "manifest.json").read_text()) for folder in (batches, store))
     assert manifest["complete"] and manifest["stage"] == "sae_preprocessing.py"
-    inherited = ("model", "model_dir", "sentences_dir", "site", "layer", "d_model", "dtype", "begin_of_text", "bos_id")
-    for name in (*inherited, "max_tokens", "dataset"):
-        assert manifest[name] == source[name]
-    assert manifest["input_dir"] == str(store) and manifest["normalize_eps"] == 1e-5
+    carried = ("model", "site", "layer", "d_model", "dtype", "begin_of_text", "bos_id", "activations", "absolute")
+    for name in (*carried, "max_tokens", "rope_scaling_factor", "dataset"):
+        expected = source[name]
+        if name == "absolute":
+            expected = expected | {"activations_dir": str(store)}
+        assert manifest[name] == expected
+    for name in ("model_dir", "sentences_dir"):
+        assert (batches / manifest[name]).resolve() == (store / source[name]).resolve()
+    assert (batches / manifest["activations_dir"]).samefile(store) and manifest["normalize_eps"] == 1e-5
     assert manifest["config"]["seed"] == OPTIONS["seed"]
 
 
@@ -191,6 +197,23 @@ def test_small_inputs(tmp_path, n_sentences, fraction, validation):
     assert Counter(rows["validation"]) == Counter(key for i in range(n_train, n_sentences) for key in keys(few[i]))
 
 
+# ---- random numbers
+
+
+def test_all_streams_of_a_plan_differ():
+    """numpy pads seeds with zeros: (0, 0) is (0, 0, 0, 0)."""
+    assert (np.random.default_rng((0, 0)).random(4) == np.random.default_rng((0, 0, 0, 0)).random(4)).all()
+    for seed in (0, 1, 2**40):
+        streams = [
+            random_numbers(seed, purpose, split, shard).integers(2**62)
+            for purpose in ("scatter", "gather")
+            for split in ("train", "validation")
+            for shard in range(50)
+        ]
+        streams += [random_numbers(seed, "moves", split).integers(2**62) for split in ("train", "validation")]
+        assert len(set(streams)) == len(streams) == 202
+
+
 # ---- how many rows go where
 
 
@@ -206,17 +229,17 @@ def counts_and_capacities(draw):
 @example(([0, 0], [0]), 0, 30)
 def test_plan_moves_fills_every_shard_from_every_shard(case, seed, most):
     n_rows, capacities = case
-    moves = plan_moves(n_rows, capacities, (seed, 0), most)
+    moves = plan_moves(np.random.default_rng(seed), n_rows, capacities, most)
     assert moves.shape == (len(n_rows), len(capacities)) and (moves >= 0).all()
     assert moves.sum(1).tolist() == n_rows
     assert moves.sum(0).tolist() == capacities
-    assert (moves == plan_moves(n_rows, capacities, (seed, 0), most)).all()
+    assert (moves == plan_moves(np.random.default_rng(seed), n_rows, capacities, most)).all()
 
 
 @pytest.mark.parametrize("most", [100, 60, 1])  # at once; groups of one or two shards; each shard a group
 def test_plan_moves_has_the_mean_and_spread_of_a_uniform_order(most):
     n_rows, capacities = [30, 10, 40, 20], [45, 15, 40]
-    draws = np.stack([plan_moves(n_rows, capacities, (seed, 0), most) for seed in range(400)])
+    draws = np.stack([plan_moves(np.random.default_rng(seed), n_rows, capacities, most) for seed in range(400)])
     total = sum(n_rows)
     for i, n in enumerate(n_rows):
         for o, c in enumerate(capacities):
@@ -231,7 +254,7 @@ def test_plan_moves_has_the_mean_and_spread_of_a_uniform_order(most):
 @pytest.mark.parametrize(("n_shards", "rows"), [(40, 17_500_000), (100, 10**8)])  # 7 x 10^8 and 10^10 rows
 def test_plan_moves_of_many_rows(n_shards, rows):
     """Beyond numpy's 10^9; Pearson's statistic of the table is chi-squared with (n - 1)^2 degrees of freedom."""
-    moves = plan_moves([rows] * n_shards, [rows] * n_shards, (3, 0))
+    moves = plan_moves(np.random.default_rng(3), [rows] * n_shards, [rows] * n_shards)
     assert (moves.sum(0) == rows).all() and (moves.sum(1) == rows).all()
     expected = rows / n_shards
     freedom = (n_shards - 1) ** 2
@@ -453,7 +476,7 @@ def test_a_complete_folder_is_left_alone(store, batches, capsys):
 def test_killed_while_it_tidies_up(store, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(sae_preprocessing.shutil, "rmtree", lambda path: None)  # killed right before
+        patch.setattr(sae_preprocessing.shutil, "rmtree", lambda path, ignore_errors: None)  # killed right before
         run_script(sae_preprocessing, input_dir=store, output_dir=out, **OPTIONS)
     run_script(sae_preprocessing, input_dir=store, output_dir=out, **OPTIONS)
     assert not (out / ".scattered").exists()
@@ -605,6 +628,7 @@ def test_too_small_a_disk_leaves_nothing(own_store, tmp_path, capsys, monkeypatc
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_sentence(own_store, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sae_preprocessing, "scatter_shard", end_at_once)
     said = refusal(

@@ -34,10 +34,13 @@ from support.sae_runs import (
     write_batches,
 )
 
+import autoencoder.step
 import sae_training
 from autoencoder.checkpoints import delete_checkpoints, whole_checkpoints
 from autoencoder.curves import plot_curves, plot_frequencies
+from autoencoder.step import Step, StepOptions
 from pipeline.activation_batches import Batches, Reader
+from pipeline.distributed import ALONE, make_grid
 from pipeline.files import locked
 from sae import TopKSparseAutoencoder, load_sae_model, save_sae
 from sae_training import learning_rate, stops_early
@@ -166,8 +169,10 @@ def test_saved_sae_and_its_json(data, trained):
         manifest_of(data),
         metrics_of(trained)[-1],
     )
-    for name in ("model", "site", "layer", "begin_of_text", "bos_id", "max_tokens", "dataset"):
+    for name in ("model", "site", "layer", "begin_of_text", "bos_id", "max_tokens", "dataset", "rope_scaling_factor"):
         assert info[name] == manifest[name]
+    assert info["first_validation_sentence"] == manifest["first_validation_sentence"]
+    assert (trained.parent / info["activations_dir"]).resolve() == (data.parent / "site").resolve()
     assert (info["k"], info["normalize_eps"], info["tokens_trained"]) == (K, 1e-5, last["tokens"])
     names = ("val_main", "val_aux", "val_total", "val_fvu", "val_l0", "dead_frac", "tokens")
     quality = info["quality"]
@@ -225,6 +230,19 @@ def test_auxiliary_loss_revives_dead_latents(data, tmp_path):
     torch.testing.assert_close(weights[0.0]["encoder.weight"][n // 2 :], start.encoder.weight[n // 2 :].detach())
     assert last[1 / 32]["dead_frac"] < 0.75 * last[0.0]["dead_frac"]
     assert last[1 / 32]["val_fvu"] < last[0.0]["val_fvu"]
+
+
+def test_k_aux_of_zero_is_no_auxiliary_loss(data, tmp_path):
+    """As a weight of zero: the same weights to the last bit, while latents are dead."""
+    without, weightless = (
+        train(data, tmp_path / name, num_epochs=2, **options)
+        for name, options in (("without", {"k_aux": 0}), ("weightless", {"aux_loss_coeff": 0.0}))
+    )
+    first, second = (torch.load(path, weights_only=True) for path in (without, weightless))
+    assert all(torch.equal(first[name], second[name]) for name in STATE)
+    lines = metrics_of(without)
+    assert any(line["dead_frac"] > 0 for line in lines) and not any(line["train_aux"] for line in lines)
+    assert any(line["train_aux"] for line in metrics_of(weightless)) and lines[-1]["val_aux"] == 0
 
 
 # ---- checkpoints
@@ -298,13 +316,13 @@ def test_bfloat16_encoder(data, trained, tmp_path):
 
 def test_gradients_are_clipped(data, tmp_path, monkeypatch):
     norms = []
-    real = sae_training.Training.apply
+    real = Step.apply
 
     def noted(self, *args):
         norms.append(math.sqrt(sum(float(p.grad.double().square().sum()) for p in self.sae.parameters())))
-        return real(self, *args)
+        real(self, *args)
 
-    monkeypatch.setattr(sae_training.Training, "apply", noted)
+    monkeypatch.setattr(Step, "apply", noted)
     for clip in (1e9, 0.25):
         train(data, tmp_path / str(clip), num_epochs=1, grad_clip=clip)
     free, clipped = norms[: len(norms) // 2], norms[len(norms) // 2 :]
@@ -314,9 +332,9 @@ def test_gradients_are_clipped(data, tmp_path, monkeypatch):
 
 def test_steps_are_those_of_adamw(data, tmp_path, monkeypatch):
     """Against torch's class, which gets the same gradients; weight decay included."""
-    real, copies, states = sae_training.Training.apply, [], []
+    real, copies, states = Step.apply, [], []
 
-    def compared(self, *args):
+    def compared(self, pending, agreed, rate, n_before):
         own = list(self.sae.parameters())
         if not states:
             copies.extend(torch.nn.Parameter(p.detach().clone()) for p in own)
@@ -325,17 +343,32 @@ def test_steps_are_those_of_adamw(data, tmp_path, monkeypatch):
         for copy, p in zip(copies, own, strict=True):
             copy.data.copy_(p)
             copy.grad = p.grad.clone()
-        lr = real(self, *args)
-        states[0].param_groups[0]["lr"] = lr
+        real(self, pending, agreed, rate, n_before)
+        states[0].param_groups[0]["lr"] = rate
         states[0].step()
         copies[3].data.div_(copies[3].norm(dim=0))
         for copy, p in zip(copies, own, strict=True):
             torch.testing.assert_close(p, copy, rtol=0, atol=1e-7)
-        return lr
 
-    monkeypatch.setattr(sae_training.Training, "apply", compared)
+    monkeypatch.setattr(Step, "apply", compared)
     train(data, tmp_path, num_epochs=1, weight_decay=0.01)
     assert states
+
+
+def test_the_step_by_itself_does_what_the_run_does(data, trained):
+    """As benchmarks call it: to the last bit."""
+    source = sae_training.open_data(str(data), None)
+    sae = TopKSparseAutoencoder(D, N_LATENTS, K)
+    sae.initialize(source.b_pre, torch.Generator().manual_seed(TRAINING["seed"]))
+    options = StepOptions(**{name: value for name, value in TRAINING.items() if name in StepOptions._fields})
+    step = Step(sae, options, make_grid(ALONE, 1))
+    batches = Batches(data, source.manifest, BATCH, TRAINING["seed"])
+    n_steps = batches.steps_per_epoch * TRAINING["num_epochs"]
+    for n_before in range(n_steps):
+        pending = step.gradients(batches.read(*divmod(n_before, batches.steps_per_epoch), 0, 1))
+        step.apply(pending, step.agree(pending), learning_rate(n_before, n_steps, 8e-3, 1 / 5, 5), n_before)
+    expected = torch.load(trained, weights_only=True)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in step.sae.state_dict().items())
 
 
 def test_early_stopping(data, tmp_path):
@@ -373,7 +406,7 @@ def test_a_second_process_on_the_checkpoints_is_refused(data, tmp_path, capsys):
     [
         ({"batch_size": 80}, "--batch_size 80 must be a multiple of the stored batches of 32"),
         ({"batch_size": 32 * 1000}, "fewer than --batch_size 32000"),
-        ({"k": 97}, "--k 97 must lie between 1 and --n_latents 96"),
+        ({"k": 97}, "k = 97 must lie between 1 and n_latents = 96; correct --k or --n_latents."),
         ({"k": 0}, "--k 0 is too small; it is at least 1."),
         ({"latent_parallel": 2}, "--latent_parallel 2 must divide the 1 processes and --n_latents 96"),
         ({"micro_batch_size": 0}, "--micro_batch_size 0 is too small; it is at least 1."),
@@ -421,16 +454,15 @@ def test_truncated_batches(data, tmp_path, capsys):
 def test_a_bad_loss_stops_the_run(data, tmp_path, capsys, monkeypatch, value, call, words):
     """Weights that become NaN in step 1, or thirty times as large in step 27: noticed in the step after, whose batch's
     shards are named; checkpoints hold only what was before."""
-    real, calls = sae_training.Training.apply, []
+    real, calls = Step.apply, []
 
     def goes_wrong(self, *args):
-        lr = real(self, *args)
+        real(self, *args)
         calls.append(len(calls))
         if calls[-1] == call:
             self.sae.encoder.weight.data.mul_(value)
-        return lr
 
-    monkeypatch.setattr(sae_training.Training, "apply", goes_wrong)
+    monkeypatch.setattr(Step, "apply", goes_wrong)
     monkeypatch.setattr(sae_training.Training, "draw", lambda *args: None)
     said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **TRAINING)
     batches, (epoch, step) = Batches(str(data), manifest_of(data), BATCH, TRAINING["seed"]), divmod(call + 1, 25)
@@ -446,9 +478,9 @@ def test_no_checkpoint_of_bad_weights(data, tmp_path, capsys, monkeypatch):
     """They become infinite in the very step that ends the first epoch, whose loss is still right."""
     real = sae_training.Training.checkpoint
 
-    def after_a_mishap(self):
-        self.sae.encoder.weight.data[3, 3] = math.inf
-        real(self)
+    def after_a_mishap(self, verified):
+        self.step.sae.encoder.weight.data[3, 3] = math.inf
+        real(self, verified)
 
     monkeypatch.setattr(sae_training.Training, "checkpoint", after_a_mishap)
     said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **TRAINING)
@@ -459,7 +491,7 @@ def test_too_little_memory_on_a_device(data, tmp_path, capsys, monkeypatch):
     def too_much(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(sae_training, "loss_sums", too_much)
+    monkeypatch.setattr(autoencoder.step, "loss_sums", too_much)
     said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **TRAINING, micro_batch_size=48)
     assert "too little memory for 48 activations at a time; give a smaller --micro_batch_size" in said
 

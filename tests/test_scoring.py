@@ -6,7 +6,8 @@ server; what is shown is held out and half of it silent.
 
 import json
 import re
-from types import SimpleNamespace
+import shutil
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +23,7 @@ import score_interpretations as scoring
 from claude import batches
 from llama_3 import load_tokenizer
 from pipeline.files import write_json
+from pipeline.sae_files import SaeFiles
 
 TOKENIZER_DIR = PROJECT_DIR / "llama_3/tiny_llama"
 TOKENIZER = load_tokenizer(TOKENIZER_DIR)
@@ -81,8 +83,9 @@ def test_words(folder, capsys):
 
 def test_sentences_are_held_out_balanced_and_from_all_tenths(folder):
     token_bytes = TOKENIZER.token_bytes
-    config = SimpleNamespace(sentences=N, min_sentences=4, shown_sentences=SHOWN, seed=0)
-    asked = dict(scoring.questions(str(folder / "sae"), NAMES, token_bytes, config))
+    draw = scoring.Draw(sentences=N, min_sentences=4, shown_sentences=SHOWN, seed=0)
+    files = SaeFiles(folder / "sae.pth")
+    asked = dict(scoring.draw_examples(files, NAMES, token_bytes, draw))
     assert asked.keys() == {4, 7, 9}
     for examples in asked.values():
         texts = [b"".join(e.tokens).decode() for e in examples]
@@ -91,12 +94,22 @@ def test_sentences_are_held_out_balanced_and_from_all_tenths(folder):
         assert all(("llama" in text) == (e.tenth >= 0) for text, e in zip(texts, examples, strict=True))
     orders = [[e.tenth for e in examples] for examples in asked.values()]
     assert len({tuple(order) for order in orders}) > 1  # each latent has an order of its own
-    again = dict(scoring.questions(str(folder / "sae"), NAMES, token_bytes, config))
-    assert again == asked
-    few = dict(
-        scoring.questions(str(folder / "sae"), NAMES, token_bytes, SimpleNamespace(**vars(config) | {"sentences": 4}))
-    )
+    assert dict(scoring.draw_examples(files, NAMES, token_bytes, draw)) == asked
+    few = dict(scoring.draw_examples(files, NAMES, token_bytes, draw._replace(sentences=4)))
     assert [len(examples) for examples in few.values()] == [8] * 3
+
+
+def test_moved_files_and_another_working_directory(folder, tmp_path, monkeypatch):
+    """The model's folder is found from the SAE, not from the working directory."""
+    call(scoring, **options(folder, scorer="words"))
+    before = scores(folder)
+    shutil.copytree(TOKENIZER_DIR, tmp_path / "moved" / "model", ignore=shutil.ignore_patterns("sae*"))
+    for path in folder.glob("sae.*"):
+        shutil.copy(path, tmp_path / "moved")
+    write_json(tmp_path / "moved" / "sae.json", {"model_dir": "model", "absolute": {"model_dir": "/nowhere"}})
+    monkeypatch.chdir(tmp_path / "moved")
+    call(scoring, scorer="words", **options(Path()))
+    assert scores(tmp_path / "moved") == before
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))

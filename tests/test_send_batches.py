@@ -5,6 +5,7 @@ Compares the requests the server received with the sentences in the file, and ma
 .venv/bin/python -m pytest tests/test_send_batches.py
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from support.pipeline_runs import call, refusal
 
 import interpret_top_sentences_retrieve_batches as retrieve_script
 import interpret_top_sentences_send_batches as script
-from claude import batches
+from claude.answers import answered
+from claude.journal import open_journal
 from claude.questions import with_marks
 from latents.tables import top_sentences
 
@@ -108,6 +110,16 @@ def test_latents_with_few_sentences_are_not_asked(server, tmp_path):
     assert server.sent_ids() == ["2"]
 
 
+def test_moved_files_and_another_working_directory(server, options, tmp_path, monkeypatch):
+    """The model's folder is found beside the SAE, wherever both are now."""
+    before = tmp_path / "before"
+    (tmp_path / "sae.json").write_text(json.dumps({"model_dir": ".", "absolute": {"model_dir": str(before)}}))
+    monkeypatch.chdir("/")
+    del options["model_dir"]
+    call(script, **options)
+    assert server.sent_ids() == ["0", "3", "4", "17", "90", "101"]
+
+
 # ---- before anything is sent
 
 
@@ -141,7 +153,7 @@ def test_bad_input_is_refused_in_a_sentence_and_nothing_is_written(server, optio
     refused = lambda **changes: refusal(capsys, script, **options | changes)
     assert "There is no nowhere.parquet" in refused(top_sentences_dict_filepath="nowhere.parquet")
     not_parquet = tmp_path / "tokenizer.model"
-    assert "not a parquet file" in refused(top_sentences_dict_filepath=not_parquet)
+    assert "cannot be read as a parquet file" in refused(top_sentences_dict_filepath=not_parquet)
     assert "pass --yes" in refused(yes=False)
     monkeypatch.delenv("ANTHROPIC_API_KEY")
     assert "no API key" in refused()
@@ -189,9 +201,10 @@ def test_what_has_an_answer_or_is_under_way_is_left_out_and_what_failed_is_sent_
     assert sorted(r["custom_id"] for r in server.batches[1].requests) == ["0", "3", "4"]
     retrieve(options)
     call(script, **options)
-    assert len(server.batches) == 2 and batches.answered(options["response_output_dir"]) == set(all_ids())
+    assert len(server.batches) == 2 and answered(options["response_output_dir"]) == set(all_ids())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["hang", "create then hang"])
 def test_killed_while_a_batch_is_created_and_run_again(server, options, moment):
     server.plan["create"] += [None, moment]
@@ -202,15 +215,17 @@ def test_killed_while_a_batch_is_created_and_run_again(server, options, moment):
     assert sorted(server.sent_ids()) == all_ids()
     assert [len(batch.requests) for batch in server.batches] == [2, 2, 2]
     retrieve(options)
-    assert batches.answered(options["response_output_dir"]) == set(all_ids())
+    assert answered(options["response_output_dir"]) == set(all_ids())
 
 
 def test_two_processes_do_not_send_together(server, options, capsys):
-    with batches.open_journal(options["response_ids_filepath"], "meanings by mean"):
+    with open_journal(options["response_ids_filepath"], "meanings by mean"):
         assert "in use by another process" in refusal(capsys, script, **options)
 
 
 def test_the_files_are_read_as_the_tokenizer_reads(tmp_path):
     path = claude_runs.write_top_sentences(tmp_path, {5: ["é hello“"], 6: ["in"]})
     ((latent, (sentence,)),) = top_sentences(Path(path), "mean", 10, [range(5, 6)])
-    assert latent == 5 and TOKENIZER.decode(sentence.token_ids) == "é hello“" and sentence.activations[:2] == [8, 7]
+    assert (
+        latent == 5 and TOKENIZER.decode(sentence.token_ids) == "é hello“" and sentence.token_activations[:2] == [8, 7]
+    )

@@ -609,6 +609,7 @@ def is_alive(pid: int) -> bool:
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tmp_path):
     """The main process is killed; its workers must end by themselves, and no half file may be taken for a whole one."""
     rng = random.Random()

@@ -23,10 +23,18 @@ from support.pipeline_runs import call, refusal
 from llama_3 import load_model, load_tokenizer
 from llama_3.checkpoint import TINY_LLAMA_DIR
 from llama_3.generation import generate
-from llama_3.model import SITES
+from llama_3.model import SITES, Intervention
 from pipeline.errors import InputError
 from sae import load_sae_model
-from serving.steering import DEFAULT_STRENGTH, MODES, check_latents, highest_activations, make_steering
+from serving.steering import (
+    DEFAULT_STRENGTH,
+    MODES,
+    Steering,
+    check_latents,
+    highest_activations,
+    make_steering,
+    steering_function,
+)
 
 D, N, K = 8, 20, 5
 HIGHEST = torch.linspace(0.5, 3.0, N)
@@ -85,7 +93,7 @@ def random_x(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_equals_the_dense_oracle(strengths, mode, keep_error, shape, seed):
     sae, x = random_sae(D, N, K, seed=seed), random_x(*shape, seed=seed)
     before = x.clone()
-    steered = make_steering(sae, strengths, HIGHEST, mode, keep_error)(x)
+    steered = steering_function(sae, strengths, HIGHEST, mode, keep_error)(x)
     expected = dense_steering(sae, x, strengths, HIGHEST, mode, keep_error)
     torch.testing.assert_close(steered.double(), expected, rtol=2e-5, atol=2e-4)
     assert steered.dtype == x.dtype and x.equal(before)
@@ -95,23 +103,23 @@ def test_equals_the_dense_oracle(strengths, mode, keep_error, shape, seed):
 @pytest.mark.parametrize(("mode", "strength"), NEUTRAL.items())
 def test_the_neutral_strength_changes_no_bit(mode, strength, dtype):
     sae, x = random_sae(D, N, K), random_x(100, D).to(dtype)
-    steered = make_steering(sae, dict.fromkeys(range(N), strength), HIGHEST, mode)(x)
+    steered = steering_function(sae, dict.fromkeys(range(N), strength), HIGHEST, mode)(x)
     assert steered.equal(x) and steered.dtype == dtype
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_half_precision_is_rounded_once(mode):
     sae, x = random_sae(D, N, K), random_x(100, D).bfloat16()
-    steered = make_steering(sae, {3: 2.0, 9: -1.5}, HIGHEST, mode)(x)
-    expected = make_steering(sae, {3: 2.0, 9: -1.5}, HIGHEST, mode)(x.float())
+    steered = steering_function(sae, {3: 2.0, 9: -1.5}, HIGHEST, mode)(x)
+    expected = steering_function(sae, {3: 2.0, 9: -1.5}, HIGHEST, mode)(x.float())
     assert steered.equal(expected.bfloat16()) and not steered.equal(x)
 
 
 def test_an_sae_in_bfloat16_steers():
     sae, x = random_sae(D, N, K), random_x(100, D)
     for mode in MODES:
-        expected = make_steering(sae, {3: 4.0}, HIGHEST, mode)(x)
-        found = make_steering(random_sae(D, N, K).bfloat16(), {3: 4.0}, HIGHEST, mode)(x)
+        expected = steering_function(sae, {3: 4.0}, HIGHEST, mode)(x)
+        found = steering_function(random_sae(D, N, K).bfloat16(), {3: 4.0}, HIGHEST, mode)(x)
         close = ((found - expected).abs() < 0.3).all(-1).float().mean()  # TopK may fall otherwise on a few
         assert found.dtype == torch.float32 and close > 0.9
 
@@ -137,12 +145,12 @@ def test_refuses(strengths, mode, said):
     with pytest.raises(InputError, match=said):
         check_latents(strengths, highest, mode)
     with pytest.raises(InputError, match=said):
-        make_steering(random_sae(D, N, K), strengths, highest, mode)
+        steering_function(random_sae(D, N, K), strengths, highest, mode)
 
 
 def test_refuses_the_activations_of_another_sae():
     with pytest.raises(InputError, match=f"{N} highest activations for {N + 1} latents"):
-        make_steering(random_sae(D, N + 1, K), {3: 1.0}, HIGHEST)
+        steering_function(random_sae(D, N + 1, K), {3: 1.0}, HIGHEST)
 
 
 def test_highest_activations(tmp_path):
@@ -184,7 +192,7 @@ def test_every_site(model, wide_sae, kind):
     skipped = TOKENS == BOS
     strengths = dict.fromkeys(range(0, N, 2), 2.0)  # some of them fire on any token
     for mode in MODES:
-        with model.intervene(site, make_steering(wide_sae, strengths, HIGHEST, mode), (BOS,)):
+        with model.intervene(site, steering_function(wide_sae, strengths, HIGHEST, mode), (BOS,)):
             steered, steered_logits = model.activations(TOKENS, site), model(TOKENS)
         expected = dense_steering(wide_sae, clean, strengths, HIGHEST, mode, True)
         expected[skipped] = clean[skipped].double()
@@ -192,8 +200,27 @@ def test_every_site(model, wide_sae, kind):
         assert steered[skipped].equal(clean[skipped])
         assert steered_logits[:, 0][0].equal(logits[:, 0][0]) and not steered_logits.equal(logits)
         if mode in NEUTRAL:
-            with model.intervene(site, make_steering(wide_sae, {3: NEUTRAL[mode]}, HIGHEST, mode), (BOS,)):
+            with model.intervene(site, steering_function(wide_sae, {3: NEUTRAL[mode]}, HIGHEST, mode), (BOS,)):
                 assert model(TOKENS).equal(logits)
+
+
+def test_a_model_without_begin_of_text_is_steered_everywhere(model, wide_sae):
+    wide_sae.info = {"site": "layers.1.resid_post"}
+    asked_for = Steering({3: 6.0}, "add")
+    everywhere = make_steering(wide_sae, asked_for, HIGHEST, bos_id=None)
+    assert everywhere.skip_tokens == () and make_steering(wide_sae, asked_for, HIGHEST, BOS).skip_tokens == (BOS,)
+    clean = model.activations(TOKENS, everywhere.site)
+    with model.intervene(*everywhere):
+        steered = model.activations(TOKENS, everywhere.site)
+    assert ((steered - clean).abs().amax(-1) > 0).all()
+    steps = list(generate(model, TOKENS.tolist(), 3, stop_tokens=[], steering=everywhere))
+    assert len(steps) == 3
+
+
+def test_unknown_highest_activations_count_as_one():
+    sae, x = random_sae(D, N, K), random_x(20, D)
+    found = steering_function(sae, {3: 4.0}, None)(x)
+    assert found.equal(steering_function(sae, {3: 4.0}, torch.ones(N))(x))
 
 
 REQUESTS = [  # (site, strengths, mode, keep_error)
@@ -213,7 +240,7 @@ def test_requests_at_the_same_time_do_not_meet(model, wide_sae):
         if request is None:
             return generate(model, TOKENS.tolist(), **options)
         site, *how = request
-        steering = (site, make_steering(wide_sae, how[0], HIGHEST, *how[1:]), (BOS,))
+        steering = Intervention(site, steering_function(wide_sae, how[0], HIGHEST, *how[1:]), (BOS,))
         return generate(model, TOKENS.tolist(), **options, steering=steering)
 
     alone = [list(start(request)) for request in REQUESTS]
@@ -242,7 +269,7 @@ def test_the_default_makes_a_latents_own_word_likelier():
     ids = [tokenizer.encode(word) for word in words.values()]
     assert all(len(token) == 1 for token in ids)
     for latent in words:
-        with model.intervene(sae.info["site"], make_steering(sae, {latent: DEFAULT_STRENGTH}, highest), (4096,)):
+        with model.intervene(*make_steering(sae, Steering({latent: DEFAULT_STRENGTH}), highest, 4096)):
             steered = model(tokens)[0, 1:].log_softmax(-1)
         gain = (steered - model(tokens)[0, 1:].log_softmax(-1)).mean(0)[torch.tensor(ids)[:, 0]]
         own = list(words).index(latent)
@@ -257,10 +284,13 @@ def benchmark():
     path = PROJECT_DIR / "benchmarks" / "steering.py"
     spec = importlib.util.spec_from_file_location("steering_benchmark", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(path.parent)  # as when it is run
+        spec.loader.exec_module(module)
     return module
 
 
+@pytest.mark.slow
 def test_benchmark(benchmark, tmp_path, capsys):
     """Strength 0 gives the clean figures, clamping to 0 those of ablation; the best keeps to its limits."""
     options = {"n_latents": 2, "max_new_tokens": 12, "strengths": [0, 8], "factors": [1]}

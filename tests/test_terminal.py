@@ -32,8 +32,9 @@ from llama_3.chat import Message, encode_dialogue
 from llama_3.checkpoint import TINY_LLAMA_DIR
 from llama_3.generation import stream_chat
 from sae import load_sae_model
+from serving import prompt_files
 from serving.steered_model import latent_meanings
-from serving.steering import DEFAULT_MODE, DEFAULT_STRENGTH, highest_activations, make_steering
+from serving.steering import DEFAULT_MODE, DEFAULT_STRENGTH, Steering, highest_activations, make_steering
 
 SCRIPT = inference.__file__
 LATENT = 747  # named state; steering changes every text here
@@ -64,8 +65,8 @@ def alone(model, tokenizer, sae):
     def complete(texts, n, strength=None, seed=0, **options):
         steering = None
         if strength is not None:
-            function = make_steering(sae, {LATENT: strength}, highest_activations(Path(TINY_LLAMA_DIR) / "sae.pth"))
-            steering = (sae.info["site"], function, (tokenizer.bos_id,))
+            highest = highest_activations(Path(TINY_LLAMA_DIR) / "sae.pth")
+            steering = make_steering(sae, Steering({LATENT: strength}), highest, tokenizer.bos_id)
         return [
             generation.complete(
                 model, tokenizer, [text], max_new_tokens=n, seeds=[seed * 1_000_003 + i], steering=steering, **options
@@ -294,8 +295,8 @@ def test_piped_chat_prints_answers_alone(monkeypatch, capsys, model, tokenizer):
 
 
 def test_a_model_cannot_send_control_characters_to_the_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(inference, "generate", lambda *a, **o: iter([[b] for b in b"a\x1b[2J\x07\tb\n"]))
-    monkeypatch.setattr("llama_3.tokenizer.Tokenizer.decode", lambda self, ids: "".join(map(chr, ids)))
+    monkeypatch.setattr("serving.steered_model.generate", lambda *a, **o: iter([[b] for b in b"a\x1b[2J\x07\tb\n"]))
+    monkeypatch.setattr("llama_3.tokenizer.TiktokenTokenizer.decode", lambda self, ids: "".join(map(chr, ids)))
     assert run_piped(monkeypatch, capsys, "x", command="chat") == "a␛[2J␇\tb\n\n"
 
 
@@ -392,15 +393,16 @@ def test_a_prompt_is_a_line(tmp_path_factory, prompts, end):
     path = tmp_path_factory.getbasetemp() / "lines.txt"
     path.write_bytes(end.join(["first", *prompts]).encode())
     wanted = [(number, {"prompt": p}) for number, p in enumerate(["first", *prompts], 1) if p.strip()]
-    assert inference.read_prompts(str(path), "text") == wanted
+    assert prompt_files.read_prompts(str(path), "text") == wanted
     path = path.with_suffix(".jsonl")
     path.write_text("\n".join(json.dumps({"prompt": p}, ensure_ascii=False) for p in ["first", *prompts]) + "\n\n")
-    assert [row["prompt"] for _, row in inference.read_prompts(str(path), "text")] == ["first", *prompts]
+    assert [row["prompt"] for _, row in prompt_files.read_prompts(str(path), "text")] == ["first", *prompts]
 
 
 # ---- files: a run that ends early
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues(tmp_path, monkeypatch, capsys):
     """kill -9 of the real command, a second one beside it, other options, half a line: then the same file."""
     source = write_lines(tmp_path / "in.jsonl", [{"prompt": f"{text} {i}"} for i in range(6) for text in TEXTS])
@@ -426,11 +428,11 @@ def test_a_killed_run_continues(tmp_path, monkeypatch, capsys):
     with partial.open("ab") as file:
         file.write('{"prompt": "hälf'.encode()[:-3])
     computed = []
-    complete = inference.complete_requests
+    complete = prompt_files.complete_requests
     monkeypatch.setattr(
-        inference,
+        prompt_files,
         "complete_requests",
-        lambda s, p, first, c: computed.append((first, len(p))) or complete(s, p, first, c),
+        lambda session, prompts, first: computed.append((first, len(prompts))) or complete(session, prompts, first),
     )
     call(inference, **options, output_path=output, batch_size=4)
     assert output.read_bytes() == whole
@@ -471,7 +473,7 @@ def test_refuses_messages_that_are_no_dialogue(tmp_path, messages):
     path = tmp_path / "in.jsonl"
     path.write_text(f'{GOOD}{{"messages": {messages}}}\n')
     with pytest.raises(inference.InputError, match='line 2 is not .* "messages"'):
-        inference.read_prompts(str(path), "chat")
+        prompt_files.read_prompts(str(path), "chat")
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.txt"])

@@ -26,7 +26,7 @@ from llama_3.tokenizer import (
     MAX_RUN_CHARS,
     JsonTokenizer,
     TextStream,
-    Tokenizer,
+    TiktokenTokenizer,
     read_ranks,
     write_ranks,
 )
@@ -36,7 +36,7 @@ DATA_DIR = PROJECT_DIR.parent / "shared" / "data"
 REAL_TOKENIZER = DATA_DIR / "llama3_tokenizer.model"
 REAL_TEXT = DATA_DIR / "real_text.parquet"
 
-TINY = Tokenizer(tiny_ranks())
+TINY = TiktokenTokenizer(tiny_ranks())
 N_RANKS = 256 + len(TINY_MERGES)
 
 characters = st.characters(exclude_categories=["Cs"])  # everything but surrogates, which UTF-8 has no bytes for
@@ -311,10 +311,10 @@ def test_write_then_read_gives_the_ranks(tmp_path):
 def test_a_tokenizer_retrained_at_the_same_path_is_read_anew(tmp_path):
     path = tmp_path / "tokenizer.model"
     write_ranks(path, tiny_ranks())
-    assert len(Tokenizer(read_ranks(str(path))).encode("hello")) == 1
+    assert len(TiktokenTokenizer(read_ranks(str(path))).encode("hello")) == 1
     retrained = {token: rank for token, rank in tiny_ranks().items() if rank < 256}
     write_ranks(path, retrained | {b"he": 256, b"lo": 257})
-    assert Tokenizer(read_ranks(str(path))).encode("hello") == [256, ord("l"), 257]
+    assert TiktokenTokenizer(read_ranks(str(path))).encode("hello") == [256, ord("l"), 257]
 
 
 def ranks_file(change) -> bytes:
@@ -360,8 +360,8 @@ def test_a_missing_file_is_refused_by_name(tmp_path):
 
 
 @cache
-def real_tokenizer() -> Tokenizer:
-    return Tokenizer(read_ranks(str(REAL_TOKENIZER)))
+def real_tokenizer() -> TiktokenTokenizer:
+    return TiktokenTokenizer(read_ranks(str(REAL_TOKENIZER)))
 
 
 needs_real = pytest.mark.skipif(not REAL_TOKENIZER.exists(), reason=f"no {REAL_TOKENIZER}: fetch Llama 3's tokenizer")

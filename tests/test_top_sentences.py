@@ -8,6 +8,7 @@ the chunk size, the shard size and the number of processes, and many values tie.
 
 import json
 import random
+import shutil
 import time
 from unittest import mock
 
@@ -22,6 +23,7 @@ from support.pipeline_runs import SITE, call, refusal, some_texts, torchrun, wri
 import capture_activations as capture
 import capture_top_activating_sentences as top
 from llama_3 import load_model, load_tokenizer
+from pipeline.files import write_json
 from sae import TopKSparseAutoencoder, save_sae
 
 D_MODEL, N_LATENTS, K = 10, 24, 5
@@ -139,8 +141,8 @@ def naive(
         silent = [i for i in tried if fired and max(by_sentence[i]) == 0 and len(by_sentence[i]) >= min_tokens]
         for tenth, some in [(-1, silent), *enumerate(tenths)]:
             n = silent_examples if tenth == -1 else examples_per_tenth
-            for i in sorted(some, key=by_hash(latent))[:n]:
-                example_rows.append({"latent": latent, "tenth": tenth} | row_of(i))
+            chosen = sorted(some, key=by_hash(latent))[:n]
+            example_rows += [{"latent": latent, "tenth": tenth} | row_of(i) for i in chosen]
         on = lambda j: {token for token, who in counted.items() if j in who}
         jaccard = [(len(on(latent) & on(j)) / max(1, len(on(latent) | on(j))), -j) for j in range(sae.n_latents)]
         together = [pair for pair in sorted(jaccard, reverse=True) if pair[0] > 0 and pair[1] != -latent]
@@ -199,6 +201,7 @@ def test_the_data_has_what_this_is_about(data, expected):
     assert {0, SAMPLES["cofiring_latents"]} <= {len(row["cofiring_latents"]) for row in latents}
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_tables(folder, expected, tmp_path):
     script = "capture_top_activating_sentences.py"
     done = torchrun(2, script, **options(folder, 15, captured_data_output_dir=tmp_path))
@@ -415,6 +418,44 @@ def test_refuses_an_sae_of_another_width(folder, tmp_path, capsys):
     said = refusal(capsys, top, **options(folder) | {"model_path": tmp_path / "sae.pth"})
     assert "d_model 12" in said and str(D_MODEL) in said
     assert not list(tmp_path.glob("*.parquet"))
+
+
+def moved(folder, tmp_path, **manifest) -> dict:
+    """The folder elsewhere, sentences_dir relative to the manifest; options for it."""
+    shutil.copytree(folder, tmp_path / "moved")
+    path = tmp_path / "moved" / "shards-of-15" / "manifest.json"
+    write_json(path, json.loads(path.read_text()) | {"sentences_dir": "../sentences"} | manifest)
+    return options(tmp_path / "moved")
+
+
+def test_moved_data_and_another_working_directory(folder, expected, tmp_path, monkeypatch):
+    chosen = moved(folder, tmp_path)
+    monkeypatch.chdir(tmp_path / "moved")
+    relative = {"data_dir": "shards-of-15", "model_path": "sae.pth", "captured_data_output_dir": "."}
+    call(top, **chosen | relative)
+    assert read(tmp_path / "moved") == expected
+
+
+MODEL = {"name": "a", "params_sha256": "1", "weights_bytes": 2, "weights_sha256": "3"}
+
+
+def test_refuses_an_sae_of_another_model_of_the_same_shape(folder, tmp_path, capsys):
+    chosen = moved(folder, tmp_path, model=MODEL)
+    info = {"site": SITE, "begin_of_text": False}
+    save_sae(exact_sae(), tmp_path / "moved" / "sae.pth", info | {"model": MODEL | {"weights_sha256": "4"}})
+    said = refusal(capsys, top, **chosen)
+    assert "another model" in said and "weights_sha256 is 4" in said
+    assert not list((tmp_path / "moved").glob("*.parquet"))
+
+
+def test_notes_activations_of_another_run(folder, expected, tmp_path, capsys):
+    chosen = moved(folder, tmp_path, model=MODEL, activations="one")
+    info = {"site": SITE, "begin_of_text": False, "model": MODEL | {"name": "renamed"}}
+    for run, n_notes in (("one", 0), ("another", 1)):
+        save_sae(exact_sae(), tmp_path / "moved" / "sae.pth", info | {"activations": run})
+        call(top, **chosen)
+        assert capsys.readouterr().out.count("Note: ") == n_notes
+    assert read(tmp_path / "moved") == expected
 
 
 def test_refuses_what_never_fires(folder, tmp_path, capsys):

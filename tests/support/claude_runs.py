@@ -12,14 +12,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from conftest import PROJECT_DIR, tiny_ranks
 
-from llama_3.tokenizer import Tokenizer, write_ranks
+from latents.tables import TOP
+from llama_3.tokenizer import TiktokenTokenizer, write_ranks
 from support.pipeline_runs import as_flags
 
-TOKENIZER = Tokenizer(tiny_ranks())
+TOKENIZER = TiktokenTokenizer(tiny_ranks())
 
 
 def write_top_sentences(folder: Path, sentences: dict[int, list[str]], row_group_size: int = 7) -> Path:
@@ -43,24 +45,10 @@ def write_top_sentences(folder: Path, sentences: dict[int, list[str]], row_group
                         "sentence_idx": rank,
                         "text": text + " that the model did not read",
                         "token_ids": ids,
-                        "token_activations": [max(0.0, 8.0 - i) for i in range(len(ids))],
+                        "token_activations": np.array([max(0.0, 8.0 - i) for i in range(len(ids))], np.float16),
                     }
                 )
-    schema = pa.schema(
-        {
-            "latent": pa.int32(),
-            "aggregation": pa.dictionary(pa.int32(), pa.string()),
-            "rank": pa.int32(),
-            "activation": pa.float32(),
-            "sentence_idx": pa.int64(),
-            "text": pa.large_string(),
-            "token_ids": pa.large_list(pa.int32()),
-            "token_activations": pa.large_list(pa.float32()),
-        }
-    )
-    table = pa.Table.from_pylist(rows, schema=schema)
-    halves = table["token_activations"].cast(pa.large_list(pa.float16()))
-    table = table.set_column(7, "token_activations", halves)
+    table = pa.Table.from_pylist(rows, schema=TOP.schema)
     path = folder / "sae.top.parquet"
     pq.write_table(table, path, row_group_size=row_group_size)
     return path

@@ -10,6 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from latents.meanings import Meaning, Score, write_meanings, write_scores
+from latents.tables import LATENTS, PROMOTED, TOP
+
 N_LATENTS = 40
 DEAD = (7, 23)  # they fire on no token
 MEANINGS = {  # latent -> meaning, certainty; latents 0 to 29, the others have none
@@ -36,16 +39,16 @@ def write_latents(folder: Path, model_dir: Path, tokenizer, seed: int = 0) -> Pa
     alive = [i not in DEAD for i in range(N_LATENTS)]
     tenths = [[rng.randrange(300) * living for _ in range(10)] for living in alive]
     columns = {
-        "latent": pa.array(range(N_LATENTS), pa.int32()),
-        "frequency": pa.array([rng.choice([1e-4, 1e-3, 2e-3, 0.1]) * living for living in alive], pa.float32()),
-        "mean": pa.array([rng.random() * living for living in alive], pa.float32()),
-        "max": pa.array([(2 + rng.random()) * living for living in alive], pa.float32()),
-        "sentences": pa.array([sum(row) for row in tenths]),
-        "sentences_by_tenth": pa.FixedSizeListArray.from_arrays(pa.array(sum(tenths, [])), 10),
-        "cofiring_latents": pa.array([[(i + 1) % N_LATENTS, 35] for i in range(N_LATENTS)], pa.large_list(pa.int32())),
-        "cofiring_jaccard": pa.array([[0.5, 0.25]] * N_LATENTS, pa.large_list(pa.float32())),
+        "latent": list(range(N_LATENTS)),
+        "frequency": [rng.choice([1e-4, 1e-3, 2e-3, 0.1]) * living for living in alive],
+        "mean": [rng.random() * living for living in alive],
+        "max": [(2 + rng.random()) * living for living in alive],
+        "sentences": [sum(row) for row in tenths],
+        "sentences_by_tenth": tenths,
+        "cofiring_latents": [[(i + 1) % N_LATENTS, 35] for i in range(N_LATENTS)],
+        "cofiring_jaccard": [[0.5, 0.25]] * N_LATENTS,
     }
-    pq.write_table(pa.table(columns), folder / "sae.latents.parquet")
+    LATENTS.write(folder / "sae.latents.parquet", columns)
 
     rows = []
     for latent in range(N_LATENTS):
@@ -56,37 +59,26 @@ def write_latents(folder: Path, model_dir: Path, tokenizer, seed: int = 0) -> Pa
                 acts = [0.0] * len(ids)
                 acts[rng.randrange(len(ids))] = 2.0 - rank / 4
                 row = {"latent": latent, "aggregation": aggregation, "rank": rank, "activation": max(acts)}
-                rows.append({**row, "sentence_idx": rank, "text": text, "token_ids": ids, "token_activations": acts})
-    table = pa.Table.from_pylist(rows)
-    types = {"latent": pa.int32(), "aggregation": pa.dictionary(pa.int32(), pa.string()), "rank": pa.int32()}
-    types |= {"activation": pa.float32(), "token_ids": pa.large_list(pa.int32())}
-    types |= {"token_activations": pa.large_list(pa.float16())}
-    for name, type_ in types.items():
-        column = table[name]
-        if name == "token_activations":
-            column = pa.array([np.array(a, np.float16) for a in column.to_pylist()], type_)
-        table = table.set_column(table.schema.get_field_index(name), name, column.cast(type_))
+                row |= {"sentence_idx": rank, "text": text, "token_ids": ids}
+                rows.append({**row, "token_activations": np.array(acts, np.float16)})
+    table = pa.Table.from_pylist(rows, schema=TOP.schema)
     pq.write_table(table, folder / "sae.top.parquet", row_group_size=11)
 
     tokens = [[" the", "<b>", "\n"][: 1 + i % 3] for i in range(N_LATENTS)]
     scores = [[3.0, 2.5, 2.0][: 1 + i % 3] for i in range(N_LATENTS)]
-    promoted = {"latent": range(N_LATENTS), "tokens": tokens, "scores": scores}
+    promoted = {"latent": list(range(N_LATENTS)), "tokens": tokens, "scores": scores}
     promoted |= {"suppressed_tokens": tokens, "suppressed_scores": [[-s for s in row] for row in scores]}
-    pq.write_table(pa.table({name: list(column) for name, column in promoted.items()}), folder / "sae.promoted.parquet")
+    PROMOTED.write(folder / "sae.promoted.parquet", promoted)
 
     scored = {i: round(rng.random(), 2) for i in range(0, 30, 2)}
-    write_meanings(folder / "sae.meaning_a.yaml", MEANINGS, scored)
+    write_meaning_file(folder / "sae.meaning_a.yaml", MEANINGS, scored)
     return folder / "sae.pth"
 
 
-def write_meanings(path: Path, meanings: dict[int, tuple[str, float]], scores: dict[int, float] | None = None) -> None:
-    import yaml
-
-    entries = {i: {"certainty": certainty, "common_semantic": text} for i, (text, certainty) in meanings.items()}
-    path.write_text(yaml.safe_dump(entries, sort_keys=False, allow_unicode=True), encoding="utf-8")
+def write_meaning_file(path: Path, named: dict[int, tuple[str, float]], scores: dict[int, float] | None = None) -> None:
+    write_meanings(path, {latent: Meaning(text, certainty) for latent, (text, certainty) in named.items()})
     if scores is not None:
-        table = {"latent": list(scores), "balanced_accuracy": list(scores.values())}
-        pq.write_table(pa.table(table), path.with_suffix(".scores.parquet"))
+        write_scores(path, [Score(latent, score, None, 40) for latent, score in scores.items()])
 
 
 def known(value: float) -> float | None:

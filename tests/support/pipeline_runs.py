@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -13,11 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import PROJECT_DIR
 
-from pipeline.files import sha256
-from pipeline.manifests import write_manifest
 from pipeline.run import run
-
-SITE = "layers.1.attention_norm"
+from support.activation_folders import SITE as SITE
+from support.activation_folders import write_activation_folder
 
 
 def as_flags(options: dict[str, Any]) -> list[str]:
@@ -27,13 +26,13 @@ def as_flags(options: dict[str, Any]) -> list[str]:
     return flags
 
 
-def call(script, **options: Any) -> None:
+def call(script: ModuleType, **options: Any) -> None:
     """Run a script's main in this process, as `python script.py --name value ...` would."""
     with mock.patch.object(sys, "argv", [script.__file__, *as_flags(options)]):
         run(script.main)
 
 
-def refusal(capsys, script, **options: Any) -> str:
+def refusal(capsys: pytest.CaptureFixture, script: ModuleType, **options: Any) -> str:
     """The sentence with which a script refuses; it must be one, without traceback, and the exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
@@ -83,38 +82,8 @@ def write_activations(
     sentences_a_shard: int,
 ) -> Path:
     """A folder as capture_activations.py writes it, from acts[sentence_idx], each (n_tokens, d_model)."""
-    import torch
-
-    from pipeline.activation_store import CAPTURE_STAGE, write_shard
-
-    records = []
-    indices = sorted(acts)
-    for start in range(0, len(indices), sentences_a_shard):
-        some = indices[start : start + sentences_a_shard]
-        path = folder / f"acts-{len(records):05d}-00.safetensors"
-        rows = torch.cat([acts[i] for i in some]).to(torch.bfloat16)
-        tensors = {
-            "acts": rows,
-            "token_ids": torch.tensor([t for i in some for t in token_ids[i]], dtype=torch.int32),
-            "sentence_idx": torch.tensor(some),
-            "offsets": torch.tensor([0, *(len(acts[i]) for i in some)]).cumsum(0),
-        }
-        write_shard(path, tensors)
-        size = {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
-        records.append(size | {"first_sentence_idx": some[0], "n_sentences": len(some), "n_tokens": len(rows)})
-    write_manifest(
-        folder,
-        CAPTURE_STAGE,
-        complete=True,
-        sentences_dir=str(sentences_dir),
-        site=SITE,
-        begin_of_text=False,
-        d_model=records and rows.shape[1],
-        dataset={"sentences": n_sentences, "sentences_in_all": n_sentences, "seed": 42},
-        counts={"tokens": sum(r["n_tokens"] for r in records)},
-        shards=records,
-    )
-    return folder
+    starts = range(0, len(acts), sentences_a_shard)
+    return write_activation_folder(folder, acts, starts, n_sentences, token_ids, sentences_dir)
 
 
 def without_ranks() -> dict[str, str]:

@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.activation_store import CAPTURE_STAGE, write_shard
-from pipeline.files import read_json, sha256
-from pipeline.manifests import MANIFEST, write_manifest
+from pipeline.files import read_json
+from pipeline.manifests import MANIFEST
 from pipeline.run import run
 from sae import TopKSparseAutoencoder
+from support.activation_folders import write_activation_folder
 
 
 def random_sae(d_model: int, n_latents: int, k: int, eps: float = 1e-5, seed: int = 0) -> TopKSparseAutoencoder:
@@ -36,44 +36,7 @@ def random_sae(d_model: int, n_latents: int, k: int, eps: float = 1e-5, seed: in
 def write_store(folder: Path, sentences: dict[int, Tensor], shard_starts: list[int], n_sentences: int) -> Path:
     """What capture_activations.py leaves: `sentences` (index -> (n_tokens, d_model)) in shards that begin at the given
     positions among them, and a complete manifest. Sentences without tokens are left out, as there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    indices = sorted(sentences)
-    records = []
-    for number, (first, last) in enumerate(zip(shard_starts, [*shard_starts[1:], len(indices)], strict=True)):
-        mine = indices[first:last]
-        acts = torch.cat([sentences[i] for i in mine]).to(torch.bfloat16)
-        path = folder / f"acts-{number:05d}-00.safetensors"
-        write_shard(
-            path,
-            {
-                "acts": acts,
-                "token_ids": torch.arange(len(acts), dtype=torch.int32),
-                "sentence_idx": torch.tensor(mine),
-                "offsets": torch.tensor([0, *(len(sentences[i]) for i in mine)]).cumsum(0),
-            },
-        )
-        records.append({"file": path.name, "first_sentence_idx": mine[0], "n_sentences": len(mine)})
-        records[-1] |= {"bytes": path.stat().st_size, "sha256": sha256(path), "n_tokens": len(acts)}
-    dataset = {"sentences": n_sentences, "sentences_in_all": n_sentences, "seed": 42, "shards": []}
-    about = {"model": {"name": "tiny"}, "model_dir": "models/tiny", "sentences_dir": "data/sentences", "layer": 1}
-    write_manifest(
-        folder,
-        CAPTURE_STAGE,
-        complete=True,
-        decides={},
-        **about,
-        site="layers.1.attention_norm",
-        d_model=acts.shape[1],
-        dtype="bfloat16",
-        begin_of_text=False,
-        bos_id=256,
-        max_tokens=192,
-        rope_scaling_factor=32,
-        dataset=dataset,
-        counts={"sentences": len(indices), "tokens": sum(map(len, sentences.values()))},
-        shards=records,
-    )
-    return folder
+    return write_activation_folder(folder, sentences, shard_starts, n_sentences)
 
 
 def sparse_dictionary_data(n_rows: int, d_model: int, n_true: int, n_active: int, seed: int) -> Tensor:

@@ -3,7 +3,8 @@ test_sae_parallel.py, which start it in processes of their own.
 
     torchrun --standalone --nproc_per_node=2 tests/support/training_with_mishaps.py '[{"options": {}, "mishap": {...}}]'
 
-A mishap: {"what": a key of MISHAPS, "method": of Training, "call": before which of its calls, "rank": which process}.
+A mishap: {"what": a key of MISHAPS, "method": of Step (what it needs) or Training, "call": before which of its calls,
+"rank": which process}.
 """
 
 import json
@@ -16,32 +17,39 @@ from pathlib import Path
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
 import sae_training
+from autoencoder.step import Step
 from pipeline.run import run
+from sae_training import Training
 
 
-def corrupt(training) -> None:
-    training.sae.encoder.weight.data[0, 0] += 1e-3
+def corrupt(step: Step) -> None:
+    step.sae.encoder.weight.data[0, 0] += 1e-3
 
 
-def blow_up(training) -> None:
-    training.sae.encoder.weight.data.mul_(30)
+def blow_up(step: Step) -> None:
+    step.sae.encoder.weight.data.mul_(30)
 
 
 MISHAPS = {
-    "kill": lambda training: os.kill(os.getpid(), signal.SIGKILL),
-    "terminate": lambda training: os.kill(os.getpid(), signal.SIGTERM),
-    "terminate torchrun": lambda training: os.kill(os.getppid(), signal.SIGTERM),
-    "interrupt": lambda training: os.kill(os.getpid(), signal.SIGINT),
+    "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
+    "terminate": lambda _: os.kill(os.getpid(), signal.SIGTERM),
+    "terminate torchrun": lambda _: os.kill(os.getppid(), signal.SIGTERM),
+    "interrupt": lambda _: os.kill(os.getpid(), signal.SIGINT),
     "corrupt": corrupt,
     "blow up": blow_up,
 }
+
+
+def owner_of(method: str) -> type[Step] | type[Training]:
+    return Step if method in ("gradients", "agree", "apply") else Training
 
 
 def arrange(what: str, method: str, call: int, rank: int = 0) -> None:
     """From now on `what` happens in process `rank` just before the given call of that method, counted from 0."""
     if int(os.environ.get("RANK", 0)) != rank:
         return
-    real, calls = getattr(sae_training.Training, method), Counter()
+    owner = owner_of(method)
+    real, calls = getattr(owner, method), Counter()
 
     def wrapped(self, *args, **kwargs):
         if calls["so far"] == call:
@@ -49,15 +57,15 @@ def arrange(what: str, method: str, call: int, rank: int = 0) -> None:
         calls["so far"] += 1
         return real(self, *args, **kwargs)
 
-    setattr(sae_training.Training, method, wrapped)
+    setattr(owner, method, wrapped)
 
 
 def count_bytes(path: Path) -> None:
-    """Count the bytes this process sends within Training.gradients, all-reduce as a ring; one number a step goes to
+    """Count the bytes this process sends within Step.gradients, all-reduce as a ring; one number a step goes to
     `path` with the rank behind it."""
     import torch.distributed as dist
 
-    gradients, all_reduce, all_gather = sae_training.Training.gradients, dist.all_reduce, dist.all_gather
+    gradients, all_reduce, all_gather = Step.gradients, dist.all_reduce, dist.all_gather
     sent = Counter()
 
     def counted_reduce(tensor, *args, group=None, **kwargs):
@@ -74,11 +82,11 @@ def count_bytes(path: Path) -> None:
         dist.all_reduce, dist.all_gather = counted_reduce, counted_gather
         result = gradients(self, *args)
         dist.all_reduce, dist.all_gather = all_reduce, all_gather
-        with open(f"{path}.{self.w.rank}", "a") as file:
+        with open(f"{path}.{self.world.rank}", "a") as file:
             file.write(f"{sent['bytes']}\n")
         return result
 
-    sae_training.Training.gradients = counted_step
+    Step.gradients = counted_step
 
 
 def train_with(
@@ -87,7 +95,7 @@ def train_with(
     """port: where the processes of this run meet, apart from those of the run before."""
     if port:
         os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
-    methods = dict(vars(sae_training.Training))
+    methods = {owner: dict(vars(owner)) for owner in (Step, Training)}
     if mishap:
         arrange(**mishap)
     if bytes_path:
@@ -95,11 +103,12 @@ def train_with(
     sys.argv = ["sae_training.py"]
     for name, value in options.items():
         sys.argv += [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
-    sae_training.Training.draw = lambda *args: None  # importing matplotlib costs most of the time
+    Training.draw = lambda *args: None  # importing matplotlib costs most of the time
     run(sae_training.main)
-    for name, method in methods.items():
-        if callable(method) and getattr(sae_training.Training, name) is not method:
-            setattr(sae_training.Training, name, method)
+    for owner, originals in methods.items():
+        for name, method in originals.items():
+            if callable(method) and getattr(owner, name) is not method:
+                setattr(owner, name, method)
 
 
 if __name__ == "__main__":

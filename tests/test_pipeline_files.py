@@ -1,35 +1,34 @@
-"""What every script shares: options from constants, one-sentence errors, atomic files, the folder lock, manifests.
+"""What every stage shares: one-sentence errors, atomic files, the folder lock, manifests, work ahead.
 
-Also: --help of every script answers quickly.
-
-    .venv/bin/python -m pytest tests/test_stage.py
+.venv/bin/python -m pytest tests/test_pipeline_files.py
 """
 
-import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROJECT_DIR
 
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Stop
 from pipeline.files import atomic_path, locked, read_json, require_disk, sha256, write_json
 from pipeline.manifests import (
     FORMAT_VERSION,
     begin_or_continue,
     check_files,
     check_sum,
+    output_folder,
     read_manifest,
     verifying,
     write_manifest,
 )
-from pipeline.options import parse_constants
 from pipeline.progress import duration, gb
 from pipeline.run import run
 from pipeline.workers import ahead
@@ -42,166 +41,13 @@ def python(source: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, timeout=60, **kwargs)
 
 
-# ---- constants as options
-
-SCRIPT = '''"""A script.
-
-    python script.py 100 % of the time
-"""
-
-from typing import Optional
-
-PATH: str  # where the data is
-NAME = "a"  # a name
-STEPS = 10_000  # steps, 5% of them warm
-RATE = 1 / 4
-LIMIT: int | None = None  # a limit, if any
-SCALE: Optional[float] = None
-FLAG = False  # yes or no
-KEEP: bool = True
-LAYERS = (1, 2)  # several
-SITES: list = ["x", "y"]
-_HIDDEN = 3
-lower = 4
-NESTED = dict(
-    a=1,
-)["a"]  # on the last line
-
-
-def function():
-    LOCAL = 5
-    return LOCAL
-'''
-
-
-def options(path: Path, *argv: str, script: str = SCRIPT) -> dict:
-    path = path / "script.py"
-    path.write_text(script)
-    spec = importlib.util.spec_from_file_location("script", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return vars(parse_constants(vars(module), list(argv)))
-
-
-def test_constants_are_the_defaults(tmp_path):
-    assert options(tmp_path, "--path", "p") == {
-        "path": "p",
-        "name": "a",
-        "steps": 10_000,
-        "rate": 0.25,
-        "limit": None,
-        "scale": None,
-        "flag": False,
-        "keep": True,
-        "layers": (1, 2),
-        "sites": ["x", "y"],
-        "nested": 1,
-    }
-
-
-@pytest.mark.parametrize(
-    ("argv", "name", "value"),
-    [
-        (["--name", "7"], "name", "7"),
-        (["--steps", "7"], "steps", 7),
-        (["--rate", "7"], "rate", 7.0),
-        (["--rate", "1e-5"], "rate", 1e-5),
-        (["--limit", "7"], "limit", 7),
-        (["--scale", "7"], "scale", 7.0),
-        (["--flag"], "flag", True),
-        (["--flag", "true"], "flag", True),
-        (["--flag", "No"], "flag", False),
-        (["--keep", "false"], "keep", False),
-        (["--keep", "0"], "keep", False),
-        (["--layers", "3", "4", "5"], "layers", [3, 4, 5]),
-        (["--sites", "3", "z"], "sites", ["3", "z"]),
-    ],
-)
-def test_an_option_has_its_constants_type(tmp_path, argv, name, value):
-    found = options(tmp_path, "--path", "p", *argv)[name]
-    assert found == value and type(found) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("argv", "complaint"),
-    [
-        ([], "required: --path"),
-        (["--path", "p", "--steps", "1.5"], "--steps: invalid int value: '1.5'"),
-        (["--path", "p", "--limit", "none"], "--limit: invalid int value"),
-        (["--path", "p", "--flag", "maybe"], "'maybe' is neither true nor false"),
-        (["--path", "p", "--_hidden", "1"], "unrecognized arguments: --_hidden"),
-        (["--path", "p", "--lower", "1"], "unrecognized arguments: --lower"),
-        (["--path", "p", "--local", "1"], "unrecognized arguments: --local"),
-    ],
-)
-def test_wrong_options_are_refused(tmp_path, capsys, argv, complaint):
-    with pytest.raises(SystemExit) as caught:
-        run(lambda: options(tmp_path, *argv))
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and complaint in said and said.startswith("error: ") and said.count("\n") == 1
-
-
-def test_help_is_the_docstring_and_the_comments(tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        options(tmp_path, "--help")
-    assert caught.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for line in (
-        "python script.py 100 % of the time",
-        "--path PATH where the data is --name",  # a required option has no default
-        "--steps STEPS steps, 5% of them warm (default: 10000)",
-        "--rate RATE (default: 0.25)",
-        "--limit LIMIT a limit, if any (default: None)",
-        "--nested NESTED on the last line (default: 1)",
-    ):
-        assert line in text
-    assert "hidden" not in text.lower()
-
-
-@pytest.mark.parametrize("annotation", ["tuple[int, ...]", "list[int]"])
-def test_annotated_sequences_take_several_values(tmp_path, annotation):
-    script = f'"""Doc."""\nLAYERS: {annotation} = (1, 2)  # several\n'
-    assert list(options(tmp_path, "--layers", "3", "4", script=script)["layers"]) == [3, 4]
-
-
-def test_annotated_sequences_that_may_be_missing_take_several_values(tmp_path):
-    script = '"""Doc."""\nLAYERS: tuple[int, ...] | None = None  # several\n'
-    assert options(tmp_path, script=script) == {"layers": None}
-    assert options(tmp_path, "--layers", "3", "4", script=script) == {"layers": [3, 4]}
-
-
-def test_help_shows_defaults_with_percent_and_hash(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        options(tmp_path, "--help", script='"""Doc."""\nNAME = "#1, 50%s"  # a name\n')
-    assert "--name NAME a name (default: #1, 50%s)" in " ".join(capsys.readouterr().out.split())
-
-
-SCRIPTS = sorted(path.name for path in PROJECT_DIR.glob("*.py") if "parse_constants(" in path.read_text())
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_of_every_script_answers_within_3_seconds(script):
-    best = float("inf")
-    for _ in range(3):  # a busy machine is not a slow script
-        begin = time.perf_counter()
-        found = subprocess.run(
-            [sys.executable, script, "--help"], cwd=PROJECT_DIR, capture_output=True, text=True, timeout=60
-        )
-        best = min(best, time.perf_counter() - begin)
-        assert found.returncode == 0, found.stderr
-        assert found.stdout.startswith(f"usage: {script}") and not found.stderr
-        if best < 3:
-            break
-    assert best < 3
-
-
 # ---- errors
 
 
 def test_bad_input_is_one_sentence_and_exit_code_2():
     found = python(
         """
-        from pipeline.errors import InputError
+        from pipeline.errors import InputError, Stop
         from pipeline.run import run
         def main():
             print("begun")
@@ -272,9 +118,9 @@ def test_atomic_path_leaves_nothing_behind_after_an_exception(tmp_path, error):
     assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
 
 
-def test_a_full_disk_is_bad_input(tmp_path):
+def test_a_full_disk_stops_the_run(tmp_path):
     with (
-        pytest.raises(InputError, match="Could not write .*a.txt .*No space left"),
+        pytest.raises(Stop, match="Could not write .*a.txt .*No space left"),
         atomic_path(tmp_path / "a.txt") as temporary,
     ):
         temporary.write_text("half")
@@ -301,7 +147,7 @@ def test_broken_json_is_refused_by_name(tmp_path, content):
 
 def test_require_disk(tmp_path):
     require_disk(tmp_path / "not" / "yet", 1)
-    with pytest.raises(InputError, match="not/yet needs about 1000000000.00 GB but its disk has"):
+    with pytest.raises(Stop, match="not/yet needs about 1000000000.00 GB but its disk has"):
         require_disk(tmp_path / "not" / "yet", 10**18)
 
 
@@ -326,6 +172,7 @@ run(main)
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     holder = subprocess.Popen([*PYTHON, HOLD, str(tmp_path), "60"], cwd=PROJECT_DIR, stdout=subprocess.PIPE, text=True)
     try:
@@ -450,6 +297,41 @@ def test_a_folder_of_another_stage_or_of_other_files_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"holds other files \(thesis.tex, ...\) and no manifest.json"):
         begin_or_continue(tmp_path / "full", "a.py", DECIDES)
     assert names(tmp_path / "full") == ["thesis.tex"]
+
+
+def test_an_output_folder_is_held_begun_continued_and_complete(tmp_path, capsys, monkeypatch):
+    folder, shard = tmp_path / "out", {"file": "s.bin", "bytes": 10}
+    with output_folder(folder, "a.py", DECIDES, 10) as complete:
+        assert complete is False
+        with pytest.raises(InputError, match="in use"), output_folder(folder, "a.py", DECIDES, 10):
+            pass
+        (folder / "s.bin").write_bytes(bytes(10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with output_folder(folder, "a.py", DECIDES, 1010) as complete:  # 10 bytes are there, and the manifest
+        assert complete is False
+        write_manifest(folder, "a.py", complete=True, decides=DECIDES, shards=[shard])
+    assert "complete already" not in capsys.readouterr().out
+    with output_folder(folder, "a.py", DECIDES, 10**9) as complete:  # nothing is to be written
+        assert complete is True
+    assert capsys.readouterr().out == f"{folder} is complete already.\n"
+    with (
+        pytest.raises(InputError, match="begun with seed = 1"),
+        output_folder(folder, "a.py", {**DECIDES, "seed": 2}, 0),
+    ):
+        pass
+    (folder / "s.bin").unlink()
+    with pytest.raises(InputError, match=r"s\.bin is missing"), output_folder(folder, "a.py", DECIDES, 0):
+        pass
+
+
+def test_an_output_folder_without_room_is_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with (
+        pytest.raises(Stop, match="free some or write elsewhere"),
+        output_folder(tmp_path / "out", "a.py", DECIDES, 1001),
+    ):
+        pass
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_missing_and_truncated_shards_are_refused_by_name(tmp_path):

@@ -3,7 +3,7 @@
 Compares what the server has seen (batches that exist) with what was asked for, and answer files with the server's
 results.
 
-.venv/bin/python -m pytest tests/test_message_batches.py
+.venv/bin/python -m pytest tests/test_claude_batches.py
 """
 
 import json
@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from support.fake_anthropic import NO_CREDIT, Fail, FakeAnthropic, meaning
 
 from claude import batches as mb
-from pipeline.errors import InputError
+from claude import requests as requests_room
+from claude.answers import add_up, answered, read_results
+from claude.batches import reconcile, retrieve
+from claude.connection import api_errors, connect
+from claude.journal import Journal, open_journal
+from claude.prices import BATCH_PRICE, cost
+from claude.requests import announce, as_json, spooled
+from pipeline.errors import InputError, Stop
 
 
 @pytest.fixture
@@ -38,11 +45,11 @@ def a_request(custom_id: str, text: str = "What is this?") -> dict:
 
 def send(path: Path, ids: list[str], per_batch: int = 4, settle_s: float = 0.2) -> None:
     """What a script does: reconcile, leave out what is under way, send the rest."""
-    client = mb.connect()
-    with mb.open_journal(path, "testing") as journal, mb.api_errors():
-        mb.reconcile(client, journal, settle_s)
-        todo = sorted(set(ids) - mb.pending(journal, path.parent / "answers"))
-        with mb.spooled(map(a_request, todo), path.parent) as requests:
+    client = connect()
+    with open_journal(path, "testing") as journal, api_errors():
+        reconcile(client, journal, settle_s)
+        todo = sorted(set(ids) - journal.pending(path.parent / "answers"))
+        with spooled(map(a_request, todo), path.parent) as requests:
             mb.send(client, journal, requests, per_batch, settle_s)
 
 
@@ -52,7 +59,7 @@ def ids(n: int) -> list[str]:
 
 def assert_each_once(server: FakeAnthropic, path: Path, expected: list[str]) -> None:
     assert sorted(server.sent_ids()) == sorted(expected)
-    written = {batch["batch_id"]: batch["custom_ids"] for batch in mb.Journal(path).batches}
+    written = {batch["batch_id"]: batch["custom_ids"] for batch in Journal(path).batches}
     assert written == {batch.id: [r["custom_id"] for r in batch.requests] for batch in server.batches}
 
 
@@ -88,16 +95,16 @@ def test_the_intent_is_on_disk_before_the_call_and_the_id_after_it(server, tmp_p
     send(path, ids(3))
     (line,) = lines_at_call[0].splitlines()
     assert json.loads(line)["batch_id"] is None and json.loads(line)["custom_ids"] == ids(3)
-    assert [batch["batch_id"] for batch in mb.Journal(path).batches] == [server.batches[0].id]
+    assert [batch["batch_id"] for batch in Journal(path).batches] == [server.batches[0].id]
 
 
 def test_an_unclear_failure_stays_unclear_until_the_list_was_read(server, tmp_path):
     path = tmp_path / "ids.jsonl"
     server.plan["create"] += ["create then 500"]
     server.plan["list"] += [None, Fail(500), Fail(500), Fail(500)]  # the client asks thrice
-    with pytest.raises(InputError, match="out of order"):
+    with pytest.raises(Stop, match="out of order"):
         send(path, ids(3))
-    assert mb.Journal(path).unclear()
+    assert Journal(path).unclear()
     send(path, ids(3))
     assert_each_once(server, path, ids(3))
 
@@ -123,7 +130,7 @@ def test_the_list_is_read_over_pages_and_other_batches_are_not_taken(server, tmp
     server.create = create_among_others
     path = tmp_path / "ids.jsonl"
     send(path, ids(3))
-    (batch,) = mb.Journal(path).batches
+    (batch,) = Journal(path).batches
     mine = [b for b in server.batches if b not in others]
     assert [batch["batch_id"]] == [b.id for b in mine]
 
@@ -139,7 +146,7 @@ def test_two_batches_that_both_fit_are_left_to_the_user(server, tmp_path):
     for batch in server.batches:  # when they have ended, their custom_ids tell them apart
         server.end(batch)
     send(path, ids(3))
-    (batch,) = mb.Journal(path).batches
+    (batch,) = Journal(path).batches
     assert batch["batch_id"] == server.batches[1].id and len(server.batches) == 2
 
 
@@ -157,31 +164,31 @@ def test_two_batches_that_both_fit_are_left_to_the_user(server, tmp_path):
 )
 def test_what_the_api_refuses_is_one_sentence_and_nothing_is_pending(server, tmp_path, fail, words):
     server.plan["create"] += [fail]
-    with pytest.raises(InputError, match=words) as error:
+    with pytest.raises(Stop, match=words) as error:
         send(tmp_path / "ids.jsonl", ids(3))
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
-    assert mb.Journal(tmp_path / "ids.jsonl").batches == [] and server.batches == []
+    assert Journal(tmp_path / "ids.jsonl").batches == [] and server.batches == []
 
 
 def test_a_busy_api_is_given_up_after_some_attempts(server, tmp_path):
     server.plan["create"] += [Fail(529)] * mb.CREATE_ATTEMPTS
-    with pytest.raises(InputError, match="busy"):
+    with pytest.raises(Stop, match="busy"):
         send(tmp_path / "ids.jsonl", ids(3))
-    assert server.calls("create") == mb.CREATE_ATTEMPTS and mb.Journal(tmp_path / "ids.jsonl").batches == []
+    assert server.calls("create") == mb.CREATE_ATTEMPTS and Journal(tmp_path / "ids.jsonl").batches == []
 
 
 def test_no_server_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("ANTHROPIC_API_KEY", "x")
     monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://127.0.0.1:9")
-    with pytest.raises(InputError, match="does not answer"), mb.api_errors():
-        mb.connect(max_retries=0).messages.batches.list()
+    with pytest.raises(Stop, match="does not answer"), api_errors():
+        connect(max_retries=0).messages.batches.list()
 
 
 def test_no_key_is_one_sentence(monkeypatch):
     monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
     monkeypatch.delenv("ANTHROPIC_AUTH_TOKEN", raising=False)
     with pytest.raises(InputError, match="ANTHROPIC_API_KEY"):
-        mb.connect()
+        connect()
 
 
 # ---- the journal
@@ -189,11 +196,11 @@ def test_no_key_is_one_sentence(monkeypatch):
 
 def test_a_second_process_and_another_purpose_are_refused(tmp_path):
     path = tmp_path / "ids.jsonl"
-    with mb.open_journal(path, "one") as journal:
+    with open_journal(path, "one") as journal:
         journal.intend(["1"], [])
-        with pytest.raises(InputError, match="in use"), mb.open_journal(path, "one"):
+        with pytest.raises(InputError, match="in use"), open_journal(path, "one"):
             pass
-    with pytest.raises(InputError, match="'one'"), mb.open_journal(path, "two"):
+    with pytest.raises(InputError, match="'one'"), open_journal(path, "two"):
         pass
 
 
@@ -201,7 +208,7 @@ def test_a_second_process_and_another_purpose_are_refused(tmp_path):
 def test_a_broken_journal_is_refused(tmp_path, text):
     (tmp_path / "ids.jsonl").write_text(text)
     with pytest.raises(InputError, match="not a journal"):
-        mb.Journal(tmp_path / "ids.jsonl")
+        Journal(tmp_path / "ids.jsonl")
 
 
 # ---- the API's limits
@@ -210,10 +217,10 @@ def test_a_broken_journal_is_refused(tmp_path, text):
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=30), st.integers(1, 7), st.integers(200, 1000))
 def test_batches_keep_order_and_limits(tmp_path_factory, texts, most, max_bytes):
     requests = [a_request(str(i), text) for i, text in enumerate(texts)]
-    with mb.spooled(requests, tmp_path_factory.getbasetemp()) as spooled:
-        batches = list(spooled.batches(most, max_bytes))
+    with spooled(requests, tmp_path_factory.getbasetemp()) as on_disk:
+        batches = list(on_disk.batches(most, max_bytes))
     assert [r for batch in batches for r in batch] == requests
-    body = lambda batch: len(mb.as_json({"requests": batch}))
+    body = lambda batch: len(as_json({"requests": batch}))
     assert all(len(batch) <= most and (len(batch) == 1 or body(batch) <= max_bytes) for batch in batches)
     for batch, after in zip(batches, batches[1:], strict=False):  # none is smaller than it must be
         assert len(batch) == most or body([*batch, after[0]]) > max_bytes
@@ -221,19 +228,19 @@ def test_batches_keep_order_and_limits(tmp_path_factory, texts, most, max_bytes)
 
 def test_bytes_are_those_on_the_wire(server, tmp_path):
     requests = [a_request(str(i), "é“\n" * i) for i in range(5)]
-    client = mb.connect()
+    client = connect()
     client.messages.batches.create(requests=requests)
-    with mb.spooled(requests, tmp_path) as spooled:
-        assert server.body_sizes[-1] == spooled.n_bytes + spooled.n - 1 + len(b'{"requests":[]}')
+    with spooled(requests, tmp_path) as on_disk:
+        assert server.body_sizes[-1] == on_disk.n_bytes + on_disk.n - 1 + len(b'{"requests":[]}')
 
 
 # ---- the estimate
 
 
 def test_tokens_are_counted_on_a_sample_and_the_price_is_half(server, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(mb, "SAMPLE_REQUESTS", 20)
-    with mb.spooled((a_request(str(i), "word " * 400) for i in range(500)), tmp_path) as requests:
-        mb.announce(mb.connect(), requests, output_tokens=100, price_ratio=mb.BATCH_PRICE_RATIO)
+    monkeypatch.setattr(requests_room, "SAMPLE_REQUESTS", 20)
+    with spooled((a_request(str(i), "word " * 400) for i in range(500)), tmp_path) as requests:
+        announce(connect(), requests, output_tokens=100, price_ratio=BATCH_PRICE)
     said = capsys.readouterr().out
     assert server.calls("count_tokens") == 20 and "500 requests" in said
     assert "counted on a sample of 20" in said
@@ -245,22 +252,22 @@ def test_tokens_are_counted_on_a_sample_and_the_price_is_half(server, tmp_path, 
 
 def test_a_server_that_does_not_count_tokens_gets_a_guess(server, tmp_path, capsys):
     server.plan["count_tokens"] += [Fail(404, "no such path")]
-    with mb.spooled([a_request("1", "word " * 3000)], tmp_path) as requests:
-        mb.announce(mb.connect(), requests, 100, 1.0)
+    with spooled([a_request("1", "word " * 3000)], tmp_path) as requests:
+        announce(connect(), requests, 100, 1.0)
     assert "does not count tokens" in capsys.readouterr().out
 
 
 def test_an_unknown_model_is_refused_before_anything_is_sent(server, tmp_path):
     request = a_request("1")
     request["params"]["model"] = "claude-nobody"
-    refused = pytest.raises(InputError, match="claude-nobody")
-    with mb.spooled([request], tmp_path) as requests, refused, mb.api_errors():
-        mb.announce(mb.connect(), requests, 100, 1.0)
+    refused = pytest.raises(Stop, match="claude-nobody")
+    with spooled([request], tmp_path) as requests, refused, api_errors():
+        announce(connect(), requests, 100, 1.0)
 
 
 def test_cost_of_the_published_run():
-    assert mb.cost("claude-nobody", 1, 1, 1.0) is None
-    dated = mb.cost("claude-haiku-4-5-20251001", 2e6, 1e6, 0.5)
+    assert cost("claude-nobody", 1, 1, 1.0) is None
+    dated = cost("claude-haiku-4-5-20251001", 2e6, 1e6, 0.5)
     assert dated == pytest.approx((2 * 1.00 + 5.00) / 2)
 
 
@@ -293,13 +300,13 @@ def test_answers_are_stored_whole_and_as_the_api_gives_them(server, tmp_path, pl
     sent(server, tmp_path / "ids.jsonl")
     server.plan["results"] += plan
     out = tmp_path / "answers"
-    assert mb.retrieve(mb.connect(), tmp_path / "ids.jsonl", out, wait=False, poll_s=0) == []
+    assert retrieve(connect(), tmp_path / "ids.jsonl", out, wait=False, poll_s=0) == []
     expected = {r["custom_id"]: r["result"] for batch in server.batches for r in batch.results}
     assert results_on_disk(out) == expected
     assert sorted(p.name for p in out.iterdir()) == ["msgbatch_0001.jsonl", "msgbatch_0002.jsonl"]
-    totals = mb.add_up(out.glob("*.jsonl"))
+    totals = add_up(out.glob("*.jsonl"))
     assert totals.types == {"succeeded": 2, "errored": 2, "expired": 1, "canceled": 1}
-    assert mb.answered(out) == {"0", "4"}
+    assert answered(out) == {"0", "4"}
     n_words = len(expected["0"]["message"]["content"][0]["text"].split())
     assert totals.tokens == {"claude-haiku-5-5": (200, 2 * n_words)}
 
@@ -307,28 +314,28 @@ def test_answers_are_stored_whole_and_as_the_api_gives_them(server, tmp_path, pl
 def test_a_batch_that_never_comes_whole_leaves_no_file_and_the_others_are_stored(server, tmp_path):
     sent(server, tmp_path / "ids.jsonl")
     server.plan["results"] += ["cut at a line end"] * mb.RESULTS_ATTEMPTS
-    with pytest.raises(InputError, match="msgbatch_0001 do not come whole"):
-        mb.retrieve(mb.connect(), tmp_path / "ids.jsonl", tmp_path / "answers", wait=False, poll_s=0)
+    with pytest.raises(Stop, match="msgbatch_0001 do not come whole"):
+        retrieve(connect(), tmp_path / "ids.jsonl", tmp_path / "answers", wait=False, poll_s=0)
     assert sorted(results_on_disk(tmp_path / "answers")) == ["3", "4", "5"]
-    mb.retrieve(mb.connect(), tmp_path / "ids.jsonl", tmp_path / "answers", wait=False, poll_s=0)
+    retrieve(connect(), tmp_path / "ids.jsonl", tmp_path / "answers", wait=False, poll_s=0)
     assert sorted(results_on_disk(tmp_path / "answers")) == ids(6)
 
 
 def test_waiting_looks_until_all_have_ended_and_survives_an_api_out_of_order(server, tmp_path):
     sent(server, tmp_path / "ids.jsonl")
     server.looks_until_ended = 3
-    client = mb.connect(max_retries=0)
-    waiting = mb.retrieve(client, tmp_path / "ids.jsonl", tmp_path / "answers", wait=False, poll_s=0)
+    client = connect(max_retries=0)
+    waiting = retrieve(client, tmp_path / "ids.jsonl", tmp_path / "answers", wait=False, poll_s=0)
     assert waiting == ["msgbatch_0001", "msgbatch_0002"] and not (tmp_path / "answers").exists()
     server.plan["retrieve"] += [Fail(500), Fail(529)]
-    assert mb.retrieve(client, tmp_path / "ids.jsonl", tmp_path / "answers", wait=True, poll_s=0.01) == []
+    assert retrieve(client, tmp_path / "ids.jsonl", tmp_path / "answers", wait=True, poll_s=0.01) == []
     assert sorted(results_on_disk(tmp_path / "answers")) == ids(6)
 
 
 def test_what_is_stored_is_not_fetched_again(server, tmp_path):
     sent(server, tmp_path / "ids.jsonl")
     for _ in range(2):
-        mb.retrieve(mb.connect(), tmp_path / "ids.jsonl", tmp_path / "answers", wait=False, poll_s=0)
+        retrieve(connect(), tmp_path / "ids.jsonl", tmp_path / "answers", wait=False, poll_s=0)
     assert server.calls("results") == 2
 
 
@@ -337,14 +344,14 @@ def test_gone_results_and_foreign_batches_are_told_in_a_sentence(server, tmp_pat
     sent(server, path)
     server.end(server.batches[0])
     server.batches[0].results_gone = True
-    with pytest.raises(InputError, match="29 days"):
-        mb.retrieve(mb.connect(), path, tmp_path / "answers", wait=False, poll_s=0)
+    with pytest.raises(Stop, match="29 days"):
+        retrieve(connect(), path, tmp_path / "answers", wait=False, poll_s=0)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines[0]["batch_id"], lines[1]["custom_ids"] = "msgbatch_none", ["7", "8", "9"]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "answers" / "msgbatch_0002.jsonl").unlink()
-    with pytest.raises(InputError, match=r"does not know batch msgbatch_none.*\(1 more batch"):
-        mb.retrieve(mb.connect(), path, tmp_path / "answers", wait=False, poll_s=0)
+    with pytest.raises(Stop, match=r"does not know batch msgbatch_none.*\(1 more batch"):
+        retrieve(connect(), path, tmp_path / "answers", wait=False, poll_s=0)
     assert list((tmp_path / "answers").iterdir()) == []
 
 
@@ -352,7 +359,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out_but_no_other(tmp_path):
     good = json.dumps({"custom_id": "1", "result": {"type": "expired"}}) + "\n"
     path = tmp_path / "a.jsonl"
     path.write_bytes(good.encode() + '{"custom_id": "é'.encode()[:-1])
-    assert len(list(mb.read_results(path))) == 1
+    assert len(list(read_results(path))) == 1
     path.write_text("{}\n" + good)
     with pytest.raises(InputError, match="Line 1"):
-        list(mb.read_results(path))
+        list(read_results(path))

@@ -3,7 +3,7 @@
 The models are random, scaled-down shapes of every family that should load. Also here: Meta folders inside `original/`,
 how much private memory loading takes, and tokenizers that do not fit.
 
-    .venv/bin/python -m pytest tests/test_checkpoints.py
+    .venv/bin/python -m pytest tests/test_llama_folders.py
 """
 
 import json

@@ -1,0 +1,35 @@
+"""What NAME.json beside an SAE says of its origin: its activations, its model and that model's tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+from latents.meanings import is_embedded
+from llama_3 import load_tokenizer
+from llama_3.checkpoint import TINY_LLAMA_DIR
+from llama_3.tokenizer import Tokenizer
+from pipeline.errors import InputError
+from pipeline.files import read_json
+from pipeline.sae_files import SaeFiles
+from pipeline.source import Source
+
+
+def read_info(sae_path: str | Path) -> dict[str, Any]:
+    """NAME.json; empty where there is none. Raises InputError for a broken one."""
+    path = Path(SaeFiles(sae_path).json)
+    if not path.is_file():
+        return {}
+    info = read_json(path, "train the SAE anew.")
+    if not isinstance(info, dict):
+        raise InputError(f"{path} does not describe an SAE; train the SAE anew.")
+    return info
+
+
+def source_of(sae_path: str | Path) -> Source:
+    """Where the SAE's activations come from. The embedded SAE's model is the one in this project."""
+    source = Source.read(read_info(sae_path), SaeFiles(sae_path).json)
+    return source.with_folder("model_dir", TINY_LLAMA_DIR) if is_embedded(sae_path) else source
+
+
+def tokenizer_of(source: Source, given: str | None, option: str) -> Tokenizer:
+    """The tokenizer in the model's folder. A folder `given` by the option may hold the tokenizer alone."""
+    return load_tokenizer(given or source.model_dir(option=option))

@@ -1,0 +1,180 @@
+"""Complete a file of prompts into a file of JSON lines, in batches; a run that was killed continues where it was."""
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llama_3.chat import ROLES, Message, encode_dialogue
+from llama_3.checkpoint import checkpoint_identity
+from llama_3.generation import check_context, encode_text
+from llama_3.model import Intervention
+from pipeline.errors import InputError
+from pipeline.files import atomic_path, locked, sha256
+from pipeline.manifests import begin_or_continue
+from pipeline.progress import progress_bar
+from serving.steered_model import Sampling, SteeredModel, strongest_latents
+from serving.steering import Steering
+
+Command = Literal["text", "chat"]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A model, and how its user wants prompts completed."""
+
+    opened: SteeredModel
+    steering: Steering
+    intervention: Intervention | None  # `steering` for this model; None where nothing is steered
+    sampling: Sampling
+    batch_size: int  # prompts completed together
+    show_latents: int  # strongest latents listed per token
+
+
+def check_prompts(session: Session, prompts: Sequence[list[int]], names: Iterable[str]) -> None:
+    """Raise InputError, with its name, for the first prompt that does not fit the model's context."""
+    for prompt, name in zip(prompts, names, strict=True):
+        try:
+            check_context(session.opened.model, len(prompt), session.sampling.max_new_tokens)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+
+
+def add_step(rows: list[list[int]], step: list[int | None]) -> None:
+    """Add what `generate` gave to the tokens of each row."""
+    for row, token in zip(rows, step, strict=True):
+        if token is not None:
+            row.append(token)
+
+
+# ---- requests
+
+
+def read_prompts(path: str, command: Command) -> list[tuple[int, dict[str, Any]]]:
+    """The requests of a file by line number: prompts, or JSON objects with "prompt" or, for chat, "messages".
+
+    Empty lines are no requests.
+    """
+    try:
+        # Not splitlines: the line separators of Unicode may stand inside a prompt.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise InputError(f"There is no {path}; name a file of prompts.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as text ({error}); save it as UTF-8.") from None
+    wanted = {"text": 'an object with a text "prompt"', "chat": 'an object with a text "prompt" or a list "messages"'}
+    rows: list[tuple[int, dict[str, Any]]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if not path.endswith(".jsonl"):
+            rows.append((number, {"prompt": line}))
+            continue
+        try:
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+            if command == "chat" and "messages" in row:
+                is_right = all(m["role"] in ROLES and isinstance(m["content"], str) for m in row["messages"])
+                is_right &= len(row["messages"]) > 0
+            else:
+                is_right = isinstance(row["prompt"], str)
+        except (ValueError, TypeError, KeyError):
+            is_right = False
+        if not is_right:
+            raise InputError(f"{path}, line {number} is not {wanted[command]}; correct it.")
+        rows.append((number, row))
+    if not rows:
+        raise InputError(f"{path} holds no prompts; write one a line.")
+    return rows
+
+
+def encode_request(opened: SteeredModel, row: dict[str, Any], command: Command, system: str) -> list[int]:
+    """Token ids of a request. system: the message of a chat that has none of its own."""
+    if command == "text":
+        return encode_text(opened.tokenizer, row["prompt"])
+    turns = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+    messages = [Message(turn["role"], turn["content"]) for turn in turns]
+    if system and messages[0].role != "system":
+        messages.insert(0, Message("system", system))
+    return encode_dialogue(opened.tokenizer, messages, opened.date)
+
+
+# ---- completions
+
+
+def complete_file(
+    session: Session,
+    requests: list[tuple[int, dict[str, Any]]],
+    command: Command,
+    system: str,
+    input_path: str,
+    output_path: str,
+    decides: dict[str, Any],
+) -> None:
+    """Complete every request into `output_path`. What a killed run has done waits in a folder beside it.
+
+    decides: the options that the completions depend on; a run that was begun with others is not continued.
+    """
+    opened, rows = session.opened, [row for _, row in requests]
+    prompts = [encode_request(opened, row, command, system) for row in rows]
+    check_prompts(session, prompts, (f"{input_path}, line {number}" for number, _ in requests))
+    decides |= {"input_sha256": sha256(input_path), "sae": opened.sae and opened.sae.info}
+    decides |= {"model": checkpoint_identity(opened.choice.model_dir)}
+    output = Path(output_path)
+    folder = output.with_name(output.name + ".partial")
+    try:
+        with locked(folder):
+            begin_or_continue(folder, "llama_3_inference.py", decides)
+            complete_rows(session, rows, prompts, folder / "completions.jsonl")
+            with atomic_path(output) as temporary:
+                shutil.copyfile(folder / "completions.jsonl", temporary)
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error}); name another file or correct that.") from None
+    print(f"{len(rows):,} completions: {output}")
+
+
+def complete_rows(session: Session, rows: list[dict[str, Any]], prompts: list[list[int]], path: Path) -> None:
+    """Write the lines of the completions that `path` does not hold yet."""
+    whole = path.read_bytes() if path.exists() else b""
+    whole = whole[: whole.rfind(b"\n") + 1]  # a killed process may leave half a line
+    path.write_bytes(whole)
+    n_done = whole.count(b"\n")
+    with (
+        path.open("a", encoding="utf-8") as file,
+        progress_bar(total=len(rows), initial=n_done, unit="prompt") as bar,
+    ):
+        for first in range(n_done, len(rows), session.batch_size):
+            batch = slice(first, first + session.batch_size)
+            results = complete_requests(session, prompts[batch], first)
+            for row, result in zip(rows[batch], results, strict=True):
+                file.write(json.dumps({**row, **result}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(results))
+
+
+def complete_requests(session: Session, prompts: list[list[int]], first: int) -> list[dict[str, Any]]:
+    """Completions of requests `first` and following, with what is needed to repeat them."""
+    opened, sampling = session.opened, session.sampling
+    completions: list[list[int]] = [[] for _ in prompts]
+    for step in opened.generate(prompts, sampling, first, session.intervention):
+        add_step(completions, step)
+    results = []
+    for prompt, tokens, seed in zip(prompts, completions, sampling.seeds(len(prompts), first), strict=True):
+        result: dict[str, Any] = {
+            "completion": opened.text_after(prompt, tokens),
+            "n_prompt_tokens": len(prompt),
+            "n_tokens": len(tokens),
+            "stopped": len(tokens) < sampling.max_new_tokens,  # by a stop token, not by the limit
+            "seed": seed,
+        }
+        if session.steering.strengths:
+            strengths, mode, keep_error = session.steering
+            result["steering"] = {"mode": mode, "keep_error": keep_error}
+            result["steering"]["strengths"] = {str(latent): strength for latent, strength in strengths.items()}
+        if session.show_latents:
+            result["latents"] = strongest_latents(opened, prompt + tokens, session.show_latents)
+        results.append(result)
+    return results
