@@ -205,7 +205,7 @@ def draw_comparison(path: Path, results: dict[str, dict[str, Any]]) -> None:
     names = list(results)
     height = 2.4 + 0.35 * len(names)
     figure = new_figure(15, height + 2.6)
-    above, below = figure.subfigures(2, 1, height_ratios=[height - 1, 2.6])
+    (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[height - 1, 2.6])
     palette = colormaps["tab10" if len(names) <= 10 else "tab20"]
     colors = [palette(i % palette.N) for i in range(len(names))]
     for axis, (key, title, form) in zip(above.subplots(1, len(_PANELS)), _PANELS, strict=True):

@@ -8,6 +8,7 @@ KL comes from torch.distributions, histograms from plain counting.
 import json
 import math
 import random
+import shutil
 import statistics
 
 import pytest
@@ -26,6 +27,7 @@ from autoencoder.measures import MEASURES
 from llama_3 import load_model, load_tokenizer
 from llama_3.checkpoint import checkpoint_identity
 from pipeline.errors import InputError
+from pipeline.source import Source
 from sae import TopKSparseAutoencoder, save_sae
 
 D_MODEL, N_LATENTS, K = TINY_PARAMS["dim"], 90, 5
@@ -368,6 +370,22 @@ def test_script_takes_the_held_out_sentences(sae_path, sae, info, model, tiny_mo
     assert {path.name for path in sae_path.parent.iterdir()} == {
         "sae.pth", "sae.json", "sae.evaluation.json", "sae.evaluation.png", "sentences"
     }  # fmt: skip
+
+
+def test_script_works_from_anywhere_after_a_move(sae, info, tiny_model_dir, tmp_path, monkeypatch):
+    before, after, elsewhere = tmp_path / "before", tmp_path / "after", tmp_path / "elsewhere"
+    shutil.copytree(tiny_model_dir, before / "model")
+    shutil.copytree(info["sentences_dir"], before / "sentences")
+    source = Source.read(info, before / "sae.json")
+    for name in ("model", "sentences"):
+        source = source.with_folder(f"{name}_dir", before / name)
+    (before / "runs").mkdir()
+    save_sae(sae, before / "runs" / "sae.pth", info | source.as_json(before / "runs" / "sae.json"))
+    before.rename(after)
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    call(sae_evaluation, sae_model_path=after / "runs" / "sae.pth", batch_tokens=100)
+    assert read(after / "runs" / "sae.pth")["sentences"] > 0
 
 
 def test_script_puts_several_side_by_side(sae_path, sae, info, tmp_path, capsys):
