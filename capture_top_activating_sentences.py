@@ -90,7 +90,6 @@ class Entries(NamedTuple):
 
 def encode_entries(sae: TopKSparseAutoencoder, acts: Tensor, chunk: int) -> Entries:
     """Encode raw activations (n_tokens, d_model); entries by token, values above zero only, on the SAE's device."""
-
     rows, latents, values = [], [], []
     for start in range(0, len(acts), chunk):
         kept, indices = sae.encode(acts[start : start + chunk].to(sae.b_pre.device))
@@ -102,7 +101,6 @@ def encode_entries(sae: TopKSparseAutoencoder, acts: Tensor, chunk: int) -> Entr
 
 
 def write_entries(path: Path, entries: Entries, n_tokens: int) -> None:
-
     counts = entries.row.bincount(minlength=n_tokens)
     tensors = {"counts": counts.int(), "latent": entries.latent.int(), "value": entries.value.half()}
     write_shard(path, {name: tensor.cpu() for name, tensor in tensors.items()})
@@ -110,7 +108,6 @@ def write_entries(path: Path, entries: Entries, n_tokens: int) -> None:
 
 def read_entries(path: Path, device: torch.device | str = "cpu") -> Entries:
     """What `write_entries` wrote: values in float16 steps."""
-
     file = open_shard(path, Path(__file__).name)
     counts, latent, value = (file.get_tensor(name).to(device) for name in ("counts", "latent", "value"))
     rows = torch.arange(len(counts), device=device).repeat_interleave(counts)
@@ -119,7 +116,6 @@ def read_entries(path: Path, device: torch.device | str = "cpu") -> Entries:
 
 def aggregate(entries: Entries, offsets: Tensor, n_latents: int) -> dict[Aggregation, Entries]:
     """Entries by sentence for each aggregation. The mean counts every token of the sentence, silent ones as 0."""
-
     offsets = offsets.to(entries.row.device)
     sentence = sentence_of_token(offsets)[entries.row]
     keys, inverse = (sentence * n_latents + entries.latent).unique(return_inverse=True)
@@ -139,13 +135,11 @@ class TopTable:
     """The highest values of each row (a latent, or a tenth of one) with their sentences; -1 where there is none yet."""
 
     def __init__(self, n_rows: int, n_top: int, device: torch.device | str = "cpu"):
-
         self.values = torch.full((n_rows, n_top), -torch.inf, device=device)
         self.sentences = torch.full((n_rows, n_top), -1, dtype=torch.int64, device=device)
 
     def add(self, rows: Tensor, values: Tensor, sentences: Tensor) -> None:
         """Merge candidates, in any order; equal values go to the lower sentence index."""
-
         n_top = self.values.shape[1]
         if n_top == 0:
             return
@@ -247,7 +241,7 @@ def add_shard(found: Found, job: Job, shard_number: int, min_tokens: int, encode
 def load_found(job: Job, n_top: int, identity: dict[str, Any]) -> Found:
     """What a killed run had found, or nothing yet."""
     n_latents, device = job.sae.n_latents, job.sae.b_pre.device
-    tables = {aggregation: TopTable(n_latents, n_top, device) for aggregation in AGGREGATIONS}
+    tables: dict[Aggregation, TopTable] = {name: TopTable(n_latents, n_top, device) for name in AGGREGATIONS}
     state_path = job.partial("state")
     if state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=True)
@@ -276,7 +270,7 @@ def save_found(found: Found, job: Job, identity: dict[str, Any]) -> None:
 def gather_found(w: World, found: Found) -> Found:
     """What all processes found, on the CPU of each."""
     n_top = found.tables["max"].values.shape[1]
-    tables = {aggregation: TopTable(len(found.fired), n_top) for aggregation in AGGREGATIONS}
+    tables: dict[Aggregation, TopTable] = {name: TopTable(len(found.fired), n_top) for name in AGGREGATIONS}
     for entries_by in w.gather({aggregation: table.entries() for aggregation, table in found.tables.items()}):
         for aggregation, entries in entries_by.items():
             tables[aggregation].add(*entries)
@@ -398,7 +392,6 @@ def draw_samples(job: Job, highest: Tensor, sizes: SampleSizes) -> Drawn:
 
 def of_shard(keys: Tensor, shard: Shard, n_latents: int) -> Tensor:
     """The part of ascending keys, sentence_idx * n_latents + latent, that lies between a shard's sentences."""
-
     bounds = torch.stack([shard.sentence_idx[0], shard.sentence_idx[-1] + 1]) * n_latents
     first, last = torch.searchsorted(keys, bounds.to(keys.device)).tolist()
     return keys[first:last]
@@ -406,7 +399,6 @@ def of_shard(keys: Tensor, shard: Shard, n_latents: int) -> Tensor:
 
 def is_in(values: Tensor, ascending: Tensor) -> Tensor:
     """Which values stand in an ascending tensor."""
-
     if len(ascending) == 0:
         return torch.zeros_like(values, dtype=torch.bool)
     return ascending[torch.searchsorted(ascending, values).clamp(max=len(ascending) - 1)] == values
@@ -418,7 +410,6 @@ def cofiring(tokens: Tensor, n_latents: int, n_kept: int) -> tuple[Tensor, Tenso
     tokens: (n_tokens, k) latents of each token, -1 where fewer fired. Where the index is 0 there is no companion; ties
     go to the lower latent. All pairs are counted for some latents at a time, which bounds memory.
     """
-
     token, slot = (tokens >= 0).nonzero(as_tuple=True)
     latent = tokens[token, slot].long()
     order = latent.argsort(stable=True)

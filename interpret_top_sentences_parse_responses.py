@@ -56,7 +56,6 @@ def read_answers(path: Path) -> Iterator[Answer]:
 
 def read_published(path: Path) -> Iterator[Answer]:
     """Answers as the original stored them."""
-
     fix = "it is not a file of answers, take it out of the folder."
     try:
         with open(path, encoding="utf-8") as file:

@@ -57,6 +57,7 @@ def chosen_latents(index: LatentIndex, n: int) -> list[int]:
 
 def header(index: LatentIndex, name: str) -> str:
     info = index.info
+    begin_of_text = info.get("begin_of_text")
     model = info.get("model", {}).get("name") or "a Llama"
     site = info.get("site", "a site not named")
     living = int((index.frequency > 0).sum())
@@ -73,7 +74,7 @@ def header(index: LatentIndex, name: str) -> str:
         ("width (d_model)", info.get("d_model")),
         ("activations trained on", _count(info.get("tokens_trained"))),
         ("sentences", _count(info.get("dataset", {}).get("sentences"))),
-        ("begin-of-text", {True: "seen in training", False: "not seen in training"}.get(info.get("begin_of_text"))),
+        ("begin-of-text", {"True": "seen in training", "False": "not seen in training"}.get(str(begin_of_text))),
     ]
     items = "".join(f"<div><dt>{n}</dt><dd>{html.escape(str(v))}</dd></div>" for n, v in facts if v is not None)
     return (

@@ -156,7 +156,6 @@ class LatentIndex:
 
     def _matches(self, query: str, living_only: bool) -> tuple[np.ndarray, int | None]:
         """(n_latents,) bool, and the latent whose number the query is."""
-
         matches = ~(self.frequency == 0) if living_only else np.ones(self.n_latents, dtype=bool)  # unknown is not dead
         for word in query.lower().split():
             matches &= np.fromiter((word in text for text in self._lower), bool, self.n_latents)
@@ -277,7 +276,6 @@ class LatentIndex:
 
 def pieces(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
     """The text of each token, in whole characters: one spread over several tokens stands at its last one."""
-
     stream = TextStream(tokenizer)
     texts = [stream.add(token) for token in token_ids]
     if texts:

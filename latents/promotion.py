@@ -1,8 +1,10 @@
 """What a latent makes the model say next, by the logit lens."""
 
+from typing import cast
+
 from torch import Tensor
 
-from llama_3.model import Transformer
+from llama_3.model import Transformer, TransformerBlock
 
 
 def promoted_logits(model: Transformer, site: str, directions: Tensor, base: Tensor) -> Tensor:
@@ -15,7 +17,7 @@ def promoted_logits(model: Transformer, site: str, directions: Tensor, base: Ten
     goes through the feed-forward layer, as the difference it makes there at `base`.
     """
     _, layer_idx, kind = site.split(".")
-    layer = model.layers[int(layer_idx)]
+    layer = cast(TransformerBlock, model.layers[int(layer_idx)])
     if kind == "attention_norm":
         values = layer.attention.wv(directions).unflatten(-1, (model.args.n_kv_heads, model.args.head_dim))
         values = values.repeat_interleave(model.args.n_heads // model.args.n_kv_heads, dim=-2)

@@ -12,19 +12,20 @@ def words_of(sentence: str) -> frozenset[str]:
 
 
 def features(tokens: list[bytes], strong: Sequence[bool]) -> set[str]:
-    """What stands in a sentence where its tokens are strong: see Method."""
+    """What stands in a sentence where its tokens are strong: words in lower case, sequences of two or three words, and
+    what `token_feature` makes of a token."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character goes to the token that completes it
     pieces = [decoder.decode(token) for token in tokens]
     text = "".join(pieces)
     strong_chars = bytearray(len(text))
-    found = set()
+    found: set[str] = set()
     end = 0
     for piece, is_strong in zip(pieces, strong, strict=True):
         start, end = end, end + len(piece)
         if is_strong:
             strong_chars[start:end] = b"\1" * len(piece)
-            found.add(token_feature(text, start, end))
-    found.discard(None)
+            if feature := token_feature(text, start, end):
+                found.add(feature)
     words = [(word[0].lower(), 1 in strong_chars[slice(*word.span())]) for word in WORD.finditer(text)]
     for first in range(len(words)):
         for last in range(first + 1, min(first + 3, len(words)) + 1):
