@@ -9,9 +9,13 @@ SHELL := bash
 # tests' many processes compiles torch's anew, 3 seconds instead of 1.5.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install demo test faults lint format lock tiny reference
+.PHONY: help install demo quick check test faults lint types format lock tiny reference
+.DEFAULT_GOAL := help
 
-install: $(VENV)/.installed
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: $(VENV)/.installed  ## .venv with the versions of poetry.lock
 
 # Direct dependencies come from pyproject.toml, every version (transitive ones too) from poetry.lock as pip constraints.
 $(VENV)/.installed: pyproject.toml poetry.lock
@@ -22,29 +26,35 @@ $(VENV)/.installed: pyproject.toml poetry.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --requirement $(VENV)/requirements.txt --constraint $(VENV)/constraints.txt
 	touch $@
 
-demo: install
+demo: install  ## every stage on the embedded tiny Llama; ends with a steered completion
 	$(BIN)/python demo.py
 
-test: install
+quick: install  ## tests without torchrun, browser, kills and benchmarks: at most 90 seconds
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m "not slow"
+
+check: lint types quick  ## what to run before a commit: lint, types, quick
+
+test: install  ## all tests: at most 6 minutes
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
-# Kills every data stage and the training again and again, and compares with what an unbroken run leaves: 3 minutes.
-faults: install
+faults: install  ## kills every data stage and the training again and again, and compares: 3 minutes
 	FAULT_KILLS=30 $(BIN)/python -m pytest tests/test_faults.py
 	SENTENCES_KILLS=12 $(BIN)/python -m pytest tests/test_sentences.py -k killed
 	KILLS=30 $(BIN)/python -m pytest tests/test_sae_parallel.py -k random
 
-lint: install
+lint: install  ## ruff, without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: install
+types: install  ## pyright over the rooms, sae.py and llama_3
+	$(BIN)/basedpyright
+
+format: install  ## ruff, fixing what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Needs Poetry: make lock POETRY=/path/to/poetry
 POETRY ?= poetry
-lock:
+lock:  ## poetry.lock from pyproject.toml; needs Poetry: make lock POETRY=/path/to/poetry
 	$(POETRY) lock
 	$(POETRY) check --lock
 

@@ -6,7 +6,7 @@ Method  each sentence alone, without begin-of-text; the model stops at the deepe
         sentences of similar length share a batch, so that little is padding; a sentence's batch does not depend on
         the number of processes
 Cost    disk: 2 bytes x d_model per token and site. Memory of a process beside the model: two windows' activations, for
-        the 3B 2.8 GB each and site. Rates in the README's table
+        the 3B 2.8 GB each and site. Rates in docs/benchmarks.md
 
     python capture_activations.py --model_dir llama_3.2-3B --output_dir data/activations
     torchrun --standalone --nproc_per_node=4 capture_activations.py --model_dir llama_3.2-3B

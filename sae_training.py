@@ -3,11 +3,11 @@
 Reads   DATA_DIR (sae_preprocessing.py)
 Writes  MODEL_SAVE_PATH: the SAE NAME.pth with NAME.json, NAME.metrics.jsonl, NAME.curves.png and NAME.frequencies.png
         beside it; CHECKPOINT_DIR: checkpoints to resume from (several nodes must all see it)
-Method  Gao et al. 2024, arXiv:2406.04093; departures from it and from the original are listed in the README.
+Method  Gao et al. 2024, arXiv:2406.04093; docs/method.md; departures from the original: docs/differences.md.
         The processes form a grid: LATENT_PARALLEL neighbours share one SAE, a slice of its latents each, and see the
         same activations; the groups of neighbours share the batch out. The step is in autoencoder/step.py: all its
         exchanges come before it changes anything, so that whoever is stopped or left alone can save the step before
-Cost    disk: a checkpoint is three times the SAE; rates in the README's table
+Cost    disk: a checkpoint is three times the SAE; rates in docs/benchmarks.md
 
     python sae_training.py --data_dir data/batches --model_save_path data/sae.pth
     torchrun --standalone --nproc_per_node=8 sae_training.py --data_dir data/batches --model_save_path data/sae.pth

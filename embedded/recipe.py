@@ -1,6 +1,6 @@
 """The demo's recipe: every stage on the embedded tiny Llama, with the sizes that suit it. Needs no torch.
 
-demo.py, the reference SAE, benchmarks and tests take their commands from here; the README shows the same ones.
+demo.py, the reference SAE, benchmarks and tests take their commands from here; the README trains with the same options.
 """
 
 import os

@@ -4,7 +4,7 @@ Reads   DOCUMENTS_DIR (embedded/corpus.py), SENTENCES_DIR (openwebtext_sentences
 Writes  OUTPUT_DIR/consolidated.00.pth, params.json, tokenizer.model: a checkpoint in Meta's format; training.json
 Method  byte-level BPE with Llama 3's split pattern; AdamW with cosine decay; every step sees documents, which open with
         begin-of-text, and sentences standing alone, which do not: the SAE stages feed sentences alone
-Cost    the README has it: about an hour on two cores
+Cost    about an hour on two cores: docs/embedded.md
 
     python -m embedded.corpus --output_dir data/documents
     python openwebtext_sentences_dataset.py --input_path data/documents --output_dir data/sentences --punkt corpus

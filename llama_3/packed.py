@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class PackedLinear(nn.Module):
     """A linear layer without bias for inference on a CPU, its weight in the order that oneDNN reads fastest.
 
-    Decoding is bound by reading weights; rates are in the README. The weight is packed at the model's first forward
-    pass. It is no parameter: nothing can be trained or saved.
+    Decoding is bound by reading weights; rates are in docs/benchmarks.md. The weight is packed at the model's first
+    forward pass. It is no parameter: nothing can be trained or saved.
     """
 
     def __init__(self, source: Tensor, dtype: torch.dtype, in_file: bool):
