@@ -58,10 +58,19 @@ def test_the_top_level_holds_what_can_be_run_and_what_belongs_to_a_repository():
 
 
 def test_names_of_the_scripts_that_users_know():
-    fixed = """capture_activations openwebtext_sentences_dataset sae_preprocessing sae_training
-        capture_top_activating_sentences interpret_top_sentences_send_batches interpret_top_sentences_retrieve_batches
-        interpret_top_sentences_parse_responses llama_3_inference llama_3_inference_gradio""".split()
-    assert set(fixed) <= set(SCRIPTS)
+    fixed = {
+        "capture_activations",
+        "openwebtext_sentences_dataset",
+        "sae_preprocessing",
+        "sae_training",
+        "capture_top_activating_sentences",
+        "interpret_top_sentences_send_batches",
+        "interpret_top_sentences_retrieve_batches",
+        "interpret_top_sentences_parse_responses",
+        "llama_3_inference",
+        "llama_3_inference_gradio",
+    }
+    assert fixed <= set(SCRIPTS)
     assert (PROJECT_DIR / "sae.py").is_file() and (PROJECT_DIR / "latent_index_meaning").is_dir()
 
 
