@@ -55,7 +55,7 @@ from llama_3.checkpoint import checkpoint_identity
 from llama_3.loading import read_params
 from llama_3.model import ModelArgs, Transformer, check_site
 from llama_3.padding import make_batches
-from llama_3.tokenizer import JsonTokenizer, Tokenizer
+from llama_3.tokenizer import Tokenizer
 from pipeline.activation_store import CAPTURE_STAGE, run_checksum, write_activations
 from pipeline.distributed import World, world
 from pipeline.errors import InputError, Stop
@@ -96,7 +96,7 @@ class Window(NamedTuple):
 
 def read_window(
     sentences: SentenceDataset,
-    tokenizer: Tokenizer | JsonTokenizer,
+    tokenizer: Tokenizer,
     number: int,
     indices: Sequence[int],
     max_tokens: int,
@@ -118,7 +118,7 @@ class Windows(NamedTuple):
     """All sentences to capture, in windows of window_sentences."""
 
     sentences: SentenceDataset
-    tokenizer: Tokenizer | JsonTokenizer
+    tokenizer: Tokenizer
     window_sentences: int
     max_tokens: int
 

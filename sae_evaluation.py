@@ -275,7 +275,7 @@ def main() -> None:
     config = parse_constants(globals())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     saes = load_saes(list(dict.fromkeys(config.sae_model_path)), device)
-    path, sae = next(iter(saes.items()))  # in what matters here the others are as the first
+    path, sae = next(iter(saes.items()))  # the others are of the same model and sentences (load_saes)
     source = Source.read(sae.info, SaeFiles(path).json)
     model_dir = source.model_dir(config.llama_model_dir)
     sites = sites_of(saes, model_dir)

@@ -405,7 +405,6 @@ def finish(
         config=options,
         **store.source.as_json(plan.output_dir / MANIFEST),
         dtype="bfloat16",
-        input_dir=plan.input_dir,
         first_validation_sentence=plan.first_validation_sentence,
         normalize_eps=plan.eps,
         batch_size=options["batch_size"],

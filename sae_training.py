@@ -83,7 +83,6 @@ from autoencoder.checkpoints import Slice, checkpoint_files, delete_checkpoints,
 from autoencoder.curves import WandbMode, plot_curves, plot_frequencies, start_wandb
 from autoencoder.step import Agreed, Pending, Step, StepOptions
 from pipeline.activation_batches import Batches, Reader, open_rows
-from pipeline.activation_store import open_shard
 from pipeline.distributed import make_grid, noted_signals, world
 from pipeline.errors import InputError, Stop
 from pipeline.files import locked, require_disk
@@ -99,6 +98,7 @@ from pipeline.manifests import (
 from pipeline.progress import gb, progress_bar
 from pipeline.sae_files import SaeFiles
 from pipeline.source import Source
+from pipeline.statistics import read_statistics
 from sae import TopKSparseAutoencoder, load_sae_model, rows_at_once, save_sae, save_tensors
 
 
@@ -140,12 +140,8 @@ class Data(NamedTuple):
 
 def open_data(data_dir: str, b_pre_path: str | None) -> Data:
     manifest = read_manifest(data_dir, _BATCHES_STAGE)
-    statistics_path = Path(b_pre_path or Path(data_dir) / manifest["statistics"])
-    if not statistics_path.is_file():
-        raise InputError(f"There are no statistics at {statistics_path}; run {_BATCHES_STAGE} again.")
-    statistics = open_shard(statistics_path, _BATCHES_STAGE)
-    variance = float(statistics.get_tensor("var_normalized").mean())
-    data = Data(manifest, statistics.get_tensor("b_pre").float(), variance)
+    statistics = read_statistics(Path(b_pre_path or Path(data_dir) / manifest["statistics"]))
+    data = Data(manifest, statistics.b_pre.float(), float(statistics.var_normalized.mean()))
     check_files(data_dir, data.shards, _BATCHES_STAGE)
     return data
 

@@ -2,9 +2,10 @@
 
     pending = step.gradients(x)             of the whole batch
     agreed = step.agree(pending)            the same numbers on every process
-    step.apply(pending, agreed, 5e-5, 0)    only here does anything change, and there is nothing to wait for
+    step.apply(pending, agreed, 5e-5, 0)    learning rate, number of steps before
 
-So whoever is stopped or left alone before `apply` holds the whole state of the step before.
+Only `apply` changes anything, and it waits for nobody: whoever is stopped or left alone before it still holds the whole
+state of the step before.
 """
 
 from typing import Any, NamedTuple
@@ -128,7 +129,7 @@ class Step:
         return Agreed(stop > 0, main, aux, [int(n) for n in rest[:width]], int(max(rest[width:])))
 
     def apply(self, pending: Pending, agreed: Agreed, learning_rate: float, n_before: int) -> None:
-        """The step itself. n_before: how many came before it."""
+        """Take the step. n_before: how many came before it."""
         options = self.options
         # The class AdamW does the same, and imports torch's compiler first: seconds for each process.
         with torch.no_grad():

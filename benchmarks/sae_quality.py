@@ -68,6 +68,7 @@ from pipeline.files import PROJECT_DIR, write_json
 from pipeline.manifests import git_commit, read_manifest
 from pipeline.progress import progress_bar
 from pipeline.sentences import SentenceDataset
+from pipeline.statistics import read_statistics
 from sae import TopKSparseAutoencoder, load_sae_model
 
 _MODEL_DIR = PROJECT_DIR / "llama_3" / "tiny_llama"
@@ -133,8 +134,7 @@ class Activations:
         self.manifest = read_manifest(folder, "sae_preprocessing.py")
         shards = [open_shard(folder / record["file"], "sae_preprocessing.py") for record in self.manifest["shards"]]
         self.acts = torch.cat([shard.get_tensor("acts") for shard in shards])  # (n, d_model) bfloat16
-        statistics = open_shard(folder / self.manifest["statistics"], "sae_preprocessing.py")
-        self.variance = float(statistics.get_tensor("var_normalized").mean())
+        self.variance = float(read_statistics(folder / self.manifest["statistics"]).var_normalized.mean())
 
     def normalized(self, acts: Tensor) -> Tensor:
         acts = acts.float()
