@@ -9,7 +9,7 @@ Cost    minutes on two cores, no network
 from embedded import recipe
 from pipeline.options import Count, parse_constants
 from pipeline.run import run
-from serving.steering import DEFAULT_STRENGTH
+from serving.modes import DEFAULT_STRENGTH
 
 RUN_DIR = "demo_run"  # folder for everything; emptied first
 NUM_SAMPLES: Count = recipe.NUM_SAMPLES  # sentences to capture
@@ -42,8 +42,9 @@ from pipeline.files import PROJECT_DIR, locked, read_json, write_json
 from pipeline.manifests import read_manifest
 from pipeline.progress import duration, progress_bar
 from sae import load_sae_model
+from serving.modes import DEFAULT_MODE
 from serving.own_words import count_hits, promotes_own_words
-from serving.steering import DEFAULT_MODE, Steering, highest_activations, make_steering
+from serving.steering import Steering, highest_activations, make_steering
 
 Times = list[tuple[str, float]]  # title of a stage, seconds
 

@@ -6,7 +6,7 @@ Writes  PARSED_RESPONSES_OUTPUT_FILEPATH, and beside it NAME.rejected.jsonl: cus
         latent that got no meaning
 Method  the last JSON object with both fields counts, however it is wrapped; backslashes that JSON does not know are
         taken literally; a certainty above 1 is a percentage. Files are read in order of their names: of two meanings
-        for one latent the later stays; a meaning stays whatever else the latent got
+        for one latent the later counts, and a meaning counts whatever else the latent got
 Cost    a minute for 65,536 answers
 
     python interpret_top_sentences_parse_responses.py --retrieved_responses_dir data/sae.mean.responses

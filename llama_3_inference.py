@@ -2,9 +2,9 @@
 
 Reads   LLAMA_MODEL_DIR; SAE_MODEL_PATH and what lies beside it. Without either: the embedded model and its SAE
 Writes  completions to the terminal, as they come; with INPUT_PATH, JSON lines to OUTPUT_PATH
-Method  steering.py says what each mode does at the SAE's site; strength 1 is a latent's highest observed activation
+Method  serving/steering.py explains the modes at the SAE's site; strength 1 is a latent's highest observed activation
 
-    python llama_3_inference.py text                            # asks for prompts, one a line; completes them together
+    python llama_3_inference.py text                       # asks for prompts, one per line; completes them together
     python llama_3_inference.py text --prompts "This function returns" "When the" --latents 747 --strengths 5
     python llama_3_inference.py chat --llama_model_dir models/llama_3.2-3B-Instruct --system "Answer in one sentence."
     python llama_3_inference.py text --input_path prompts.txt --output_path completions.jsonl
@@ -14,7 +14,7 @@ from typing import Literal
 
 from pipeline.options import Count, CountOrZero, NotNegative, Positive, Share, parse_constants
 from pipeline.run import run
-from serving.steering import DEFAULT_MODE, DEFAULT_STRENGTH, Mode
+from serving.modes import DEFAULT_MODE, DEFAULT_STRENGTH, Mode
 
 LLAMA_MODEL_DIR: str | None = None  # Llama folder; the embedded tiny Llama when not given
 DEVICE = "auto"  # auto: a GPU where there is one
@@ -34,7 +34,7 @@ SHOW_LATENTS: CountOrZero = 0  # strongest latents listed per token
 PROMPTS: list[str] = []  # text: what to complete; asked for when not given
 SYSTEM = ""  # chat: the system message
 DATE = "auto"  # chat: today's date as in "26 Jul 2024", or none; auto: that one from Llama 3.1 on, none before
-INPUT_PATH: str | None = None  # file of prompts: one a line, or .jsonl with "prompt" or "messages" in each
+INPUT_PATH: str | None = None  # file of prompts: one per line, or .jsonl with "prompt" or "messages" in each
 OUTPUT_PATH: str | None = None  # JSON lines with the completions of INPUT_PATH
 BATCH_SIZE: Count = 8  # prompts completed together
 MAX_NEW_TOKENS: Count = 64  # tokens to add
@@ -74,7 +74,7 @@ def text_session(session: Session, prompts: list[str]) -> None:
     """Complete the prompts; without any, those that are piped in or typed."""
     if prompts or not sys.stdin.isatty():
         return complete_texts(session, prompts or prompts_in(sys.stdin))
-    print("Write one prompt a line; an empty line completes them together. Ctrl-C stops a completion, Ctrl-D leaves.")
+    print("Write one prompt per line; an empty line completes them together. Ctrl-C stops a completion, Ctrl-D leaves.")
     line: str | None = ""
     while line is not None:
         if line := ask():

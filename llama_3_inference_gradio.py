@@ -3,7 +3,7 @@
 Reads   LLAMA_MODEL_DIR; SAE_MODEL_PATH and what lies beside it. Without either: the embedded model and its SAE.
         With a model and no SAE: a plain page to complete and chat
 Writes  nothing; serves on HOST:PORT until Ctrl-C
-Method  steering.py says what each mode does; strength 1 is a latent's highest observed activation. Requests share the
+Method  serving/steering.py explains the modes; strength 1 is a latent's highest observed activation. Requests share the
         model and the SAE alone: latents, strengths and dialogues belong to the browser window that set them
 
     python llama_3_inference_gradio.py
@@ -80,6 +80,7 @@ import torch
 from latents.index import SORTS, LatentIndex, Sort
 from llama_3.chat import Message, check_chat
 from pipeline.errors import InputError
+from serving.modes import DEFAULT_MODE, DEFAULT_STRENGTH, MODES
 from serving.page_html import (
     clicked,
     completions_html,
@@ -94,7 +95,7 @@ from serving.page_html import (
 )
 from serving.requests import Limits, Look, Served, at_most_every, chat, completions, look_at, prompts_of
 from serving.steered_model import ModelChoice, Sampling, open_model, taken_from
-from serving.steering import DEFAULT_MODE, DEFAULT_STRENGTH, MODES, Steering, check_latents
+from serving.steering import Steering, check_latents
 
 Values = dict[Any, Any]  # what the components of a browser window hold
 
@@ -294,7 +295,7 @@ def complete_tab(served: Served, panel: Panel | None) -> None:
         _EXAMPLES if served.opened.choice.is_embedded else _OTHER_EXAMPLES,
         lines=3,
         max_lines=8,
-        label=f"Prompts, one a line, at most {served.limits.max_prompts}",
+        label=f"Prompts, one per line, at most {served.limits.max_prompts}",
     )
     sampling = sampling_inputs(served)
     with gr.Row(elem_classes="buttons"):

@@ -218,8 +218,8 @@ def check_same(model: Transformer, peer: Any, tokenizer: Tokenizer, sentences: S
     tokens = torch.tensor([next(ids for ids in map(tokenizer.encode, sentences) if len(ids) > 8)], device=model.device)
     peer(tokens)
     hook.remove()
-    mine = model.activations(tokens, f"layers.{layer}.attention_norm")
-    error = (mine - captured[0]).float().norm() / mine.float().norm()
+    ours = model.activations(tokens, f"layers.{layer}.attention_norm")
+    error = (ours - captured[0]).float().norm() / ours.float().norm()
     if not error < (1e-4 if model.dtype == torch.float32 else 0.05):
         raise InputError(f"transformers' activations differ by {error:.2g} of their norm; fix the benchmark.")
 

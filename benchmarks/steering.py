@@ -23,7 +23,7 @@ import common  # noqa: F401 (puts the project on sys.path)
 from pipeline.files import PROJECT_DIR
 from pipeline.options import Count, NotNegative, Share, parse_constants
 from pipeline.run import run
-from serving.steering import Mode
+from serving.modes import Mode
 
 SAE_MODEL_PATH = str(PROJECT_DIR / "llama_3" / "tiny_llama" / "sae.pth")  # the SAE
 OUTPUT_DIR = "data/benchmark_steering"  # folder for the results

@@ -21,9 +21,9 @@ import torch
 from embedded.places import text_at
 from latents.cards import Card, CardSentence
 from latents.meanings import Meaning, best_meanings
-from latents.origin import read_info, source_of
+from latents.origin import read_info, source_of, tokenizer_of
 from latents.tables import LATENTS, PROMOTED, TOP, Aggregation, Table, TopFile
-from llama_3 import load_model, load_tokenizer
+from llama_3 import load_model
 from llama_3.model import Transformer
 from llama_3.tokenizer import TextStream, Tokenizer
 from pipeline.errors import InputError
@@ -34,6 +34,7 @@ Sort = Literal["certainty", "score", "frequency", "latent"]  # orders of the lis
 SORTS: tuple[Sort, ...] = get_args(Sort)
 
 _AGGREGATION: Aggregation = "max"  # whose top sentences a card shows
+_OPTION = "the page's --llama_model_dir"  # by which a user names the model's folder
 _PROMOTED = ("tokens", "scores"), ("suppressed_tokens", "suppressed_scores")
 
 
@@ -259,18 +260,14 @@ class LatentIndex:
         if self._given.tokenizer is not None:
             return self._given.tokenizer
         try:
-            return load_tokenizer(self._model_dir)
+            return tokenizer_of(source_of(self.sae_path), None, _OPTION)
         except InputError as error:
             self.missing.append(f"No sentences without the model's tokenizer: {error}")
             return None
 
     @cached_property
-    def _model_dir(self) -> str:
-        return source_of(self.sae_path).model_dir(option="the page's --llama_model_dir")
-
-    @cached_property
     def _model_and_sae(self) -> tuple[Transformer, TopKSparseAutoencoder]:
-        model = self._given.model or load_model(self._model_dir)
+        model = self._given.model or load_model(source_of(self.sae_path).model_dir(option=_OPTION))
         return model, self._given.sae or load_sae_model(self.sae_path, model.device)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from latents.meanings import is_embedded
 from llama_3 import load_tokenizer
-from llama_3.checkpoint import TINY_LLAMA_DIR
+from llama_3.checkpoint import TINY_LLAMA_DIR, check_files, find_checkpoint
 from llama_3.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.files import read_json
@@ -31,5 +31,12 @@ def source_of(sae_path: str | Path) -> Source:
 
 
 def tokenizer_of(source: Source, given: str | None, option: str) -> Tokenizer:
-    """The tokenizer in the model's folder. A folder `given` by the option may hold the tokenizer alone."""
-    return load_tokenizer(given or source.model_dir(option=option))
+    """The tokenizer of the model. Its folder may hold the tokenizer alone; weights beside it must be the model's."""
+    folder = source.folder("model_dir", given, option)
+    tokenizer = load_tokenizer(folder)
+    try:
+        check_files(find_checkpoint(folder).weights)
+    except InputError:
+        return tokenizer
+    source.check_model(folder, option)
+    return tokenizer

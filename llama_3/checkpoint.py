@@ -90,6 +90,7 @@ def check_files(paths: Sequence[str]) -> None:
 def checkpoint_identity(model_dir: str) -> dict[str, Any]:
     """What tells one checkpoint from another without reading all of it (`sample_sha256`). `name` is the folder's."""
     found = find_checkpoint(model_dir)
+    check_files(found.weights)
     return {
         "name": blobfile.basename(str(model_dir).rstrip("/")),
         "params_sha256": hashlib.sha256(blobfile.read_text(found.config_path).encode()).hexdigest(),

@@ -13,7 +13,7 @@ from pipeline.errors import InputError
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
-    """One token a row: nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751) with given random numbers.
+    """One token per row: nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751) with given random numbers.
 
     logits: (batch, vocab_size); uniform: (batch,) in [0, 1). Returns (batch,). temperature 0 takes the largest logit.
     """
@@ -41,7 +41,7 @@ def generate(
 ) -> Iterator[list[int | None]]:
     """Stream the next token of every prompt, None for one that has stopped.
 
-    prompts: token ids, of any lengths, each at least one. seeds: one a prompt; a prompt's samples depend on its seed,
+    prompts: token ids, of any lengths, each at least one. seeds: one per prompt; a prompt's samples depend on its seed,
     not on its neighbours. steering: for `model.intervene`, in force in this call only.
     Raises InputError where the longest prompt and the new tokens do not fit the model's context.
     """

@@ -86,7 +86,7 @@ def read_prompts(path: str, command: Command) -> list[tuple[int, dict[str, Any]]
             raise InputError(f"{path}, line {number} is not {wanted[command]}; correct it.")
         rows.append((number, row))
     if not rows:
-        raise InputError(f"{path} holds no prompts; write one a line.")
+        raise InputError(f"{path} holds no prompts; write one per line.")
     return rows
 
 

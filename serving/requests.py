@@ -65,7 +65,7 @@ def prompts_in(lines: Iterable[str]) -> list[str]:
 
 
 def prompts_of(served: Served, text: str) -> list[str]:
-    """The prompts, one a line. Raises InputError where there are none, too many, or too long ones."""
+    """The prompts, one per line. Raises InputError where there are none, too many, or too long ones."""
     prompts = prompts_in(text.split("\n"))
     if not prompts:
         raise InputError("There is no prompt; write at least one line.")

@@ -51,7 +51,7 @@ class ModelChoice:
         return self.llama_model_dir or TINY_LLAMA_DIR
 
     def about_sae(self) -> dict[str, Any]:
-        """What is said of the SAE: it must not contradict its JSON, and stands for one that is missing."""
+        """What the options state of the SAE: it must not contradict its JSON, and replaces a missing one."""
         facts = {name: getattr(self, name) for name in ("k", "normalize_eps", "rope_scaling_factor")}
         if self.sae_layer_idx is not None:
             facts["site"] = f"layers.{self.sae_layer_idx}.attention_norm"

@@ -18,7 +18,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,17 +28,7 @@ from llama_3.model import Intervention
 from pipeline.errors import InputError
 from pipeline.sae_files import SaeFiles
 from sae import TopKSparseAutoencoder
-
-Mode = Literal["h_bias", "add", "clamp", "scale", "ablate"]
-MODES: dict[Mode, str] = {
-    "h_bias": "add strength x its highest activation to the latent before TopK",
-    "add": "add strength x its highest activation x the latent's direction to every token",
-    "clamp": "set the latent to strength x its highest activation on every token",
-    "scale": "multiply the latent by the strength where it fires; 1 changes nothing",
-    "ablate": "set the latent to 0; the strength does not matter",
-}
-DEFAULT_MODE: Mode = "add"  # these two: the best of benchmarks/steering.py on the reference SAE
-DEFAULT_STRENGTH = 4.0  # in multiples of the latent's highest activation
+from serving.modes import DEFAULT_MODE, MODES, Mode
 
 
 class Steering(NamedTuple):

@@ -22,8 +22,9 @@ from llama_3.generation import complete, generate, sample, stream_chat, stream_t
 from llama_3.model import Intervention
 from pipeline.errors import InputError
 from sae import TopKSparseAutoencoder, save_sae
+from serving.modes import DEFAULT_STRENGTH
 from serving.steered_model import open_model
-from serving.steering import DEFAULT_STRENGTH, Steering, make_steering, steering_function
+from serving.steering import Steering, make_steering, steering_function
 
 N_LATENTS, K = 50, 4
 PROMPTS = [

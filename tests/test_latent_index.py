@@ -7,6 +7,7 @@ import html
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -26,9 +27,9 @@ from latents.cards import card_html, tokens_html
 from latents.index import SORTS, LatentIndex, pieces
 from latents.meanings import best_meanings
 from llama_3 import load_tokenizer
-from llama_3.checkpoint import TINY_LLAMA_DIR
+from llama_3.checkpoint import TINY_LLAMA_DIR, checkpoint_identity
 from pipeline.errors import InputError
-from pipeline.files import PROJECT_DIR
+from pipeline.files import PROJECT_DIR, write_json
 from pipeline.sentences import SentenceDataset
 
 REFERENCE = f"{TINY_LLAMA_DIR}/sae.pth"
@@ -199,6 +200,27 @@ def test_no_tokenizer_no_sentences(tmp_path, tiny_model_dir, tokenizer):
     index = LatentIndex(path)
     assert index.card(0).sentences == [] and "tokenizer" in index.missing[-1]
     assert len(LatentIndex(path, tokenizer).card(0).sentences) == 4
+
+
+def test_the_model_is_found_beside_the_sae_and_compared(tmp_path, tiny_model_dir, tokenizer, monkeypatch):
+    path = write_latents(tmp_path / "sae", tiny_model_dir, tokenizer)
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    identity = checkpoint_identity(str(tiny_model_dir))
+
+    def n_sentences(model: dict) -> int:
+        info = json.loads(path.with_suffix(".json").read_text())
+        moved = {"model_dir": "../model", "absolute": {"model_dir": "/nowhere"}, "model": model}
+        write_json(path.with_suffix(".json"), info | moved)
+        index = LatentIndex("sae.pth")
+        n = len(index.card(0).sentences)
+        assert n or "is not the model of" in index.missing[-1]
+        return n
+
+    monkeypatch.chdir(path.parent)
+    assert n_sentences(identity) == 4
+    assert n_sentences(identity | {"weights_sha256": "another"}) == 0
+    (tmp_path / "model" / "consolidated.00.pth").unlink()  # the tokenizer alone is enough
+    assert n_sentences(identity) == 4
 
 
 def test_cards_opened_at_once_are_each_their_own(index):

@@ -28,9 +28,10 @@ from llama_3.chat import Message
 from llama_3.checkpoint import TINY_LLAMA_DIR
 from llama_3.generation import stream_chat
 from sae import load_sae_model
+from serving.modes import DEFAULT_STRENGTH
 from serving.requests import Limits
 from serving.steered_model import ModelChoice, taken_from
-from serving.steering import DEFAULT_STRENGTH, Steering, highest_activations, make_steering
+from serving.steering import Steering, highest_activations, make_steering
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -185,7 +186,7 @@ def status(window, text: str):
 
 def complete(window, prompts: list[str], n: int, **numbers):
     """Ask for completions and wait for them: {"clean": [...], "steered": [...]} with their prompts."""
-    field(window, re.compile("Prompts, one a line")).fill("\n".join(prompts))
+    field(window, re.compile("Prompts, one per line")).fill("\n".join(prompts))
     set_slider(window, "Tokens", n)
     for label, value in numbers.items():
         if label == "Seed":
@@ -321,7 +322,7 @@ def test_look_inside(visit, address, alone):
     tab(window, "Look inside")
     window.locator(".strongest .actions a").nth(3).click()  # the second latent steers
     window.locator(f".slot a[href='#card-{shown[1]}']").wait_for()
-    field(window, re.compile("Prompts, one a line")).wait_for()
+    field(window, re.compile("Prompts, one per line")).wait_for()
 
 
 @needs_browser
@@ -368,7 +369,7 @@ def test_latents(visit, address, alone):
     assert f"{alone.highest[other]:.2f}" in shown and known.meaning in shown
     window.get_by_text("Steer with this latent").click()
     window.locator(f".slot a[href='#card-{other}']").wait_for()
-    field(window, re.compile("Prompts, one a line")).wait_for()
+    field(window, re.compile("Prompts, one per line")).wait_for()
 
 
 @needs_browser

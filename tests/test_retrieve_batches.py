@@ -1,6 +1,6 @@
 """The retrieve script against a local server: whole batches only, whatever kills it; what it says of them.
 
-Compares the answer files with the server's results. The machinery itself is tested in test_message_batches.py.
+Compares the answer files with the server's results. The machinery itself is tested in test_claude_batches.py.
 
 .venv/bin/python -m pytest tests/test_retrieve_batches.py
 """

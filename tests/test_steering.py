@@ -26,15 +26,8 @@ from llama_3.generation import generate
 from llama_3.model import SITES, Intervention
 from pipeline.errors import InputError
 from sae import load_sae_model
-from serving.steering import (
-    DEFAULT_STRENGTH,
-    MODES,
-    Steering,
-    check_latents,
-    highest_activations,
-    make_steering,
-    steering_function,
-)
+from serving.modes import DEFAULT_STRENGTH, MODES
+from serving.steering import Steering, check_latents, highest_activations, make_steering, steering_function
 
 D, N, K = 8, 20, 5
 HIGHEST = torch.linspace(0.5, 3.0, N)

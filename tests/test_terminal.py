@@ -33,8 +33,9 @@ from llama_3.checkpoint import TINY_LLAMA_DIR
 from llama_3.generation import stream_chat
 from sae import load_sae_model
 from serving import prompt_files
+from serving.modes import DEFAULT_MODE, DEFAULT_STRENGTH
 from serving.steered_model import latent_meanings
-from serving.steering import DEFAULT_MODE, DEFAULT_STRENGTH, Steering, highest_activations, make_steering
+from serving.steering import Steering, highest_activations, make_steering
 
 SCRIPT = inference.__file__
 LATENT = 747  # named state; steering changes every text here
