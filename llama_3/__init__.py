@@ -1,6 +1,6 @@
 """A hand-written Llama 3: `load_model(model_dir)`, `load_tokenizer(model_dir)`. torch is imported on first use."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama_3.loading import load_model
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 __all__ = ["load_model", "load_tokenizer"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "load_model":
         from llama_3.loading import load_model
 

@@ -10,10 +10,12 @@ vocabulary skip where its file, which is not in the repository, is absent.
 import base64
 import json
 import re
+import tempfile
 import time
 from functools import cache
 
 import pytest
+import tokenizers
 from conftest import PROJECT_DIR, TINY_MERGES, tiny_ranks
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from support.llama_chat_examples import EXAMPLES, Special
 
 from llama_3 import load_tokenizer
 from llama_3.chat import Message, check_chat, encode_dialogue
+from llama_3.generation import encode_text
 from llama_3.tokenizer import (
     MAX_CHARS,
     MAX_RUN_CHARS,
@@ -166,6 +169,20 @@ def test_tokenizer_json_knows_its_special_tokens(same_in_json, with_metaspace):
     assert same_in_json.stop_ids == TINY.stop_ids | {7}
     assert (with_metaspace.bos_id, with_metaspace.eos_id, with_metaspace.starts_with_bos) == (1, 2, False)
     assert with_metaspace.stop_ids == {2}
+
+
+def test_a_model_without_begin_and_end_of_text(with_metaspace):
+    """Neither the template nor config.json names them: nothing is put where they would stand."""
+    library = tokenizers.Tokenizer.from_str(with_metaspace.model.to_str())
+    with tempfile.TemporaryDirectory() as folder:
+        library.save(f"{folder}/tokenizer.json")
+        without = JsonTokenizer(f"{folder}/tokenizer.json", bos_id=None, eos_ids=None)
+    assert (without.bos_id, without.eos_id, without.starts_with_bos) == (None, None, False)
+    assert without.encode("the", bos=True, eos=True) == with_metaspace.encode("the") == encode_text(without, "the")
+    with pytest.raises(InputError, match="no begin-of-text token, so it cannot begin without a prompt"):
+        encode_text(without, "")
+    with pytest.raises(IndexError, match="no token 99999"):
+        without.token_bytes(99_999)
 
 
 @given(texts)
