@@ -1,0 +1,233 @@
+"""GGUF files of the Llama architecture: what their metadata says of the model and of its tokenizer. Needs no torch.
+
+Format: the `gguf` package reads it. Weights: llama_3/loading.py. Names of keys and of pre-tokenizers, and what each of them
+does: llama.cpp's constants and its src/llama-vocab.cpp.
+"""
+
+import functools
+import os
+import re
+from typing import Any, NamedTuple
+
+import gguf
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from pipeline.errors import InputError
+
+# Kinds of token in tokenizer.ggml.token_type.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+
+
+class Gguf(NamedTuple):
+    """One file: its metadata, and its tensors as the library maps them."""
+
+    path: str
+    metadata: dict[str, Any]
+    tensors: dict[str, gguf.ReaderTensor]
+
+    def need(self, key: str) -> Any:
+        """A value of the metadata. Raises InputError where there is none."""
+        if key not in self.metadata:
+            raise InputError(f"{self.path} does not say {key}; convert the model again.")
+        return self.metadata[key]
+
+
+def read_gguf(path: str) -> Gguf:
+    """Open a GGUF file of the Llama architecture. Raises InputError for any other file.
+
+    Takes seconds for a vocabulary of 128,000, so that the last files stay open.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); GGUF files are read from a local disk.") from None
+    return _read_gguf(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(2)
+def _read_gguf(path: str, _size: int, _modified_ns: int) -> Gguf:
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise InputError(f"{path} is not a GGUF file; fetch it again.")
+    try:
+        reader = gguf.GGUFReader(path)
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+    except Exception as error:  # whatever the library meets in a damaged file
+        raise InputError(f"{path} is truncated or damaged ({_line(error)}); fetch it again.") from None
+    if re.search(r"-\d{5}-of-\d{5}\.gguf$", path) or metadata.get("split.count", 1) > 1:
+        raise InputError(f"{path} is one part of a split model; join the parts with llama-gguf-split --merge.")
+    if (architecture := metadata.get("general.architecture")) != "llama":
+        raise InputError(f"{path} holds a model of architecture {architecture}; only llama is read here.")
+    return Gguf(path, metadata, tensors)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def gguf_args(file: Gguf) -> dict[str, Any]:
+    """Keyword arguments of llama_3.model.ModelArgs."""
+    need, metadata = file.need, file.metadata
+    n_heads, dim = need("llama.attention.head_count"), need("llama.embedding_length")
+    kind = metadata.get("llama.rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise InputError(f"{file.path} scales RoPE by {kind}, which is not supported; use another model.")
+    if metadata.get("llama.expert_count", 0):
+        raise InputError(f"{file.path} is a mixture of experts, which is not supported; use another model.")
+    args = {
+        "dim": dim,
+        "n_layers": need("llama.block_count"),
+        "n_heads": n_heads,
+        "n_kv_heads": metadata.get("llama.attention.head_count_kv", n_heads),
+        "vocab_size": int(_tensor(file, "token_embd.weight").shape[1]),
+        "hidden_dim": need("llama.feed_forward_length"),
+        "head_dim": metadata.get("llama.attention.key_length", dim // n_heads),
+        "norm_eps": round(need("llama.attention.layer_norm_rms_epsilon"), 12),  # a float32
+        "rope_theta": metadata.get("llama.rope.freq_base", 10000.0),
+        "max_seq_len": need("llama.context_length"),
+    }
+    if kind == "linear":
+        args |= {"rope_scaling_factor": need("llama.rope.scaling.factor"), "rope_original_context": 0}
+    if "rope_freqs.weight" in file.tensors:  # Llama 3.1 and later: the whole of their scaling
+        args["rope_divisors"] = tuple(map(float, file.tensors["rope_freqs.weight"].data))
+    return args
+
+
+def _tensor(file: Gguf, name: str) -> gguf.ReaderTensor:
+    if name not in file.tensors:
+        raise InputError(f"{file.path} lacks the tensor {name}; it is not a whole model.")
+    return file.tensors[name]
+
+
+# ---- tokenizers
+
+_LLAMA_3 = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CHINESE_KOREAN = "[一-龥ࠀ-一가-퟿]+"
+_CASED = r"[\p{Lu}\p{Ll}\p{Lt}]"  # letters of scripts with upper and lower case
+
+
+class PreTokenizer(NamedTuple):
+    """How a byte-level BPE cuts a text into pieces before it merges: by each pattern in turn."""
+
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False  # a piece that is a token is taken whole
+    add_bos: bool = False  # where the metadata does not say
+
+
+_LIKE_LLAMA_3 = PreTokenizer((_LLAMA_3,), ignore_merges=True, add_bos=True)
+_DIGIT_BY_DIGIT = PreTokenizer((r"\p{N}", _GPT_2))
+PRE_TOKENIZERS = {
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _LIKE_LLAMA_3),
+    **dict.fromkeys(("smaug-bpe", "dbrx"), PreTokenizer((_LLAMA_3,))),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGIT_BY_DIGIT
+    ),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais"), PreTokenizer((_GPT_2,))),
+    "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
+    "qwen2": PreTokenizer((_LLAMA_3.replace("{1,3}", ""),)),
+    "deepseek-llm": PreTokenizer(
+        (
+            "[\r\n]",
+            rf"\s?{_CASED}+",
+            r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+            r"\s+$",
+            _CHINESE_KOREAN,
+            r"\p{N}+",
+        )
+    ),
+    "deepseek-coder": PreTokenizer(("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CHINESE_KOREAN, r"\p{N}")),
+}
+
+
+class GgufTokenizer(NamedTuple):
+    """What llama_3.tokenizer makes a tokenizer of."""
+
+    model: tokenizers.Tokenizer
+    bos_id: int | None
+    add_bos: bool
+    eos_ids: list[int]  # of a text, of a turn, of a message: those that the file names
+
+
+def gguf_tokenizer(file: Gguf) -> GgufTokenizer:
+    """The tokenizer in a file's metadata. Raises InputError for a kind that is not known here."""
+    kind = file.need("tokenizer.ggml.model")
+    metadata, tokens = file.metadata, file.need("tokenizer.ggml.tokens")
+    types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    if kind == "gpt2":
+        pre = metadata.get("tokenizer.ggml.pre", "absent")
+        if pre not in PRE_TOKENIZERS:
+            raise InputError(
+                f"{file.path} has the pre-tokenizer {pre}, which is not known here ({', '.join(PRE_TOKENIZERS)}); use "
+                "another model, or the Hugging Face folder of this one."
+            )
+        model, add_bos, bos_id = _byte_level(file, PRE_TOKENIZERS[pre], tokens), PRE_TOKENIZERS[pre].add_bos, None
+    elif kind == "llama":
+        model, add_bos, bos_id = _sentence_piece(file, tokens, types), True, 1
+    else:
+        raise InputError(f"{file.path} has a tokenizer of kind {kind}, which is not known here; use another model.")
+    added = [
+        AddedToken(token, special=type_ == _CONTROL, normalized=False)
+        for token, type_ in zip(tokens, types, strict=True)
+        if type_ in (_CONTROL, _USER_DEFINED)
+    ]
+    model.add_tokens([token for token in added if not token.special])
+    model.add_special_tokens([token for token in added if token.special])
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return GgufTokenizer(
+        model,
+        metadata.get("tokenizer.ggml.bos_token_id", bos_id),
+        metadata.get("tokenizer.ggml.add_bos_token", add_bos),
+        [i for i in dict.fromkeys(ends) if i is not None],
+    )
+
+
+def _byte_level(file: Gguf, pre: PreTokenizer, tokens: list[str]) -> tokenizers.Tokenizer:
+    """A byte-level BPE: bytes written as GPT-2 writes them."""
+    merges = [tuple(merge.split(" ", 1)) for merge in file.need("tokenizer.ggml.merges")]
+    model = tokenizers.Tokenizer(BPE(_vocabulary(tokens), merges, ignore_merges=pre.ignore_merges))
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    model.decoder = decoders.ByteLevel()
+    return model
+
+
+def _sentence_piece(file: Gguf, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+    """SentencePiece's BPE, which joins the pair whose piece has the highest score: as merges, best piece first."""
+    scores = file.need("tokenizer.ggml.scores")
+    vocabulary = _vocabulary(tokens)
+    pieces = [i for i, type_ in enumerate(types) if type_ in (_NORMAL, _USER_DEFINED, _UNUSED)]
+    merges = [
+        (token[:cut], token[cut:])
+        for token in sorted((tokens[i] for i in pieces), key=lambda token: (-scores[vocabulary[token]], token))
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    unknown = tokens[types.index(_UNKNOWN)] if _UNKNOWN in types else None
+    model = tokenizers.Tokenizer(BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    prefix = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    steps = [normalizers.Replace(" ", "▁")]
+    model.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *steps] if prefix else steps)
+    model.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + ([decoders.Strip(" ", 1, 0)] if prefix else [])
+    )
+    return model
+
+
+def _vocabulary(tokens: list[str]) -> dict[str, int]:
+    """Token -> id; of two of one name the first."""
+    return {token: i for i, token in reversed(list(enumerate(tokens)))}
