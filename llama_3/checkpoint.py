@@ -1,4 +1,4 @@
-"""A Llama folder's files: which there are, in which format, and which model they hold. Needs no torch."""
+"""A model's files: which there are, in which format, and which model they hold. Needs no torch."""
 
 import hashlib
 import json
@@ -19,17 +19,17 @@ class Checkpoint(NamedTuple):
     """Where a model's files are, and what its params.json or config.json holds."""
 
     folder: str
-    config_path: str
-    config: dict[str, Any]
+    config_path: str  # of a GGUF file itself
+    config: dict[str, Any]  # of a GGUF file its metadata
     weights: list[str]  # paths
-    format: Literal["meta", "hugging face"]  # llama_3.loading.READERS has one for each
+    format: Literal["meta", "hugging face", "gguf"]  # llama_3.loading.READERS has one for each
 
 
 def find_checkpoint(model_dir: str) -> Checkpoint:
-    """The files of a Llama folder of any format. Raises InputError when there is none."""
+    """The files of a Llama folder of any format, or of a GGUF file. Raises InputError when there is none."""
     model_dir = str(model_dir)
     names = sorted(blobfile.listdir(model_dir)) if blobfile.isdir(model_dir) else []
-    for find in (_find_hugging_face, _find_meta):
+    for find in (_find_hugging_face, _find_meta, _find_gguf):
         if found := find(model_dir, names):
             return found
     inside = lambda name: blobfile.join(model_dir, name)
@@ -38,8 +38,8 @@ def find_checkpoint(model_dir: str) -> Checkpoint:
     if "consolidated.00.pth" in names:
         raise InputError(f"There is no params.json beside {inside('consolidated.00.pth')}; fetch it as well.")
     raise InputError(
-        f"There is no model at {model_dir}: neither params.json (Meta's format) nor config.json (Hugging Face's) is "
-        "there; name a Llama folder, or fetch one with fetch_model.py."
+        f"There is no model at {model_dir}: neither params.json (Meta's format) nor config.json (Hugging Face's) nor a "
+        ".gguf file is there; name a Llama folder, or fetch one with fetch_model.py."
     )
 
 
@@ -70,6 +70,30 @@ def _find_meta(model_dir: str, names: list[str]) -> Checkpoint | None:
     return None
 
 
+def _find_gguf(model_dir: str, _names: list[str]) -> Checkpoint | None:
+    if (path := gguf_path(model_dir)) is None:
+        return None
+    from llama_3.gguf import read_gguf
+
+    return Checkpoint(blobfile.dirname(path), path, read_gguf(path).metadata, [path], "gguf")
+
+
+def gguf_path(model_dir: str) -> str | None:
+    """The GGUF file that is meant: `model_dir` itself, or the only one of a folder without another format.
+
+    Raises InputError where there are several.
+    """
+    if model_dir.endswith(".gguf"):
+        return model_dir
+    names = sorted(blobfile.listdir(model_dir)) if blobfile.isdir(model_dir) else []
+    found = [name for name in names if name.endswith(".gguf")]
+    if not found or {"config.json", "params.json"} & set(names):
+        return None
+    if len(found) > 1:
+        raise InputError(f"{model_dir} holds several GGUF files ({', '.join(found)}); name one of them.")
+    return blobfile.join(model_dir, found[0])
+
+
 def read_json(path: str) -> dict[str, Any]:
     try:
         with blobfile.BlobFile(path, "r") as file:
@@ -88,12 +112,19 @@ def check_files(paths: Sequence[str]) -> None:
 
 
 def checkpoint_identity(model_dir: str) -> dict[str, Any]:
-    """What tells one checkpoint from another without reading all of it (`sample_sha256`). `name` is the folder's."""
+    """What tells one checkpoint from another without reading all of it (`sample_sha256`).
+
+    `name` is the folder's, or the GGUF file's without its ending.
+    """
     found = find_checkpoint(model_dir)
     check_files(found.weights)
+    if found.format == "gguf":
+        params = json.dumps({name: found.config[name] for name in sorted(found.config) if name.startswith("llama.")})
+    else:
+        params = blobfile.read_text(found.config_path)
     return {
-        "name": blobfile.basename(str(model_dir).rstrip("/")),
-        "params_sha256": hashlib.sha256(blobfile.read_text(found.config_path).encode()).hexdigest(),
+        "name": blobfile.basename(str(model_dir).rstrip("/")).removesuffix(".gguf"),
+        "params_sha256": hashlib.sha256(params.encode()).hexdigest(),
         "weights_bytes": sum(blobfile.stat(path).size for path in found.weights),
         "weights_sha256": sample_sha256(found.weights),
     }

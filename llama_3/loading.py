@@ -1,8 +1,10 @@
-"""Open checkpoints: Llama folders in Meta's format and in Hugging Face's.
+"""Open checkpoints: Llama folders in Meta's format and in Hugging Face's, and GGUF files.
 
 Meta          params.json, consolidated.00.pth, tokenizer.model; also inside `original/`, where Meta's repositories
               on the hub keep them
 Hugging Face  config.json, model.safetensors or model-*.safetensors (with or without an index), tokenizer.json
+
+GGUF          one file, alone or in a folder: weights in any of the types that the gguf package reads, and the tokenizer
 
 Any model of the Llama architecture will do: Llama 3.x, SmolLM2, TinyLlama. Paths may be local, `gs://` or `az://`
 (blobfile). Local weights are mapped, not read: tensors already in the wanted dtype stay on disk until they are used.
@@ -15,12 +17,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import blobfile
+import gguf
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from llama_3.checkpoint import TINY_LLAMA_DIR, Checkpoint, check_files, find_checkpoint
+from llama_3.gguf import gguf_args, read_gguf
 from llama_3.model import ModelArgs, Transformer, hidden_dim
 from llama_3.packed import PackedLinear
 from pipeline.errors import InputError
@@ -51,14 +56,56 @@ HF_NAMES = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+# GGUF's, without `blk.N.` and `.weight`.
+GGUF_NAMES = {
+    "token_embd": "tok_embeddings",
+    "output_norm": "norm",
+    "output": "output",
+    "attn_q": "attention.wq",
+    "attn_k": "attention.wk",
+    "attn_v": "attention.wv",
+    "attn_output": "attention.wo",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_down": "feed_forward.w2",
+    "ffn_up": "feed_forward.w3",
+    "attn_norm": "attention_norm",
+    "ffn_norm": "ffn_norm",
+}
 # Tables that older checkpoints carry; they follow from the parameters.
 IGNORED = re.compile(r"rope\.freqs|(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+class Quantized(NamedTuple):
+    """A tensor of a GGUF file, in one of llama.cpp's types; converted when it is asked for."""
+
+    source: gguf.ReaderTensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(int(n) for n in reversed(self.source.shape))
+
+    def numel(self) -> int:
+        return int(self.source.n_elements)
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The tensor in `dtype`, on the CPU; rows are converted a few at a time, so that no second copy is made."""
+        out = torch.empty(self.shape, dtype=dtype)
+        rows, stored = out.view(-1, self.shape[-1]), self.source.data
+        stored = stored.reshape(len(rows), -1)
+        step = max(1, _CONVERTED_AT_ONCE // self.shape[-1])
+        for first in range(0, len(rows), step):
+            part = gguf.quants.dequantize(stored[first : first + step], self.source.tensor_type)
+            rows[first : first + step] = torch.from_numpy(np.require(part, np.float32, ["C", "W"]))
+        return out
+
+
+_CONVERTED_AT_ONCE = 2**21  # elements
 
 
 class Loaded(NamedTuple):
     """A tensor as it lies in its file."""
 
-    tensor: Tensor
+    tensor: Tensor | Quantized
     name: str  # its name there
     path: str
 
@@ -73,7 +120,7 @@ def read_params(model_dir: str, rope_scaling_factor: float | None = None) -> Mod
 
 def model_args(found: Checkpoint, rope_scaling_factor: float | None = None) -> ModelArgs:
     try:
-        args = READERS[found.format].args(found.config)
+        args = READERS[found.format].args(found)
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "head_dim"):
             if not isinstance(args[name], int) or args[name] < 1:
                 raise ValueError(f"{name} = {args[name]!r}")
@@ -84,7 +131,8 @@ def model_args(found: Checkpoint, rope_scaling_factor: float | None = None) -> M
         raise InputError(f"{found.config_path} does not describe a Llama model ({error!r}); fetch it again.") from None
 
 
-def _meta_args(params: dict[str, Any]) -> dict[str, Any]:
+def _meta_args(found: Checkpoint) -> dict[str, Any]:
+    params = found.config
     scaled = bool(params.get("use_scaled_rope", False))
     known = ROPE_SCALING_FACTORS.get((params["dim"], params["n_layers"]), 8.0)
     return {
@@ -102,7 +150,8 @@ def _meta_args(params: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _hugging_face_args(config: dict[str, Any]) -> dict[str, Any]:
+def _hugging_face_args(found: Checkpoint) -> dict[str, Any]:
+    config = found.config
     for name, expected in {"model_type": "llama", "hidden_act": "silu"}.items():
         if config.get(name, expected) != expected:
             raise ValueError(f"{name} is {config[name]!r}, not {expected!r}")
@@ -162,16 +211,22 @@ def load_model(
     loaded = reader.weights(found)
     _check(loaded, expected, found)
     output, embedding = loaded["output.weight"].tensor, loaded["tok_embeddings.weight"].tensor
-    tied = output.data_ptr() == embedding.data_ptr()
+    tied = output is embedding or (
+        isinstance(output, Tensor) and isinstance(embedding, Tensor) and output.data_ptr() == embedding.data_ptr()
+    )
     packed = packed and PackedLinear.can(device, dtype)
     state = {}
     for name in sorted(expected, key=lambda name: loaded[name].tensor.numel()):
         tensor, _, path = loaded[name]
+        if isinstance(tensor, Quantized):
+            if tied and name == "output.weight" and not packed:
+                continue
+            tensor, path = tensor.read(dtype), None
         if reader.rotates_halves and name.endswith((".wq.weight", ".wk.weight")):
             tensor = tensor.unflatten(0, (-1, 2, args.head_dim // 2)).transpose(1, 2)
         layer = name.removesuffix(".weight")
         if packed and isinstance(model.get_submodule(layer), nn.Linear):
-            linear = PackedLinear(tensor, dtype, in_file=not _is_remote(path))
+            linear = PackedLinear(tensor, dtype, in_file=path is not None and not _is_remote(path))
             model.set_submodule(layer, linear)
             model.to_pack.append(linear)
         elif packed and name == "tok_embeddings.weight":
@@ -226,6 +281,34 @@ def _read_hugging_face(found: Checkpoint) -> dict[str, Loaded]:
     return loaded
 
 
+def _gguf_args(found: Checkpoint) -> dict[str, Any]:
+    return gguf_args(read_gguf(found.config_path))
+
+
+def _read_gguf(found: Checkpoint) -> dict[str, Loaded]:
+    """The tensors of a GGUF file under Meta's names; rows of wq and wk are in Meta's order there."""
+    (path,) = found.weights
+    tensors = read_gguf(path).tensors
+    for name, tensor in {tensor.tensor_type: (name, tensor) for name, tensor in tensors.items()}.values():
+        try:
+            gguf.quants.dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
+        except NotImplementedError:
+            raise InputError(
+                f"{path} holds {name} as {tensor.tensor_type.name}, which the gguf package does not convert; use "
+                "another quantisation of this model."
+            ) from None
+    loaded: dict[str, Loaded] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.removesuffix(".weight").removeprefix("blk.").rpartition(".")
+        known = GGUF_NAMES.get(part, part)
+        if part != "rope_freqs":
+            ours = f"layers.{layer}.{known}.weight" if layer else f"{known}.weight"
+            loaded[ours if part in GGUF_NAMES else name] = Loaded(Quantized(tensor), name, path)
+    if "output.weight" not in loaded and "tok_embeddings.weight" in loaded:
+        loaded["output.weight"] = loaded["tok_embeddings.weight"]
+    return loaded
+
+
 def _meta_name(name: str) -> str:
     """model.layers.3.mlp.up_proj.weight -> layers.3.feed_forward.w3.weight; unknown names stay what they are."""
     match = re.fullmatch(r"(?:model\.)?(layers\.\d+\.)?(.+)\.weight", name)
@@ -237,7 +320,7 @@ def _meta_name(name: str) -> str:
 class Reader(NamedTuple):
     """How a format is read. What it gives has Meta's names."""
 
-    args: Callable[[dict[str, Any]], dict[str, Any]]  # the JSON -> fields of ModelArgs
+    args: Callable[[Checkpoint], dict[str, Any]]  # fields of ModelArgs
     weights: Callable[[Checkpoint], dict[str, Loaded]]
     rotates_halves: bool  # RoPE turns the first half of a head against the second; Meta's neighbouring pairs
 
@@ -245,6 +328,7 @@ class Reader(NamedTuple):
 READERS = {
     "meta": Reader(_meta_args, _read_meta, rotates_halves=False),
     "hugging face": Reader(_hugging_face_args, _read_hugging_face, rotates_halves=True),
+    "gguf": Reader(_gguf_args, _read_gguf, rotates_halves=False),
 }
 
 
@@ -264,7 +348,7 @@ def _check(loaded: dict[str, Loaded], expected: dict[str, tuple[int, ...]], foun
                 f"{path} holds {their_name} as {tuple(tensor.shape)}, but {config} says {shape}; "
                 "the two files belong to different models."
             )
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if isinstance(tensor, Tensor) and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(
                 f"{path} holds {their_name} in {str(tensor.dtype).removeprefix('torch.')}; "
                 "fetch the model in bfloat16, float16 or float32."

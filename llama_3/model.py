@@ -43,6 +43,7 @@ class ModelArgs:
     rope_scaling_factor: float = 1.0
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
+    rope_divisors: tuple[float, ...] | None = None  # of each pair's frequency, in place of the scaling above (GGUF)
     rope_original_context: int = 8192  # 0: every wavelength counts as long, so all are stretched ("linear" scaling)
     max_seq_len: int = 8192  # positions it was trained for
 
@@ -70,6 +71,8 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
     """
     exponents = torch.arange(0, args.head_dim, 2, dtype=torch.int64).float() / args.head_dim
     freqs = 1.0 / (args.rope_theta**exponents)
+    if args.rope_divisors is not None:
+        return freqs / torch.tensor(args.rope_divisors)
     if args.rope_scaling_factor == 1.0:
         return freqs
     wavelengths = 2 * math.pi / freqs

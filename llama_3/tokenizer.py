@@ -13,8 +13,9 @@ from typing import Protocol
 
 import blobfile
 import tiktoken
+import tokenizers
 
-from llama_3.checkpoint import TINY_LLAMA_DIR, read_json
+from llama_3.checkpoint import TINY_LLAMA_DIR, gguf_path, read_json
 from pipeline.errors import InputError
 
 SPLIT_PATTERN = (
@@ -130,29 +131,18 @@ class TiktokenTokenizer:
 
 
 class JsonTokenizer:
-    """Any `tokenizer.json`."""
+    """Any tokenizer of the tokenizers library: a `tokenizer.json`, or that of a GGUF file."""
 
-    def __init__(self, path: str, bos_id: int | None, eos_ids: int | list[int] | None):
-        """bos_id, eos_ids: what config.json says. Raises InputError when the file is missing or broken."""
-        import tokenizers
-
-        try:
-            with blobfile.BlobFile(path, "r") as file:
-                self.model = tokenizers.Tokenizer.from_str(file.read())
-        except Exception as error:  # the library raises plain Exception
-            raise InputError(
-                f"{path} is not a tokenizer of the tokenizers library ({error}); fetch it again."
-            ) from None
+    def __init__(self, model: tokenizers.Tokenizer, bos_id: int | None, starts_with_bos: bool, ends: Sequence[int]):
+        """ends: tokens that end a text or a turn, beside STOP_TOKENS."""
+        self.model = model
         self.is_byte_level = "ByteLevel" in str(self.model.decoder)
         self.model.no_truncation()
         self.model.no_padding()
-        added = self.model.encode("").ids  # what the model expects before (and after) a text
         self.model.encode_special_tokens = True
         self.special_tokens = {t.content: i for i, t in self.model.get_added_tokens_decoder().items() if t.special}
         self.vocab_size = 1 + max(self.model.get_vocab(with_added_tokens=True).values())
-        self.bos_id = added[0] if added else bos_id
-        self.starts_with_bos = bool(added)
-        ends = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
+        self.bos_id, self.starts_with_bos = bos_id, starts_with_bos
         self.eos_id = ends[0] if ends else None
         self.stop_ids = frozenset(ends) | {self.special_tokens[t] for t in STOP_TOKENS if t in self.special_tokens}
 
@@ -210,11 +200,28 @@ class TextStream:
         return text
 
 
+def read_tokenizer_json(path: str, bos_id: int | None, eos_ids: int | list[int] | None) -> JsonTokenizer:
+    """bos_id, eos_ids: what config.json says. Raises InputError when the file is missing or broken."""
+    try:
+        with blobfile.BlobFile(path, "r") as file:
+            model = tokenizers.Tokenizer.from_str(file.read())
+    except Exception as error:  # the library raises plain Exception
+        raise InputError(f"{path} is not a tokenizer of the tokenizers library ({error}); fetch it again.") from None
+    added = model.encode("").ids  # what the model expects before (and after) a text
+    ends = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
+    return JsonTokenizer(model, added[0] if added else bos_id, bool(added), ends)
+
+
 def load_tokenizer(model_dir: str = TINY_LLAMA_DIR) -> Tokenizer:
-    """The tokenizer of a checkpoint folder: tokenizer.model in Meta's format, tokenizer.json in Hugging Face's.
+    """The tokenizer of a checkpoint: tokenizer.model in Meta's format, tokenizer.json in Hugging Face's, a GGUF file's.
 
     Raises InputError when it is missing, broken, or does not fit the vocabulary of the model beside it.
     """
+    if path := gguf_path(str(model_dir)):
+        from llama_3.gguf import gguf_tokenizer, read_gguf
+
+        found = gguf_tokenizer(read_gguf(path))
+        return JsonTokenizer(found.model, found.bos_id, found.add_bos, found.eos_ids)
     inside = lambda *parts: blobfile.join(str(model_dir), *parts)
     configs = [inside(name) for name in ("params.json", "config.json", "original/params.json")]
     config = next((read_json(path) for path in configs if blobfile.exists(path)), {})
@@ -222,7 +229,9 @@ def load_tokenizer(model_dir: str = TINY_LLAMA_DIR) -> Tokenizer:
     if blobfile.exists(inside("tokenizer.json")) and blobfile.exists(inside("config.json")):
         generation = inside("generation_config.json")
         ids = config | (read_json(generation) if blobfile.exists(generation) else {})
-        tokenizer: Tokenizer = JsonTokenizer(inside("tokenizer.json"), ids.get("bos_token_id"), ids.get("eos_token_id"))
+        tokenizer: Tokenizer = read_tokenizer_json(
+            inside("tokenizer.json"), ids.get("bos_token_id"), ids.get("eos_token_id")
+        )
     else:
         original = inside("original", "tokenizer.model")
         path = original if blobfile.exists(original) else inside("tokenizer.model")
