@@ -1,7 +1,7 @@
 """GGUF files of the Llama architecture: what their metadata says of the model and of its tokenizer. Needs no torch.
 
-The `gguf` package reads the format; llama_3/loading.py reads the weights. Keys, the names of pre-tokenizers and what each
-of them does are those of llama.cpp (its gguf-py constants and src/llama-vocab.cpp).
+The `gguf` package reads the format; llama_3/loading.py reads the weights. Keys, pre-tokenizers and what these do are
+llama.cpp's (its gguf-py constants and src/llama-vocab.cpp).
 """
 
 import functools
