@@ -122,6 +122,30 @@ def test_a_sample_is_always_in_the_nucleus(logits, top_p, uniform):
     assert probs[probs > probs[token]].sum() <= top_p + 1e-9
 
 
+def by_sorting(logits, temperature, top_p, uniform):
+    """`sample` the obvious way: sort everything, cut off what is outside the nucleus, invert the distribution."""
+    probs, tokens = (logits.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    outside = probs.cumsum(-1) - probs >= top_p
+    outside[..., 0] = False
+    probs[outside] = 0
+    cumulative = probs.cumsum(-1)
+    place = torch.searchsorted(cumulative, (uniform.to(probs) * cumulative[:, -1])[:, None], right=True)
+    return tokens.gather(-1, place.clamp(max=logits.shape[-1] - 1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999, 1.0])
+def test_a_sample_is_that_of_the_sorted_vocabulary(spread, top_p):
+    """Rows whose nucleus holds a few tokens, hundreds, or nearly all of 3,000."""
+    generator = torch.Generator().manual_seed(int(10 * spread))
+    logits = spread * torch.randn(300, 3000, generator=generator)
+    uniform = torch.rand(300, generator=generator)
+    found, expected = sample(logits, 0.8, top_p, uniform), by_sorting(logits, 0.8, top_p, uniform)
+    assert (found == expected).sum() >= 298  # a number may fall on the border of two tokens, which rounding decides
+    for row in (0, 150, 299):
+        assert int(sample(logits[row : row + 1], 0.8, top_p, uniform[row : row + 1])) == int(found[row])
+
+
 # ---- generation
 
 
