@@ -25,12 +25,14 @@ class Message(NamedTuple):
 
 
 def check_chat(tokenizer: Tokenizer) -> None:
-    """Raise InputError unless the model has Llama 3's chat tokens."""
+    """Raise InputError unless the model has a chat template, or Llama 3's chat tokens."""
+    if tokenizer.chat_template is not None:
+        return
     for name in CHAT_TOKENS:
         if name not in tokenizer.special_tokens:
             raise InputError(
-                f"This model has no {name} token, so it cannot hold a Llama 3 chat; complete text with it, or name a "
-                "Llama 3 Instruct model."
+                f"This model has no chat template and no {name} token, so it cannot hold a chat; complete text, "
+                "or name an Instruct model."
             )
 
 
@@ -42,6 +44,11 @@ def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], date: str
     role that does not exist.
     """
     check_chat(tokenizer)
+    for role, _ in messages:
+        if role not in ROLES:
+            raise ValueError(f"{role!r} is not a role; write one of {', '.join(ROLES)}.")
+    if tokenizer.chat_template is not None:
+        return tokenizer.encode_template(*tokenizer.chat_template.render(messages, date))
     begin, header, end_header, end_of_turn = (tokenizer.special_tokens[name] for name in CHAT_TOKENS)
     turns = [Message(role, content.strip()) for role, content in messages]
     if date is not None:
@@ -50,7 +57,5 @@ def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], date: str
     open_turn = lambda role: [header, *tokenizer.encode(role), end_header]
     ids = [begin]
     for role, content in turns:
-        if role not in ROLES:
-            raise ValueError(f"{role!r} is not a role; write one of {', '.join(ROLES)}.")
         ids += [*open_turn(role), *tokenizer.encode("\n\n" + content), end_of_turn]
     return [*ids, *open_turn("assistant"), *tokenizer.encode("\n\n")]

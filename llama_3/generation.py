@@ -11,7 +11,6 @@ from llama_3.model import Intervention, Transformer
 from llama_3.tokenizer import TextStream, Tokenizer
 from pipeline.errors import InputError
 
-
 _LIKELIEST = 256  # tokens looked at first; more than 99.9 % of a fluent model's probability
 
 

@@ -158,6 +158,7 @@ class GgufTokenizer(NamedTuple):
     bos_id: int | None
     add_bos: bool
     eos_ids: list[int]  # of a text, of a turn, of a message: those that the file names
+    template: tuple[str, str] | None  # of chats, and the file it is from
 
 
 def gguf_tokenizer(file: Gguf) -> GgufTokenizer:
@@ -190,6 +191,7 @@ def gguf_tokenizer(file: Gguf) -> GgufTokenizer:
         metadata.get("tokenizer.ggml.bos_token_id", bos_id),
         metadata.get("tokenizer.ggml.add_bos_token", add_bos),
         [i for i in dict.fromkeys(ends) if i is not None],
+        (template, file.path) if (template := metadata.get("tokenizer.chat_template")) else None,
     )
 
 

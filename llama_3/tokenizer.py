@@ -5,6 +5,7 @@ Meta's published ones, the 256 special tokens follow the last rank.
 """
 
 import base64
+import functools
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,6 +16,7 @@ import blobfile
 import tiktoken
 import tokenizers
 
+from llama_3.chat_template import ChatTemplate
 from llama_3.checkpoint import TINY_LLAMA_DIR, gguf_path, read_json
 from pipeline.errors import InputError
 
@@ -76,6 +78,7 @@ class Tokenizer(Protocol):
     special_tokens: dict[str, int]
     vocab_size: int
     starts_with_bos: bool  # whether texts that the model was trained on do
+    chat_template: ChatTemplate | None  # the chat format that the model's files carry
 
     @property
     def bos_id(self) -> int | None: ...  # None: the model has no begin-of-text
@@ -93,6 +96,10 @@ class Tokenizer(Protocol):
         ...
 
     def token_bytes(self, token_id: int) -> bytes: ...
+    def encode_template(self, text: str, mark: str) -> list[int]:
+        """Token ids of a text that `chat_template` rendered, special tokens recognised but for those that `mark` breaks
+        up."""
+        ...
 
 
 class TiktokenTokenizer:
@@ -111,6 +118,7 @@ class TiktokenTokenizer:
         self.eos_id = self.special_tokens["<|end_of_text|>"]
         self.stop_ids = frozenset(self.special_tokens[name] for name in STOP_TOKENS)
         self.starts_with_bos = True
+        self.chat_template = None
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         ids = [self.bos_id] if bos else []
@@ -129,12 +137,22 @@ class TiktokenTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return self.model.decode_single_token_bytes(token_id)
 
+    def encode_template(self, text: str, mark: str) -> list[int]:
+        raise NotImplementedError("A tokenizer.model comes without a template.")
+
 
 class JsonTokenizer:
     """Any tokenizer of the tokenizers library: a `tokenizer.json`, or that of a GGUF file."""
 
-    def __init__(self, model: tokenizers.Tokenizer, bos_id: int | None, starts_with_bos: bool, ends: Sequence[int]):
-        """ends: tokens that end a text or a turn, beside STOP_TOKENS."""
+    def __init__(
+        self,
+        model: tokenizers.Tokenizer,
+        bos_id: int | None,
+        starts_with_bos: bool,
+        ends: Sequence[int],
+        template: tuple[str, str] | None = None,
+    ):
+        """ends: tokens that end a text or a turn, beside STOP_TOKENS. template: of chats, and the file it is from."""
         self.model = model
         self.is_byte_level = "ByteLevel" in str(self.model.decoder)
         self.model.no_truncation()
@@ -145,12 +163,42 @@ class JsonTokenizer:
         self.bos_id, self.starts_with_bos = bos_id, starts_with_bos
         self.eos_id = ends[0] if ends else None
         self.stop_ids = frozenset(ends) | {self.special_tokens[t] for t in STOP_TOKENS if t in self.special_tokens}
+        self.chat_template = None
+        if template is not None:
+            bos, eos = (model.id_to_token(i) or "" if i is not None else "" for i in (self.bos_id, self.eos_id))
+            self.chat_template = ChatTemplate(*template, self.special_tokens, bos, eos)
+            self.stop_ids |= self.chat_template.ends_of_answer()
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         ids = self.model.encode(text, add_special_tokens=False).ids
         begin = [self.bos_id] if bos and self.bos_id is not None else []
         end = [self.eos_id] if eos and self.eos_id is not None else []
         return [*begin, *ids, *end]
+
+    def encode_template(self, text: str, mark: str) -> list[int]:
+        if not mark:
+            return self._recognising.encode(text, add_special_tokens=False).ids
+        assert self.chat_template is not None
+        added = {token.content: token for token in self.model.get_added_tokens_decoder().values()}
+        pieces = self.chat_template.pieces(text)
+        ids: list[int] = []
+        for i, (piece, id_) in enumerate(pieces):
+            if id_ is not None:
+                ids.append(id_)
+                continue
+            if i and added[pieces[i - 1][0]].rstrip:
+                piece = piece.lstrip()
+            if i + 1 < len(pieces) and added[pieces[i + 1][0]].lstrip:
+                piece = piece.rstrip()
+            ids += self.encode(piece.replace(mark, ""))
+        return ids
+
+    @functools.cached_property
+    def _recognising(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, to which special tokens in a text are control."""
+        other = tokenizers.Tokenizer.from_str(self.model.to_str())
+        other.encode_special_tokens = False
+        return other
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.model.decode(list(ids), skip_special_tokens=False)
@@ -200,7 +248,9 @@ class TextStream:
         return text
 
 
-def read_tokenizer_json(path: str, bos_id: int | None, eos_ids: int | list[int] | None) -> JsonTokenizer:
+def read_tokenizer_json(
+    path: str, bos_id: int | None, eos_ids: int | list[int] | None, template: tuple[str, str] | None = None
+) -> JsonTokenizer:
     """bos_id, eos_ids: what config.json says. Raises InputError when the file is missing or broken."""
     try:
         with blobfile.BlobFile(path, "r") as file:
@@ -209,7 +259,22 @@ def read_tokenizer_json(path: str, bos_id: int | None, eos_ids: int | list[int] 
         raise InputError(f"{path} is not a tokenizer of the tokenizers library ({error}); fetch it again.") from None
     added = model.encode("").ids  # what the model expects before (and after) a text
     ends = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
-    return JsonTokenizer(model, added[0] if added else bos_id, bool(added), ends)
+    return JsonTokenizer(model, added[0] if added else bos_id, bool(added), ends, template)
+
+
+def find_template(folder: str) -> tuple[str, str] | None:
+    """A Hugging Face folder's chat template, and the file it is from: chat_template.jinja or tokenizer_config.json.
+
+    Of several templates that named default.
+    """
+    path = blobfile.join(folder, "chat_template.jinja")
+    if blobfile.exists(path):
+        return blobfile.read_text(path), path
+    path = blobfile.join(folder, "tokenizer_config.json")
+    found = read_json(path).get("chat_template") if blobfile.exists(path) else None
+    if isinstance(found, list):
+        found = next((each.get("template") for each in found if each.get("name") == "default"), None)
+    return (found, path) if isinstance(found, str) else None
 
 
 def load_tokenizer(model_dir: str = TINY_LLAMA_DIR) -> Tokenizer:
@@ -221,7 +286,7 @@ def load_tokenizer(model_dir: str = TINY_LLAMA_DIR) -> Tokenizer:
         from llama_3.gguf import gguf_tokenizer, read_gguf
 
         found = gguf_tokenizer(read_gguf(path))
-        return JsonTokenizer(found.model, found.bos_id, found.add_bos, found.eos_ids)
+        return JsonTokenizer(found.model, found.bos_id, found.add_bos, found.eos_ids, found.template)
     inside = lambda *parts: blobfile.join(str(model_dir), *parts)
     configs = [inside(name) for name in ("params.json", "config.json", "original/params.json")]
     config = next((read_json(path) for path in configs if blobfile.exists(path)), {})
@@ -229,9 +294,9 @@ def load_tokenizer(model_dir: str = TINY_LLAMA_DIR) -> Tokenizer:
     if blobfile.exists(inside("tokenizer.json")) and blobfile.exists(inside("config.json")):
         generation = inside("generation_config.json")
         ids = config | (read_json(generation) if blobfile.exists(generation) else {})
-        tokenizer: Tokenizer = read_tokenizer_json(
-            inside("tokenizer.json"), ids.get("bos_token_id"), ids.get("eos_token_id")
-        )
+        bos_id, eos_ids = ids.get("bos_token_id"), ids.get("eos_token_id")
+        template = find_template(str(model_dir))
+        tokenizer: Tokenizer = read_tokenizer_json(inside("tokenizer.json"), bos_id, eos_ids, template)
     else:
         original = inside("original", "tokenizer.model")
         path = original if blobfile.exists(original) else inside("tokenizer.model")
