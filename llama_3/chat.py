@@ -31,7 +31,7 @@ def check_chat(tokenizer: Tokenizer) -> None:
     for name in CHAT_TOKENS:
         if name not in tokenizer.special_tokens:
             raise InputError(
-                f"This model has neither a chat template nor the token {name}, so it cannot hold a chat; complete text with "
+                f"This model has neither a chat template nor the token {name}, so it cannot chat; complete text with "
                 "it, or name an Instruct model."
             )
 

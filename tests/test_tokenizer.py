@@ -276,7 +276,7 @@ def test_unknown_roles_and_models_without_chat_tokens_are_refused(with_metaspace
     with pytest.raises(ValueError, match="'tool' is not a role"):
         encode_dialogue(TINY, [Message("tool", "a")])
     check_chat(TINY)
-    with pytest.raises(InputError, match="cannot hold a chat"):
+    with pytest.raises(InputError, match="cannot chat"):
         encode_dialogue(with_metaspace, [Message("user", "a")])
 
 
