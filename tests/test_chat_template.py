@@ -218,7 +218,7 @@ def test_what_ends_an_answer_is_read_off_the_template(folders):
 
 def test_a_gguf_file_brings_its_template(tmp_path):
     template = CHATML.replace("<|im_start|>", "<|start_header_id|>").replace("<|im_end|>", "<|eot_id|>")
-    path = write_gguf(tmp_path / "m.gguf", Path(TINY_LLAMA_DIR), "Q8_0", **{"tokenizer.chat_template": template})
+    path = write_gguf(tmp_path / "m.gguf", Path(TINY_LLAMA_DIR), weights=False, **{"tokenizer.chat_template": template})
     tokenizer = load_tokenizer(str(path))
     check_chat(tokenizer)
     said = tokenizer.decode(encode_dialogue(tokenizer, [Message("user", "Hello")]))

@@ -1,6 +1,6 @@
 """GGUF files: weights against the same model in Meta's format, llama.cpp's own logits and token ids, and refusals.
 
-What llama.cpp gives is in tests/data/llama_cpp.json; tests/support/llama_cpp_reference.py makes it again.
+What llama.cpp gives is in tests/support/llama_cpp.json; tests/support/llama_cpp_reference.py makes it again.
 SmolLM2's file, where it has been fetched, is compared too: SMOLLM2_GGUF names it.
 
     .venv/bin/python -m pytest tests/test_gguf.py
@@ -123,7 +123,7 @@ def test_parameters_come_from_the_metadata(tmp_path, tiny_model_dir):
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_token_ids_are_those_of_llama_cpp(tmp_path, reference, pre):
-    path = write_gguf(tmp_path / "m.gguf", TINY, "Q8_0", pre=pre)
+    path = write_gguf(tmp_path / "m.gguf", TINY, weights=False, pre=pre)
     tokenizer = load_tokenizer(str(path))
     same_kind = next(name for name, kind in PRE_TOKENIZERS.items() if kind == PRE_TOKENIZERS[pre])
     for line, ids in zip(LINES, reference["ids"][same_kind], strict=True):
@@ -133,7 +133,7 @@ def test_token_ids_are_those_of_llama_cpp(tmp_path, reference, pre):
 
 
 def test_the_file_says_whether_texts_begin_with_begin_of_text(tmp_path):
-    path = write_gguf(tmp_path / "m.gguf", TINY, "Q8_0", **{"tokenizer.ggml.add_bos_token": False})
+    path = write_gguf(tmp_path / "m.gguf", TINY, weights=False, **{"tokenizer.ggml.add_bos_token": False})
     tokenizer = load_tokenizer(str(path))
     assert not tokenizer.starts_with_bos and tokenizer.bos_id == load_tokenizer(str(TINY)).bos_id
     assert tokenizer.eos_id in tokenizer.stop_ids
@@ -159,7 +159,7 @@ def test_sentencepiece_joins_the_best_pieces_first(tmp_path):
     metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces, "tokenizer.ggml.token_type": types}
     metadata |= {"tokenizer.ggml.scores": scores, "tokenizer.ggml.merges": None, "tokenizer.ggml.pre": None}
     metadata |= {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
-    tokenizer = load_tokenizer(str(write_gguf(tmp_path / "m.gguf", TINY, "Q8_0", **metadata)))
+    tokenizer = load_tokenizer(str(write_gguf(tmp_path / "m.gguf", TINY, weights=False, **metadata)))
     piece = {text: i for i, text in enumerate(pieces)}
     assert tokenizer.encode("abcb") == [piece["▁"], piece["abc"], piece["b"]]
     assert tokenizer.encode("bcab é") == [
@@ -208,7 +208,7 @@ def test_identity_tells_files_apart(tiny_gguf, tmp_path, tiny_model_dir):
     ],
 )
 def test_what_is_not_supported_is_one_sentence(tmp_path, metadata, sentence):
-    path = write_gguf(tmp_path / "m.gguf", TINY, "Q8_0", **metadata)
+    path = write_gguf(tmp_path / "m.gguf", TINY, weights=False, **metadata)
     with pytest.raises(InputError, match=sentence):
         load_tokenizer(str(path))
         load_model(str(path))

@@ -1,5 +1,6 @@
 """GGUF files for tests, written with the gguf package from a folder in Meta's format."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ def written(token: bytes) -> str:
     return "".join(BYTES_AS_TEXT[byte] for byte in token)
 
 
-def merges_of(ranks: dict[bytes, int]) -> list[str]:
-    """The merges of a tiktoken vocabulary: the two parts that a token's bytes are at when it is made."""
-    merges = []
+@functools.cache
+def merges_of(tokenizer_path: str) -> list[str]:
+    """The merges of a tokenizer.model: the two parts that a token's bytes are at when it is made."""
+    ranks, merges = read_ranks(tokenizer_path), []
     for token in sorted(ranks, key=ranks.__getitem__):
         parts = [bytes([byte]) for byte in token]
         while len(parts) > 2:
@@ -36,10 +38,17 @@ def merges_of(ranks: dict[bytes, int]) -> list[str]:
 
 
 def write_gguf(
-    path: Path, model_dir: Path, kind: str = "F32", tied: bool = False, pre: str = "llama-bpe", **metadata: Any
+    path: Path,
+    model_dir: Path,
+    kind: str = "F32",
+    tied: bool = False,
+    pre: str = "llama-bpe",
+    weights: bool = True,
+    **metadata: Any,
 ) -> Path:
     """The model of a folder in Meta's format as a GGUF file; matrices in the quantisation `kind`.
 
+    weights: False writes the final norm alone, for what reads the metadata only.
     metadata: keys and values that are added, or replace others; None leaves one out.
     """
     args, tokenizer = read_params(str(model_dir)), load_tokenizer(str(model_dir))
@@ -63,7 +72,7 @@ def write_gguf(
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": [*tokens, *special],
         "tokenizer.ggml.token_type": [1] * len(tokens) + [3] * N_SPECIAL_TOKENS,
-        "tokenizer.ggml.merges": merges_of(ranks),
+        "tokenizer.ggml.merges": merges_of(str(model_dir / "tokenizer.model")),
         "tokenizer.ggml.bos_token_id": tokenizer.bos_id,
         "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
     } | metadata
@@ -72,7 +81,7 @@ def write_gguf(
         add_value(writer, name, value)
     state = torch.load(model_dir / "consolidated.00.pth", weights_only=True)
     for name, tensor in state.items():
-        if tied and name == "output.weight":
+        if (tied and name == "output.weight") or not (weights or name == "norm.weight"):
             continue
         *layer, part = name.removesuffix(".weight").removeprefix("layers.").split(".", 1)
         part = part if layer and layer[0].isdigit() else ".".join([*layer, part])

@@ -1,4 +1,4 @@
-"""Writes tests/data/llama_cpp.json: what real llama.cpp makes of the tiny Llama as a GGUF file. To make it again:
+"""Writes tests/support/llama_cpp.json: what real llama.cpp makes of the tiny Llama as a GGUF file. To make it again:
 
     python -m venv data/llama_cpp
     data/llama_cpp/bin/pip install cffi gguf numpy xllamacpp==2026.10.11549
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-OUT = Path(__file__).resolve().parents[1] / "data" / "llama_cpp.json"
+OUT = Path(__file__).with_name("llama_cpp.json")
 PROMPT = "The function returns a list of files that don't exist; see 1234."
 LINES = [
     "The capital of France is Paris, isn't it? I'LL say: YES, we'Ve been there 3 times in 2019.",
