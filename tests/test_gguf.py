@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from conftest import write_tiny_model
 from support.gguf_files import as_stored, write_gguf
 from support.llama_cpp_reference import LINES, OUT, PROMPT
 
@@ -58,14 +59,15 @@ def test_logits_are_those_of_llama_cpp(tiny_gguf, reference):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_quantisation_is_converted_as_the_library_does(tmp_path, kind, dtype):
-    path = write_gguf(tmp_path / "m.gguf", TINY, kind)
-    found = load_model(str(path), dtype=dtype).state_dict()
-    for name, tensor in torch.load(TINY / "consolidated.00.pth", weights_only=True).items():
-        array = tensor.float().numpy()
-        stored = torch.from_numpy(as_stored(array, kind)) if array.ndim == 2 else tensor.float()
-        assert torch.equal(found[name], stored.to(dtype)), name
+def test_every_quantisation_is_converted_as_the_library_does(tmp_path, kind):
+    folder = write_tiny_model(tmp_path / "m", dim=64, n_heads=4, multiple_of=32)  # blocks have 32 elements
+    path = write_gguf(tmp_path / "m.gguf", folder, kind)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = load_model(str(path), dtype=dtype).state_dict()
+        for name, tensor in torch.load(folder / "consolidated.00.pth", weights_only=True).items():
+            array = tensor.float().numpy()
+            stored = torch.from_numpy(as_stored(array, kind)) if array.ndim == 2 else tensor.float()
+            assert torch.equal(found[name], stored.to(dtype)), name
 
 
 def test_packed_layers_compute_the_same(tiny_gguf):
