@@ -131,7 +131,7 @@ def test_every_stage_says_complete_when_run_again(run):
     out = script(
         "sae_preprocessing.py", input_dir=run / "activations" / SITE, output_dir=run / "batches", batch_size=64
     )
-    assert "complete already" in out
+    assert "already complete" in out
 
 
 def test_completion_with_a_steered_latent(run):
