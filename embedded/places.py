@@ -47,7 +47,7 @@ def write_places(
     """Write where the strongest sentences of NAME.top.parquet stand in the installed documentation, not their text.
 
     Columns: _SCHEMA; source and paragraph as embedded.corpus.read_source counts them, start and length in characters.
-    A sentence over several paragraphs is left out; the same text stands once per latent.
+    A sentence that spans paragraphs is left out; a text is listed once per latent.
     """
     dataset = SentenceDataset(sentences_dir)
     spans = read_sentence_table(sentences_dir, ["doc_idx", "start"])
@@ -75,9 +75,9 @@ def write_places(
 
 
 def find_place(text: str, document: str, start: int, numbers: dict[str, int]) -> dict[str, int] | None:
-    """The paragraph that holds all of a document's sentence, which begins at `start`, and where in it; None: none does.
+    """The paragraph that holds the whole sentence at `start` of a document, and where in it; None if none does.
 
-    numbers: of the paragraphs of the document's source.
+    numbers: paragraph of the document's source -> its number.
     """
     before, _, _ = document[:start].rpartition("\n\n")
     start_in_paragraph = start - (len(before) + 2 if before else 0)

@@ -192,6 +192,6 @@ def test_commands():
 
 
 def test_a_failed_command_stops_with_a_sentence(capfd):
-    with pytest.raises(Stop, match=r"failed with exit code 2, its message is above: sae_report\.py --latents none"):
+    with pytest.raises(Stop, match=r"failed with exit code 2 \(its message is above\): sae_report\.py --latents none"):
         recipe.run_command(recipe.command("sae_report.py", latents="none"), quiet=True)
     assert "error: argument --latents" in capfd.readouterr().err

@@ -266,7 +266,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(data, trained, 
     newest = folder / checkpoints_of(trained)[-1]
     newest.write_bytes(newest.read_bytes()[:-1000])
     said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **TRAINING)
-    assert f"{newest} is damaged; delete it to continue from the checkpoint before." in said
+    assert f"{newest} is damaged; delete it to continue from the previous checkpoint." in said
     newest.unlink()
     assert_same_run(train(data, tmp_path), trained)
 
