@@ -219,7 +219,7 @@ class Capturer:
         acts, finite = {}, {}
         for site, x in self.model.activations(tokens.to(device), self.sites).items():
             x = x.flatten(0, 1)[not_padding].to(torch.bfloat16)
-            # From a GPU this copies into pinned memory while this thread goes on.
+            # On a GPU this copies into pinned memory while this thread goes on.
             finite[site] = torch.isfinite(x).all(1).to("cpu", non_blocking=True)
             acts[site] = x.to("cpu", non_blocking=True)
         arrived = None

@@ -24,7 +24,7 @@ from pipeline.files import atomic_path, write_json
 from pipeline.manifests import FORMAT_VERSION
 from pipeline.sae_files import SaeFiles
 
-# Bytes per block of a matrix product: what fits a CPU's cache, enough to keep a GPU busy.
+# Bytes per block of a matrix product: a CPU's cache size, and enough to keep a GPU busy.
 _BLOCK_BYTES = {"cpu": 2**25, "cuda": 2**31}
 _LEAST_ROWS = 256
 _GROUP = 16  # latents per group in TopK's first round

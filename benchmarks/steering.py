@@ -28,9 +28,9 @@ from serving.modes import Mode
 SAE_MODEL_PATH = str(PROJECT_DIR / "llama_3" / "tiny_llama" / "sae.pth")  # the SAE
 OUTPUT_DIR = "data/benchmark_steering"  # folder for the results
 N_LATENTS: Count = 24  # latents steered, one at a time
-MAX_NEW_TOKENS: Count = 30  # of each completion
-TEMPERATURE: NotNegative = 0.8  # of sampling
-TOP_P: Share = 0.95  # of sampling
+MAX_NEW_TOKENS: Count = 30  # tokens per completion
+TEMPERATURE: NotNegative = 0.8  # sampling temperature
+TOP_P: Share = 0.95  # nucleus sampling
 STRENGTHS = [2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0]  # of h_bias, add and clamp, times the latent's highest activation
 FACTORS = [4.0, 16.0, 64.0]  # of scale
 MAX_NATS: NotNegative = 0.5  # nats per token above clean that the best setting may cost

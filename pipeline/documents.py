@@ -1,4 +1,4 @@
-"""Documents and where they are: parquet, JSON lines and text files, found and read in a fixed order."""
+"""Documents: parquet, JSON lines and text files, found and read in a fixed order."""
 
 import codecs
 import hashlib

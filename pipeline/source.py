@@ -28,7 +28,7 @@ _FOLDERS = ("model_dir", "sentences_dir", "activations_dir")
 class Source:
     """What is known of the activations' origin; None for what the file does not state.
 
-    `folders` holds, for model_dir, sentences_dir and activations_dir, where each may lie now, likeliest first.
+    `folders` lists where model_dir, sentences_dir and activations_dir may be now, likeliest first.
     """
 
     file: str  # the manifest or JSON that states all this, for messages
@@ -63,7 +63,7 @@ class Source:
         return dataclasses.replace(self, folders={**self.folders, name: [_absolute(folder)]})
 
     def need(self, name: str) -> Any:
-        """A field. Raises InputError where the file does not state it."""
+        """A field. Raises InputError if the file does not state it."""
         if (value := getattr(self, name)) is None:
             raise InputError(
                 f"{self.file} does not state {name}; name an SAE or data that a stage of this project wrote."
@@ -71,7 +71,7 @@ class Source:
         return value
 
     def folder(self, name: str, given: str | None, option: str) -> str:
-        """A folder: the one `given` by the option, else where the file says. Raises InputError where there is none."""
+        """A folder: the one `given` by the option, else the one the file names. Raises InputError if there is none."""
         if given:
             return given
         candidates = self.folders.get(name, [])
@@ -89,7 +89,7 @@ class Source:
         return folder
 
     def check_model(self, folder: str, option: str) -> None:
-        """Raise InputError where the checkpoint in `folder` is not the one that was captured."""
+        """Raise InputError if the checkpoint in `folder` is not the one that was captured."""
         if self.model is None:
             return
         found = checkpoint_identity(folder)
@@ -127,7 +127,7 @@ def _field_names() -> list[str]:
 
 
 def _candidates(info: Mapping[str, Any], name: str, file: str) -> list[str]:
-    """Where a folder that `file` names may lie: relative to that file, then where it was.
+    """Where a folder that `file` names may be: relative to that file, then at its old absolute path.
 
     Older files have no absolute path; their path is relative to the working directory or the project's.
     """
@@ -148,7 +148,7 @@ def _relative(place: str, file: str) -> str:
 
 
 def _first_that_exists(candidates: list[str]) -> str:
-    """If none does, the last one: where the folder used to be."""
+    """The first that exists, or else the last: where the folder used to be."""
     return next(filter(_exists, candidates), candidates[-1])
 
 

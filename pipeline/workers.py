@@ -47,7 +47,7 @@ class Workers:
             ) from None
 
     def map(self, function: Callable, jobs: Iterable[tuple]) -> Iterator[Any]:
-        """function(*job) for each job, in order; `jobs` is read only a little ahead of what runs."""
+        """function(*job) for each job, in order; `jobs` is read only a little ahead."""
         running: collections.deque = collections.deque()
         for job in jobs:
             if self.pool is None:
