@@ -1,6 +1,6 @@
 """Shuffle captured activations into fixed-size batches, and compute their statistics.
 
-Reads   INPUT_DIR: one site's folder of capture_activations.py
+Reads   INPUT_DIR: one site's folder, from capture_activations.py
 Writes  OUTPUT_DIR/train-*.safetensors, validation-*.safetensors (acts: rows of activations, whole batches),
         statistics.safetensors (mean and variance, raw and normalised, initial b_pre; float64), manifest.json
 Method  split by sentence, then one uniformly random order over all tokens of a split, in two passes with sequential
@@ -27,7 +27,7 @@ VALIDATION_FRACTION: ShareBelowOne = 0.05  # share of the sentences held out, fr
 NORMALIZE_EPS: NotNegative = 1e-5  # added to each activation's standard deviation when it is normalised
 B_PRE_START: Literal["mean", "median"] = "mean"  # initial b_pre; median: the geometric median of a sample
 SHARD_GB: Positive = 1.0  # size of an output shard
-MEMORY_GB: Positive = 16.0  # for all processes together; fewer run if it is not enough for one per core
+MEMORY_GB: Positive = 16.0  # memory for all processes together; fewer run if it is not enough for one per core
 SEED: Seed = 0  # for the order of activations
 
 _STAGE = "sae_preprocessing.py"

@@ -41,19 +41,19 @@ BETAS: tuple[ShareBelowOne, ShareBelowOne] = (0.85, 0.9999)  # AdamW's betas; ra
 ADAM_EPS: Positive = 6.25e-10  # AdamW's epsilon
 WEIGHT_DECAY: NotNegative = 0.0  # AdamW's weight decay; the original's 0.01 shrank silent latents
 GRAD_CLIP: Positive | None = None  # largest norm of the whole gradient, after projection; no limit when not given
-ORTHOGONAL_START = False  # start with latents orthogonal within each d_model of them, instead of random
+ORTHOGONAL_START = False  # start with orthogonal blocks of d_model latents, instead of random latents
 SEED: Seed = 0  # for the initialisation and the order of batches
 
 LATENT_PARALLEL: Count = 1  # processes that share one SAE, each holding a slice of its latents
 MICRO_BATCH_SIZE: Count | None = None  # activations per forward pass of a process; its whole share when not given
-ENCODER_DTYPE: Literal["float32", "bfloat16"] = "float32"  # of the product that selects latents; values stay float32
+ENCODER_DTYPE: Literal["float32", "bfloat16"] = "float32"  # for the product that selects latents; values stay float32
 ALLOW_TF32 = False  # use TF32 for float32 products on GPUs
 LOGS_PER_EPOCH: Count = 1000  # lines in metrics.jsonl per epoch
 CHECKPOINTS_PER_EPOCH: Count = 1  # checkpoints per epoch
 KEEP_CHECKPOINTS: Count = 2  # how many of the newest checkpoints to keep
 REPLICA_CHECK_STEPS: Count = 1000  # steps between checks that the processes' shared parameters are equal
 EXPLOSION_FACTOR: Positive = 10.0  # a main loss above this many times its running mean stops the run
-WANDB: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online with an API key, offline without
+WANDB: Literal["auto", "online", "offline", "off"] = "auto"  # Weights & Biases; auto: online with an API key, else offline
 
 _STAGE = "sae_training.py"
 _BATCHES_STAGE = "sae_preprocessing.py"
