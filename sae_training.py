@@ -53,7 +53,7 @@ CHECKPOINTS_PER_EPOCH: Count = 1  # checkpoints per epoch
 KEEP_CHECKPOINTS: Count = 2  # how many of the newest checkpoints to keep
 REPLICA_CHECK_STEPS: Count = 1000  # steps between checks that the processes' shared parameters are equal
 EXPLOSION_FACTOR: Positive = 10.0  # a main loss above this many times its running mean stops the run
-WANDB: Literal["auto", "online", "offline", "off"] = "auto"  # Weights & Biases; auto: online with an API key, else offline
+WANDB: Literal["auto", "online", "offline", "off"] = "auto"  # W&B; auto: online with an API key, else offline
 
 _STAGE = "sae_training.py"
 _BATCHES_STAGE = "sae_preprocessing.py"
