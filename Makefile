@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 
 SHELL := bash
 
-# Python may keep compiled modules here even where the environment forbids it: without them each of the demo's and the
-# tests' many processes compiles torch's anew, 3 seconds instead of 1.5.
+# Let Python cache compiled modules even if the environment forbids it: otherwise each of the demo's and the tests' many
+# processes recompiles torch's, 3 seconds instead of 1.5.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help install demo quick check test faults lint types format lock tiny reference
@@ -37,7 +37,7 @@ check: lint types quick  ## what to run before a commit: lint, types, quick
 test: install  ## all tests: at most 6 minutes
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
-faults: install  ## kills every data stage and the training again and again, and compares: 3 minutes
+faults: install  ## kill every data stage and the training again and again, and compare the results: 3 minutes
 	FAULT_KILLS=30 $(BIN)/python -m pytest tests/test_faults.py
 	SENTENCES_KILLS=12 $(BIN)/python -m pytest tests/test_sentences.py -k killed
 	KILLS=30 $(BIN)/python -m pytest tests/test_sae_parallel.py -k random

@@ -1,12 +1,12 @@
-"""Capture Llama 3 activations of every token of every sentence.
+"""Capture Llama 3's activations for every token of every sentence.
 
 Reads   MODEL_DIR (a Llama checkpoint folder), SENTENCES_DIR (openwebtext_sentences_dataset.py, or the published one)
 Writes  OUTPUT_DIR/<site>/acts-*.safetensors, manifest.json: one folder per site, format in pipeline/activation_store.py
 Method  each sentence alone, without begin-of-text; the model stops at the deepest site: no cache, no output layer;
-        sentences of similar length share a batch, so that little is padding; a sentence's batch does not depend on
-        the number of processes
-Cost    disk: 2 bytes x d_model per token and site. Memory of a process beside the model: two windows' activations, for
-        the 3B 2.8 GB each and site. Rates in docs/benchmarks.md
+        sentences of similar length share a batch, to keep padding low; a sentence's batch does not depend on the
+        number of processes
+Cost    disk: 2 bytes x d_model per token and site. Memory per process besides the model: the activations of two
+        windows, 2.8 GB per window and site for the 3B. Rates in docs/benchmarks.md
 
     python capture_activations.py --model_dir llama_3.2-3B --output_dir data/activations
     torchrun --standalone --nproc_per_node=4 capture_activations.py --model_dir llama_3.2-3B
@@ -19,20 +19,20 @@ from pipeline.run import run
 
 MODEL_DIR: str  # Llama folder, in Meta's or Hugging Face's format
 SENTENCES_DIR = "data/sentences"  # folder of sentences
-OUTPUT_DIR = "data/activations"  # folder for one folder per site
-NUM_SAMPLES: CountOrZero = 25_000_000  # sentences to capture, from the first of the seeded order; 0 for all
+OUTPUT_DIR = "data/activations"  # output folder, with a folder per site
+NUM_SAMPLES: CountOrZero = 25_000_000  # sentences to capture, from the start of the seeded order; 0 for all
 SITES: tuple[str, ...] = ("layers.22.attention_norm",)  # where to capture; several share one pass
-MAX_TOKENS: Count = 192  # longer sentences are cut here
+MAX_TOKENS: Count = 192  # longer sentences are cut to this length
 BEGIN_OF_TEXT = False  # put begin-of-text before each sentence (its own activation is never stored)
-DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # of the computation; bfloat16 is stored
-BATCH_TOKENS: Count = 4096  # tokens per forward pass, padding included: about 2 % of them; a CPU is fastest at 1024
-WINDOW_SENTENCES: Count = 16_384  # sentences sorted by length together: more means less padding, and more memory
+DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # for the computation; activations are stored as bfloat16
+BATCH_TOKENS: Count = 4096  # tokens per forward pass, including about 2 % padding; a CPU is fastest at 1024
+WINDOW_SENTENCES: Count = 16_384  # sentences sorted by length together; more means less padding but more memory
 SHARD_GB: Positive = 1.0  # size of a shard
-ROPE_SCALING_FACTOR: Positive | None = None  # overrides the checkpoint's; 8 repeats the published activations
+ROPE_SCALING_FACTOR: Positive | None = None  # overrides the checkpoint's; 8 reproduces the published activations
 SEED: Seed = 42  # of the sentence order; 42 is the published one
 
-_DECIDING = ("max_tokens", "begin_of_text", "dtype", "batch_tokens", "window_sentences", "shard_gb")  # its result
-_READERS = 4  # threads that tokenise, each a window, ahead of the model
+_DECIDING = ("max_tokens", "begin_of_text", "dtype", "batch_tokens", "window_sentences", "shard_gb")  # the result
+_READERS = 4  # threads that tokenise a window each, ahead of the model
 
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
@@ -70,9 +70,9 @@ from pipeline.workers import ahead
 
 
 class Window(NamedTuple):
-    """A run of consecutive sentences, tokenised: the unit of work and of continuing."""
+    """A run of consecutive sentences, tokenised: the unit of work and of resuming."""
 
-    number: int  # -1: a sample from everywhere
+    number: int  # -1: a sample of all sentences
     sentence_idx: list[int]  # of the sentences that have tokens
     token_ids: list[list[int]]  # without begin-of-text
     n_empty: int
@@ -87,7 +87,7 @@ class Window(NamedTuple):
         return sum(map(len, self.token_ids))
 
     def offsets(self) -> Tensor:
-        """(n_sentences + 1,): sentence i has the tokens offsets[i] to offsets[i + 1]."""
+        """(n_sentences + 1,): the tokens of sentence i are offsets[i] to offsets[i + 1]."""
         return torch.tensor([0, *map(len, self.token_ids)]).cumsum(0)
 
     def first(self, n: int) -> "Window":
@@ -137,7 +137,7 @@ class Windows(NamedTuple):
         return read_window(self.sentences, self.tokenizer, number, self.indices(number), self.max_tokens)
 
     def sample(self) -> tuple[Window, int]:
-        """About a thousand sentences from everywhere, and an estimate of the tokens of all sentences."""
+        """About a thousand evenly spaced sentences, and an estimate of the tokens of all sentences."""
         step = max(1, len(self.sentences) // 1000)
         indices = range(0, len(self.sentences), step)
         sample = read_window(self.sentences, self.tokenizer, -1, indices, self.max_tokens)
@@ -151,14 +151,14 @@ class Batch(NamedTuple):
     """Sentences on their way through the model."""
 
     n_sentences: int
-    rows: Tensor  # of the window's activations that it fills, (n_tokens,) int64
+    rows: Tensor  # (n_tokens,) int64, the rows of the window's activations that it fills
     acts: dict[str, Tensor]  # site -> (n_tokens, d_model) bfloat16, on the CPU
     finite: dict[str, Tensor]  # site -> (n_tokens,) bool
-    arrived: torch.cuda.Event | None  # the copies are there; None on a CPU
+    arrived: torch.cuda.Event | None  # fires when the copies have arrived; None on a CPU
 
 
 class Capturer:
-    """Runs a model over windows, on a GPU one batch ahead of what is copied back.
+    """Runs a model over windows; a GPU computes one batch ahead of the one being copied back.
 
     A batch that does not fit the GPU's memory is halved, and so are the batches after it.
     """
@@ -185,14 +185,14 @@ class Capturer:
         return acts
 
     def batches(self, window: Window) -> Iterator[Batch]:
-        """Start the window's batches, each when it is asked for."""
+        """Start the window's batches, one at a time, on demand."""
         lengths, offsets = [len(ids) + self.skip for ids in window.token_ids], window.offsets()
         left = make_batches(lengths, self.batch_tokens)
         while left:
             started = None
             with contextlib.suppress(torch.OutOfMemoryError):
                 started = self.start(left[0], window, offsets)
-            if started:  # not in the block: an exception keeps what there is of its batch in memory
+            if started:  # outside the block: the exception keeps the failed batch in memory
                 yield started
                 left = left[1:]
             else:
@@ -219,7 +219,7 @@ class Capturer:
         acts, finite = {}, {}
         for site, x in self.model.activations(tokens.to(device), self.sites).items():
             x = x.flatten(0, 1)[not_padding].to(torch.bfloat16)
-            # From a GPU: into pinned memory, while this thread goes on.
+            # On a GPU this copies into pinned memory while this thread goes on.
             finite[site] = torch.isfinite(x).all(1).to("cpu", non_blocking=True)
             acts[site] = x.to("cpu", non_blocking=True)
         arrived = None
@@ -229,7 +229,7 @@ class Capturer:
         return Batch(len(members), rows, acts, finite, arrived)
 
     def collect(self, batch: Batch, window: Window, acts: dict[str, Tensor]) -> None:
-        """Wait for a batch and put it in its place among the window's activations. Raises InputError for NaN."""
+        """Wait for a batch and copy it into the window's activations. Raises InputError for NaN."""
         if batch.arrived:
             batch.arrived.synchronize()
         for site in self.sites:
@@ -244,16 +244,16 @@ class Capturer:
             acts[site][batch.rows] = batch.acts[site]
 
     def shrink(self, n_sentences: int, longest: int) -> None:
-        """Halve the batches, after one of n_sentences did not fit. Raises Stop where it was a single sentence."""
+        """Halve the batches after one of n_sentences did not fit. Raises Stop if it was a single sentence."""
         if n_sentences == 1:
             raise Stop(
                 f"A sentence of {longest} tokens does not fit the memory of {self.model.device}; lower --max_tokens "
-                "or use a GPU with more."
+                "or use a GPU with more memory."
             )
         self.batch_tokens = n_sentences * longest // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        print(f"A batch did not fit the GPU's memory: at most {self.batch_tokens} tokens from here on.", flush=True)
+        print(f"A batch did not fit the GPU's memory; batches now have at most {self.batch_tokens} tokens.", flush=True)
 
 
 def measure_rate(capturer: Capturer, sample: Window) -> float:
@@ -266,11 +266,11 @@ def measure_rate(capturer: Capturer, sample: Window) -> float:
     return max(1.0, few.n_tokens / (time.time() - started))
 
 
-# ---- windows on the disk
+# ---- windows on disk
 
 
 def write_window(folder: Path, window: Window, acts: Tensor, shard_bytes: int) -> int:
-    """Write one site's shards of a window, then a note of them, which makes the window count as done. Returns bytes."""
+    """Write one site's shards of a window, then the note that marks the window as done. Returns the shards' bytes."""
     records = write_activations(folder, window.name, acts, window.sentence_idx, window.token_ids, shard_bytes)
     note = {"shards": records, "n_empty": window.n_empty, "n_cut": window.n_cut}
     write_json(window_note(folder, window.number), note)
@@ -327,10 +327,10 @@ def capture_windows(
 
 
 def check_model(args: ModelArgs, model_dir: str, sites: Sequence[str], max_tokens: int) -> dict[str, int]:
-    """{site: layer}, in order and once. Raises InputError where the model does not have what is asked of it."""
+    """{site: layer}, in order, without duplicates. Raises InputError for what the model does not support."""
     if max_tokens > args.max_seq_len:
         raise InputError(
-            f"--max_tokens {max_tokens} is beyond the context of {model_dir}, {args.max_seq_len}; lower it."
+            f"--max_tokens {max_tokens} exceeds the context of {model_dir}, {args.max_seq_len} tokens; lower it."
         )
     try:
         return {site: check_site(site, args.n_layers) for site in sites}
@@ -339,11 +339,11 @@ def check_model(args: ModelArgs, model_dir: str, sites: Sequence[str], max_token
 
 
 def open_sentences(folder: str, num_samples: int, seed: int) -> SentenceDataset:
-    """The sentences to capture; where there are fewer than asked for, that is printed."""
+    """The sentences to capture; prints a note if there are fewer than asked for."""
     sentences = SentenceDataset(folder, num_samples, seed)
     n_in_all = len(sentences.order)
     if num_samples > n_in_all and int(os.environ.get("RANK", 0)) == 0:
-        print(f"--num_samples asks for {num_samples:,} sentences, {folder} has {n_in_all:,}: capturing all of them.")
+        print(f"--num_samples asks for {num_samples:,} sentences; {folder} has {n_in_all:,}: capturing all of them.")
     return sentences
 
 
@@ -387,7 +387,7 @@ def begin_sites(output_dir: Path, sites: Iterable[str], decides: dict[str, Any],
 
 
 def capture_share(capturer: Capturer, windows: Windows, output_dir: Path, shard_bytes: int, w: World) -> None:
-    """Capture this process's windows, but for those that are written already."""
+    """Capture this process's windows, except those already written."""
     share = range(w.rank, windows.n_windows, w.size)
     todo = [i for i in share if not all(window_is_written(output_dir / site, i) for site in capturer.sites)]
     total = windows.n_sentences(share)
@@ -433,7 +433,7 @@ def main() -> None:
         raise InputError(f"The tokenizer of {config.model_dir} has no begin-of-text; leave out --begin_of_text.")
     sentences = open_sentences(config.sentences_dir, config.num_samples, config.seed)
     windows = Windows(sentences, tokenizer, config.window_sentences, config.max_tokens)
-    packed = not torch.cuda.is_available()  # packed weights are a CPU's
+    packed = not torch.cuda.is_available()  # packed weights are for CPUs
     model = load_model(config.model_dir, "cpu", getattr(torch, config.dtype), config.rope_scaling_factor, packed)
     source = describe_source(config.model_dir, args, windows, config.seed, config.begin_of_text)
     decides = {name: getattr(config, name) for name in _DECIDING}

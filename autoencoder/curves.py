@@ -1,4 +1,4 @@
-"""What one watches sae_training.py by: training curves, how often latents fire, Weights & Biases."""
+"""Monitoring sae_training.py: training curves, how often latents fire, Weights & Biases."""
 
 import json
 import os
@@ -52,9 +52,9 @@ def plot_curves(metrics: list[str], png_path: Path) -> None:
 
 
 def plot_frequencies(firing: Tensor, n_activations: int, png_path: Path) -> None:
-    """On what share of activations each latent fired, as a histogram; those that never did stand apart, grey.
+    """A histogram of the share of activations each latent fired on; latents that never fired stand apart, in grey.
 
-    firing: (n_latents), on how many of the last n_activations each latent fired.
+    firing: (n_latents), how many of the last n_activations each latent fired on.
     """
     fired = firing[firing > 0].tolist()
     n_silent = len(firing) - len(fired)
@@ -72,7 +72,7 @@ def plot_frequencies(firing: Tensor, n_activations: int, png_path: Path) -> None
 
 
 def start_wandb(mode: WandbMode, folder: Path, config: dict[str, Any], run_id: str | None) -> "WandbRun | None":
-    """run_id: of the run to continue, if any. None where W&B is off."""
+    """The run, None if W&B is off. run_id: the id of the run to continue, if any."""
     if mode == "off":
         return None
     import wandb

@@ -23,7 +23,7 @@ from sae import TopKSparseAutoencoder
 ROWS = 512  # tokens whose logits or pre-activations are in memory at once: 263 MB each at a vocabulary of 128,256
 _EPS = 1e-5  # of the normalisation, for reconstructions that are plain functions
 
-Reconstruction = Callable[[Tensor], Tensor]  # raw activations (n_tokens, d_model) -> the same, as an SAE keeps them
+Reconstruction = Callable[[Tensor], Tensor]  # raw activations (n_tokens, d_model) -> their reconstruction
 
 
 def evaluate(
@@ -38,9 +38,9 @@ def evaluate(
 
     saes: TopKSparseAutoencoders, or any functions of raw activations (n_tokens, d_model) to their reconstruction, same
         shape and dtype; for plain functions the latent metrics are None.
-    sentences: token ids, without begin-of-text; bos_id puts one before each, which is passed through, never counted.
+    sentences: token ids, without begin-of-text. bos_id: put before each sentence, passed through, never counted.
     Losses and KL are nats per prediction. With one sentence there is no mean of others, so its metrics are None.
-    Raises InputError where a loss is not finite, nothing is predicted, or all activations are the same.
+    Raises InputError if a loss is not finite, nothing is predicted, or all activations are the same.
     """
     n_tokens, n_starts = sum(map(len, sentences)), 0 if bos_id is None else 1
     last = f"layers.{model.args.n_layers - 1}.resid_post"
@@ -62,7 +62,7 @@ def evaluate(
             if has_mean:
                 replacements.append(mean_of_others(x, real, total, n_tokens))
             replacements += [each.reconstruct_all(x, real, position) for each in quality]
-            # The stream after the last layer, at the positions whose next token is the sentence's.
+            # The stream after the last layer, at the positions whose next token belongs to the sentence.
             predicts = torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], dim=1)
             targets = tokens[:, 1:][predicts[:, :-1]]
             n_predictions += len(targets)
@@ -107,7 +107,7 @@ class Quality:
         return x_hat
 
     def reconstruct(self, x: Tensor, position: Tensor) -> Tensor:
-        """Raw x (n_tokens, d_model), position (n_tokens) in the sentence -> the reconstruction, raw; counted."""
+        """Reconstruct raw x (n_tokens, d_model) and add it to the sums. position (n_tokens): in the sentence."""
         if isinstance(self.sae, TopKSparseAutoencoder):
             z, mean, std = self.sae.normalize(x)
             values, indices = self.sae.encode_normalized(z)
@@ -172,7 +172,7 @@ class Costs(NamedTuple):
 
 
 def costs(loss: Costs, loss_spliced: float, kl: Costs, kl_spliced: float) -> dict[str, float | None]:
-    """What one SAE costs the model, beside what zero and the mean cost it."""
+    """What one SAE costs the model, next to what zero and the mean cost it."""
 
     def recovered(baseline: float | None) -> float | None:
         if baseline in (None, loss.clean):
@@ -233,7 +233,7 @@ def losses_and_kl(model: Transformer, streams: list[Tensor], targets: Tensor) ->
 def padded_batches(
     sentences: list[list[int]], batch_tokens: int, bos_id: int | None, device: torch.device, label: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches: tokens (batch, seq) int64, and where the sentences' own tokens are (batch, seq). label: of the bar."""
+    """Tokens (batch, seq) int64, and a mask of the sentences' own tokens (batch, seq). label: of the progress bar."""
     starts = [] if bos_id is None else [bos_id]
     with progress_bar(total=sum(map(len, sentences)), unit="token", unit_scale=True, desc=label) as bar:
         for batch in make_batches([len(ids) + len(starts) for ids in sentences], batch_tokens):

@@ -1,4 +1,4 @@
-"""How often latents fire: the histogram of training and evaluation, and its axis."""
+"""How often latents fire: the histogram that training and evaluation draw, and its axis."""
 
 import math
 from collections.abc import Iterable
@@ -16,11 +16,11 @@ class FrequencyHistogram(NamedTuple):
     """Latents by the log10 of the share of tokens on which they fire; silent ones are left out."""
 
     log10_edges: list[float]  # up to 0
-    latents: list[int]  # in the bin from each edge, excluded, to the next, included
+    latents: list[int]  # in each bin, lower edge excluded, upper edge included
 
 
 def frequency_histogram(fired: Iterable[int], n_tokens: int) -> FrequencyHistogram:
-    """fired: on how many of n_tokens each latent fired, without zeros."""
+    """fired: how many of n_tokens each latent fired on, without zeros."""
     n_bins = math.ceil(_BINS_PER_DECADE * math.log10(max(n_tokens, 2)))
     latents = [0] * n_bins
     for n in fired:
@@ -29,7 +29,7 @@ def frequency_histogram(fired: Iterable[int], n_tokens: int) -> FrequencyHistogr
 
 
 def draw_histogram(axis: "Axes", histogram: FrequencyHistogram, label: str = "") -> None:
-    """Bars, those of dense latents in orange."""
+    """Bars, dense latents in orange."""
     starts = histogram.log10_edges[:-1]
     colors = ["tab:orange" if start >= math.log10(DENSE) else "tab:blue" for start in starts]
     width = 1 / _BINS_PER_DECADE

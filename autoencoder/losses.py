@@ -10,7 +10,7 @@ With g the gradient of z_hat and dS that of the kept pre-activations:
     dW_dec = g^T S      dW_enc = dS^T (z - b_pre)      db_enc = sum dS      db_pre = sum g - W_enc^T db_enc
 
 The dead latents' reconstruction has no ReLU and no b_pre; its gradient reaches neither b_pre nor the main loss. Both
-losses and every gradient touch only kept latents. Where several processes hold a slice of the latents each, they
+losses and every gradient touch only kept latents. When several processes each hold a slice of the latents, they
 exchange the values of their candidates and their parts of each reconstruction. Sums run in a fixed order.
 """
 
@@ -37,11 +37,11 @@ class Dead(NamedTuple):
 
     indices: Tensor  # int64, those of this slice
     n_by_slice: list[int]  # how many each slice has
-    k: int  # kept per activation, of all slices: at most the sum of n_by_slice
+    k: int  # kept per activation over all slices: at most the sum of n_by_slice
 
     @classmethod
     def where(cls, is_dead: Tensor, n_by_slice: list[int], k_aux: int) -> "Dead | None":
-        """is_dead: bool (n_latents) of this slice. None for no auxiliary loss: k_aux is 0, or no latent is dead."""
+        """is_dead: bool (n_latents) of this slice. None, for no auxiliary loss, if k_aux is 0 or no latent is dead."""
         k = min(k_aux, sum(n_by_slice))
         return cls(is_dead.nonzero().flatten(), n_by_slice, k) if k else None
 
@@ -55,8 +55,8 @@ def loss_sums(
 ) -> Losses:
     """The losses for normalised z (batch, d_model). dead: None for no auxiliary loss.
 
-    slices: the processes that hold a slice of the SAE each; all pass the same z, and get main, aux and b_pre's gradient
-    of the whole SAE. encoder_dtype: bfloat16 chooses the latents by a product in bfloat16 and computes the chosen
+    slices: the processes that each hold a slice of the SAE; all pass the same z, and get main, aux and b_pre's gradient
+    of the whole SAE. encoder_dtype: bfloat16 selects the latents by a product in bfloat16 and computes the selected
     values in float32.
     """
     weights = sae.encoder.weight, sae.encoder.bias, sae.decoder.weight.t(), sae.b_pre
@@ -129,7 +129,7 @@ class SparseLosses(torch.autograd.Function):
 
 
 class Kept(NamedTuple):
-    """The kept latents, by row: an entry for each pair of a row of the batch and a latent."""
+    """The kept latents, by row: an entry per pair of batch row and latent."""
 
     values: Tensor  # >= 0
     latents: Tensor
@@ -138,12 +138,12 @@ class Kept(NamedTuple):
 
 
 def keep_highest(weights: Weights, z: Tensor, k: int, slices: World, encoder_dtype: torch.dtype) -> Kept:
-    """Of the k highest latents of each row over all slices, those of this one. Values in float32, always."""
+    """This slice's share of each row's k highest latents over all slices. Values are always float32."""
     batch, n_latents = len(z), len(weights.w_enc)
     shift = weights.b_enc - weights.w_enc @ weights.b_pre  # W (z - b_pre) + b = W z + shift
     x, w, b = (tensor.to(encoder_dtype) for tensor in (z, weights.w_enc, shift))
     n_rows = rows_at_once(x.element_size() * n_latents, z.device)
-    block = x.new_empty(min(n_rows, batch), n_latents)  # the one dense tensor, used again and again
+    block = x.new_empty(min(n_rows, batch), n_latents)  # the one dense tensor, reused
     chosen = [top_k(torch.addmm(b, rows, w.t(), out=block[: len(rows)]), min(k, n_latents)) for rows in x.split(n_rows)]
     values, indices = (torch.cat(parts) for parts in zip(*chosen, strict=True))  # (batch, min(k, n_latents))
     slots = values.shape[1]
@@ -159,9 +159,9 @@ def keep_highest(weights: Weights, z: Tensor, k: int, slices: World, encoder_dty
 
 
 def highest_of_all(candidates: Tensor, k: int, slices: World) -> Tensor:
-    """Which of this slice's candidates (batch, slots) are among the k highest of all slices': bool (batch, slots).
+    """Which of this slice's candidates (batch, slots) are among the k highest of all slices: bool (batch, slots).
 
-    Only values travel, 4 bytes x batch x slots from each process to each other. Equal ones go to the lower slice.
+    Only values are sent, 4 bytes x batch x slots from each process to each other. Ties go to the lower slice.
     """
     if slices.size == 1:
         return torch.ones_like(candidates, dtype=torch.bool)
@@ -178,8 +178,8 @@ def highest_of_all(candidates: Tensor, k: int, slices: World) -> Tensor:
 def auxiliary_loss(
     weights: Weights, z: Tensor, error: Tensor, dead: Dead, slices: World
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Squared error of the dead latents' reconstruction of `error`, and its gradients for their rows of w_enc, b_enc
-    and directions. Dense over the dead latents, in blocks of rows."""
+    """Squared error of the dead latents' reconstruction of `error`, and its gradients with respect to their rows of
+    w_enc, b_enc and directions. Dense over the dead latents, in blocks of rows."""
     w_enc, b_enc, directions = (tensor[dead.indices] for tensor in weights[:3])
     shift = b_enc - w_enc @ weights.b_pre
     loss = z.new_zeros(())
@@ -204,8 +204,8 @@ def auxiliary_loss(
 
 
 def kept_of_dead(pre_acts: Tensor, dead: Dead, slices: World) -> Tensor:
-    """Which pre-activations (rows, dead latents of this slice) are among the dead.k highest of all slices': bool."""
-    slots = min(dead.k, max(dead.n_by_slice))  # candidates of every slice, padded where it has fewer
+    """Which pre-activations (rows, dead latents of this slice) are among the dead.k highest of all slices: bool."""
+    slots = min(dead.k, max(dead.n_by_slice))  # candidates per slice, padded if it has fewer
     values, indices = pre_acts.topk(min(slots, pre_acts.shape[1]), dim=1, sorted=False)
     candidates = F.pad(values, (0, slots - values.shape[1]), value=-torch.inf)
     stays = highest_of_all(candidates, dead.k, slices)[:, : values.shape[1]]
@@ -216,7 +216,7 @@ def kept_of_dead(pre_acts: Tensor, dead: Dead, slices: World) -> Tensor:
 
 
 def weighted_sums(source: Tensor, indices: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    """Sum weights[e] * source[indices[e]] over the entries from each offset to the next; no entries give zeros."""
+    """Sum weights[e] * source[indices[e]] over the entries from each offset to the next; zeros for no entries."""
     return F.embedding_bag(indices, source, offsets=offsets, per_sample_weights=weights, mode="sum")
 
 

@@ -13,7 +13,7 @@ class Measure(NamedTuple):
     form: str
 
     def show(self, value: Any) -> str:
-        """The value as people read it; a dash for None, which stands for "not measured"."""
+        """The formatted value; a dash for None, "not measured"."""
         return "-" if value is None else self.form.format(value)
 
 

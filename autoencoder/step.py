@@ -4,8 +4,8 @@
     agreed = step.agree(pending)            the same numbers on every process
     step.apply(pending, agreed, 5e-5, 0)    learning rate, number of steps before
 
-Only `apply` changes anything, and it waits for nobody: whoever is stopped or left alone before it still holds the whole
-state of the step before.
+Only `apply` changes anything, and it waits for no one: a process stopped or left alone before it still holds the whole
+state of the previous step.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from sae import TopKSparseAutoencoder
 
 
 class StepOptions(NamedTuple):
-    """What a step does, but for the learning rate; named as the options of sae_training.py."""
+    """The options of a step, except the learning rate, named as in sae_training.py."""
 
     batch_size: int  # activations per step, over all processes
     k_aux: int  # dead latents in the auxiliary loss
@@ -30,33 +30,33 @@ class StepOptions(NamedTuple):
     adam_eps: float = 6.25e-10
     weight_decay: float = 0.0
     grad_clip: float | None = None  # largest norm of the whole gradient
-    micro_batch_size: int | None = None  # activations in one forward pass of a process; None: all of its share
+    micro_batch_size: int | None = None  # activations per forward pass of a process; None: its whole share
     encoder_dtype: str = "float32"
 
 
 class Pending(NamedTuple):
-    """What a step will change, besides the gradients, which lie in the parameters."""
+    """What a step will change, besides the gradients, which are in the parameters."""
 
-    losses: Tensor  # (2,), main and aux of this process's rows, their share of the mean over the batch
+    losses: Tensor  # (2,), main and aux: what this process's rows contribute to the batch means
     fired: Tensor  # (n_latents), int64: activations of the whole batch on which each latent of the slice fired
     silent_tokens: Tensor  # (n_latents), int64: the counters after this step
 
 
 class Agreed(NamedTuple):
-    """What the processes tell one another in a step, the same on each of them."""
+    """What the processes agree on in a step, the same on all of them."""
 
     stop: bool  # one of them got a signal
-    main: float  # losses of the whole batch, means
+    main: float  # mean losses of the whole batch
     aux: float
     n_dead: list[int]  # dead latents after this step, by slice
     longest_silence: int  # in activations
 
 
 class Step:
-    """This process's slice of the SAE (alone: all of it) with what training adds to it: moments and counters.
+    """This process's slice of the SAE (all of it if alone), with AdamW's moments and the counters.
 
-    The processes of a row of the grid hold a slice of the latents each and see the same activations; those of a column
-    hold the same slice and share the batch out. sae: the whole SAE; its slice is cut here.
+    The processes of a row of the grid each hold a slice of the latents and see the same activations; those of a column
+    hold the same slice and divide the batch. sae: the whole SAE; its slice is cut here.
     """
 
     def __init__(self, sae: TopKSparseAutoencoder, options: StepOptions, grid: Grid):
@@ -68,7 +68,7 @@ class Step:
         # AdamW's moments, laid out in memory as the parameters are.
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
-        # Activations since each latent last fired, and on how many it fired since the counter was last set to zero.
+        # Activations since each latent last fired; activations it fired on since the counter was last reset.
         self.silent_tokens, self.firing = torch.zeros(
             2, self.sae.n_latents, dtype=torch.int64, device=self.world.device
         )
@@ -98,7 +98,7 @@ class Step:
         b_pre, *own = self._gradients()
         for tensor in (*own, fired):
             self.data.all_reduce(tensor)
-        # Complete in each slice; by one sum over all processes it stays equal to the last bit on all of them.
+        # Each slice has the complete gradient; one sum over all processes keeps it bitwise equal on all of them.
         self.world.all_reduce(b_pre.div_(self.slices.size))
         self.sae.project_decoder_grad()
         if options.grad_clip is not None:
@@ -115,7 +115,7 @@ class Step:
     def agree(self, pending: Pending, signal: int = 0) -> Agreed:
         """The one exchange between all processes in a step, and the point where the CPU waits for the GPU.
 
-        signal: the number of one that this process got; 0 for none.
+        signal: the number of the signal this process got; 0 for none.
         """
         width = self.slices.size
         numbers = torch.zeros(3 + 2 * width, dtype=torch.float64, device=self.world.device)
@@ -129,9 +129,9 @@ class Step:
         return Agreed(stop > 0, main, aux, [int(n) for n in rest[:width]], int(max(rest[width:])))
 
     def apply(self, pending: Pending, agreed: Agreed, learning_rate: float, n_before: int) -> None:
-        """Take the step. n_before: how many came before it."""
+        """Take the step. n_before: the number of steps before it."""
         options = self.options
-        # The class AdamW does the same, and imports torch's compiler first: seconds for each process.
+        # The class AdamW does the same but imports torch's compiler first, which costs each process seconds.
         with torch.no_grad():
             adamw(
                 list(self.parameters.values()),
@@ -158,13 +158,13 @@ class Step:
     # ---- checkpoints
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds of this slice."""
+        """This slice's part of a checkpoint."""
         counters = {"silent_tokens": self.silent_tokens, "firing": self.firing}
         moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         return {"sae": self.sae.state_dict(), **moments, "counters": counters}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from the `state` of this slice. Every process calls this at once: they tell who is dead."""
+        """Continue from the `state` of this slice. All processes must call this: they exchange counts of the dead."""
         self.sae.load_state_dict(state["sae"])
         for name in self.parameters:
             self.exp_avg[name].copy_(state["exp_avg"][name])
@@ -175,12 +175,12 @@ class Step:
         self.n_dead = self.agree(unchanged).n_dead
 
     def bytes_sent(self) -> tuple[float, float]:
-        """What a process sends in a step: for data parallelism, and for latent parallelism.
+        """Bytes a process sends per step: for data parallelism, and for latent parallelism.
 
-        Data: the gradients of its slice and what fired. Latents: the values of its candidates, the partial
-        reconstructions, b_pre's gradient; the auxiliary loss comes on top with min(k_aux, dead latents) candidates and
-        a reconstruction. Published size, eight processes: 2.82 GB as 8 x 1; 0.19 GB as 1 x 8, 0.84 GB once 2048
-        latents of a slice are dead.
+        Data: the gradients of its slice and the firing counts. Latents: the values of its candidates, the partial
+        reconstructions, b_pre's gradient; the auxiliary loss adds min(k_aux, dead latents) candidates and a
+        reconstruction. Published size, eight processes: 2.82 GB as 8 x 1; 0.19 GB as 1 x 8, 0.84 GB once 2048 latents
+        of a slice are dead.
         """
         sae, n_data, width = self.sae, self.data.size, self.slices.size
         n_rows = self.options.batch_size // n_data

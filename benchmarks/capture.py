@@ -1,14 +1,14 @@
 """Capture: tokens/s, bytes and files of capture_activations.py against two other ways, in one run.
 
 Reads   the embedded tiny Llama, and the documentation on this machine (made into sentences once), or INPUT_PATH
-Writes  DATA_DIR; prints two rows of a markdown table for each model
+Writes  DATA_DIR; prints two rows of a markdown table per model
 Method  three ways over the same sentences and weights, to the same site:
         ours: what the script does with a window: tokenise in threads, batches of similar length, stop at the site,
         write shards with checksums, synced to the disk;
         the original's way, from its description, with this project's Llama: random batches of 32 padded to the
-        longest, the whole forward with key/value cache and output layer, one file a sentence, not synced;
+        longest, the whole forward with key/value cache and output layer, one file per sentence, not synced;
         transformers: LlamaForCausalLM hooked at the same place, the same random batches, no cache, nothing written.
-        Tokenising counts in each. One of each in turn, REPEATS times; medians. The second model has random weights of
+        All include tokenising. One of each in turn, REPEATS times; medians. The second model has random weights of
         Llama 3.2's SHAPE with every width divided by SHRINK. Run it alone on the machine
 Cost    8 minutes on two cores, and half a minute more the first time
 
@@ -34,22 +34,22 @@ NUM_SAMPLES: Count = 1000  # sentences for the tiny Llama
 NUM_SAMPLES_LARGER: Count = 200  # sentences for the larger model
 SHAPE: Literal["1B", "3B"] = "1B"  # of the larger model: Llama 3.2 1B's or 3B's
 SHRINK: Count = 4  # what its widths are divided by; 1 is the real shape, for a GPU
-BATCH_TOKENS: CountOrZero = 0  # of ours; 0: 1024 on a CPU, the script's default on a GPU
+BATCH_TOKENS: CountOrZero = 0  # tokens per batch of ours; 0: 1024 on a CPU, the script's default on a GPU
 DTYPES: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")  # of the computation
 REPEATS: Count = 5  # runs of each way
 
 _ORIGINAL_BATCH = 32  # sentences
 _MAX_TOKENS = 192
 # Llama 3.2's shapes (https://github.com/meta-llama/llama-models) and a site at the published share of the depth. The
-# vocabulary is the embedded tokenizer's: the output layer's share of the work is smaller than in the real model, to the
-# advantage of the other ways.
+# vocabulary is the embedded tokenizer's: the output layer's share of the work is smaller than in the real model, which
+# favours the other ways.
 _COMMON = {"multiple_of": 64, "norm_eps": 1e-5, "rope_theta": 500000.0}
 _SHAPES = {
     "1B": ({"dim": 2048, "n_heads": 32, "n_kv_heads": 8}, {"n_layers": 16, "ffn_dim_multiplier": 1.5}, 12),
     "3B": ({"dim": 3072, "n_heads": 24, "n_kv_heads": 8}, {"n_layers": 28, "ffn_dim_multiplier": 1.0}, 22),
 }
 
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # dense, as NVIDIA's data sheets say
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  # dense, from NVIDIA's data sheets
 
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
@@ -75,7 +75,7 @@ _TINY_DIR = Path(TINY_LLAMA_DIR)
 
 
 def make_sentences(folder: Path, input_path: str | None) -> Path:
-    """Documents and sentences by the scripts themselves; nothing when they are there."""
+    """Make documents and sentences with the scripts themselves, unless they are there."""
     name = Path(input_path).stem if input_path else "documentation"
     documents = Path(input_path).resolve() if input_path else folder / "documents"
     if not input_path:
@@ -86,7 +86,7 @@ def make_sentences(folder: Path, input_path: str | None) -> Path:
 
 
 def make_larger_model(folder: Path, shape: str, shrink: int) -> Path:
-    """A checkpoint in Meta's format with random weights and the embedded tokenizer; nothing when it is there."""
+    """Write a checkpoint in Meta's format with random weights and the embedded tokenizer, unless it is there."""
     if (folder / "consolidated.00.pth").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def padded(token_ids: list[list[int]], device: torch.device) -> Tensor:
 
 
 def random_batches(sentences: SentenceDataset, tokenizer: Tokenizer) -> Iterator[list[list[int]]]:
-    """The sentences' tokens, 32 at a time, as they come in the seeded (random) order."""
+    """The sentences' tokens, 32 at a time, in the seeded (random) order."""
     for start in range(0, len(sentences), _ORIGINAL_BATCH):
         texts = [sentences[i] for i in range(start, min(start + _ORIGINAL_BATCH, len(sentences)))]
         yield [ids for ids in (tokenizer.encode(text)[:_MAX_TOKENS] for text in texts) if ids]
@@ -195,8 +195,8 @@ def hooked_transformers(peer: Any, tokenizer: Tokenizer, sentences: SentenceData
 def ours(
     batch_tokens: int, site: str, sentences: SentenceDataset, tokenizer: Tokenizer
 ) -> Callable[[Transformer, Path], None]:
-    """capture_activations.py's own loop, with its own sizes. On a GPU batch_tokens 0 stands for the script's."""
-    # The loop is that stage's method, and it is what is timed: without it this benchmark would time a copy.
+    """capture_activations.py's own loop, with its own sizes. batch_tokens: 0 for the script's default."""
+    # A script's function is imported because that loop is what is timed; otherwise this would time a copy.
     import capture_activations as stage
 
     windows = stage.Windows(sentences, tokenizer, stage.WINDOW_SENTENCES, _MAX_TOKENS)
@@ -212,7 +212,7 @@ def ours(
 
 
 def check_same(model: Transformer, peer: Any, tokenizer: Tokenizer, sentences: SentenceDataset, layer: int) -> None:
-    """Both models compute the same, or the comparison is worth nothing."""
+    """Check that both models compute the same; otherwise the comparison is worthless."""
     captured: list[Tensor] = []
     hook = peer.model.layers[layer].input_layernorm.register_forward_hook(lambda m, args, out: captured.append(out))
     tokens = torch.tensor([next(ids for ids in map(tokenizer.encode, sentences) if len(ids) > 8)], device=model.device)
@@ -228,7 +228,7 @@ def check_same(model: Transformer, peer: Any, tokenizer: Tokenizer, sentences: S
 
 
 def disk_of(folder: Path) -> tuple[int, int]:
-    """Bytes and files. Ours count a note per window, which in the end becomes a line of the manifest."""
+    """Bytes and files. Ours include a note per window, which a real run moves into the manifest."""
     files = [f for f in folder.rglob("*") if f.is_file()]
     return sum(f.stat().st_size for f in files), len(files)
 
@@ -246,13 +246,13 @@ def padding(
 
 
 def flops_per_token(args: ModelArgs, layer: int) -> float:
-    """Of the products with weights up to attention_norm of `layer`; attention's own are under 1 % at 27 tokens."""
+    """For the weight products up to attention_norm of `layer`; attention itself adds under 1 % at 27 tokens."""
     attention = args.dim * args.head_dim * (2 * args.n_heads + 2 * args.n_kv_heads)
     return 2.0 * layer * (attention + 3 * args.dim * args.hidden_dim)
 
 
 def share_of_peak(args: ModelArgs, layer: int, tokens_per_s: float) -> str:
-    """What part of a known GPU's FLOPs that is; nothing for another one."""
+    """What share of a known GPU's FLOPs that is; empty for an unknown GPU."""
     name = torch.cuda.get_device_name()
     peak = next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None)
     return f", {flops_per_token(args, layer) * tokens_per_s / peak:.0%} of {name}'s FLOPs" if peak else ""
@@ -334,9 +334,9 @@ def main() -> None:
                 print(row, flush=True)
     tokenizer, sentences = load_tokenizer(str(_TINY_DIR)), SentenceDataset(sentences_dir)
     for batch_tokens in (1024, 4096, 16384):
-        own, random = padding(sentences, tokenizer, 16_384, batch_tokens)
+        by_length, random = padding(sentences, tokenizer, 16_384, batch_tokens)
         print(
-            f"Padding over real tokens in a window of 16,384 sentences, batches of {batch_tokens}: {own:.1%}; in "
+            f"Padding over real tokens in a window of 16,384 sentences, batches of {batch_tokens}: {by_length:.1%}; in "
             f"random batches of {_ORIGINAL_BATCH}: {random:.0%}."
         )
 

@@ -1,4 +1,4 @@
-"""What benchmarks share. Importing it puts the project on sys.path, so its import comes before the project's rooms."""
+"""Shared by the benchmarks. Importing it puts the project on sys.path, so import it before the project's rooms."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def run_script(script: str, **options: Any) -> None:
-    """Run a script of the project, in one process; what it prints is not shown. Raises Stop where it fails."""
+    """Run a script of the project, in one process, hiding what it prints. Raises Stop if it fails."""
     run_command(command(script, **options), quiet=True)
 
 
@@ -28,12 +28,12 @@ def timed(function: Callable[..., T], *arguments: object) -> tuple[float, T]:
 
 
 def median_rates(n: float, seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """n things per second, for each way, by the median of its runs."""
+    """n things per second for each way, from the median of its runs."""
     return {way: n / median(times) for way, times in seconds.items()}
 
 
 def spread(seconds: Mapping[str, Sequence[float]]) -> float:
-    """Slowest over fastest run, of the way where they differ most."""
+    """Slowest over fastest run, for the way in which they differ most."""
     return max(max(times) / min(times) for times in seconds.values())
 
 

@@ -2,7 +2,7 @@
 
 Both load the same checkpoint of random weights: Llama 3.2 1B with every width and the vocabulary halved (309 million
 parameters, tied output, bfloat16 on disk). Greedy. Rates are medians of ROUNDS interleaved measurements in one process;
-loading is measured in processes of its own. Ours uses `pack()` on a CPU, as llama_3_inference.py does.
+loading is measured in separate processes. Ours uses `pack()` on a CPU, as llama_3_inference.py does.
 
     .venv/bin/python benchmarks/llama_inference.py
 """
@@ -21,9 +21,9 @@ from pipeline.files import PROJECT_DIR
 from pipeline.options import Count, parse_constants
 from pipeline.run import run
 
-ROUNDS: Count = 5  # measurements of each, interleaved; the median counts
-PROMPT_TOKENS: Count = 256  # of each prompt
-NEW_TOKENS: Count = 32  # decoded after the first
+ROUNDS: Count = 5  # measurements of each, interleaved; medians are reported
+PROMPT_TOKENS: Count = 256  # tokens per prompt
+NEW_TOKENS: Count = 32  # tokens decoded after the first
 BATCH_SIZES: tuple[Count, ...] = (1, 8)
 DTYPES: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
 DEVICE = "cpu"  # or cuda
@@ -88,7 +88,7 @@ from llama_3.generation import generate
 
 
 class Shape(NamedTuple):
-    """Of the model; named as the options."""
+    """The model's shape; named like the options."""
 
     dim: int
     n_layers: int
@@ -144,7 +144,7 @@ def measure_loading(folder: Path, dtype: str, rounds: int) -> dict[str, list[flo
 
 
 class Decoding(NamedTuple):
-    """What is decoded; named as the options."""
+    """What is decoded; named like the options."""
 
     device: str
     rounds: int

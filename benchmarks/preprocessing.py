@@ -1,6 +1,6 @@
 """Preprocessing: GB/s of sae_preprocessing.py, statistics included, against cp and sync of the same bytes, in one run.
 
-Reads   activations made once: random numbers in the capture's format (their values do not change the work)
+Reads   activations made once: random numbers in the capture's format (their values do not affect the work)
 Writes  DATA_DIR, three times SIZE_GB; prints a row of a markdown table
 Method  the script from start to end, start-up of its processes and checksums included, against cp of the input folder
         followed by sync. One of each in turn, REPEATS times; medians. Run it alone on the machine
@@ -24,13 +24,13 @@ from pipeline.progress import gb, progress_bar
 from pipeline.run import run
 
 DATA_DIR = "data/benchmark_preprocessing"  # folder for activations, batches and the copy
-SIZE_GB: Positive = 4.0  # of activations
-D_MODEL: Count = 3072  # of them: Llama 3.2 3B's
-SHARD_GB: Positive = 0.25  # of a shard, so that every core has some
+SIZE_GB: Positive = 4.0  # size of the activations
+D_MODEL: Count = 3072  # their width: Llama 3.2 3B's
+SHARD_GB: Positive = 0.25  # size of a shard: several for every core
 NUM_PROCESSES: CountOrZero = 0  # processes; 0 for one per core
 REPEATS: Count = 5  # runs of each way
 
-_TOKENS = 27  # of a sentence
+_TOKENS = 27  # per sentence
 
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
@@ -41,11 +41,11 @@ from pipeline.activation_store import CAPTURE_STAGE, write_shard
 
 
 def make_activations(folder: Path, size_gb: float, d_model: int, shard_gb: float) -> Path:
-    """Shards and manifest as capture_activations.py writes them; nothing when they are there."""
+    """Write shards and a manifest as capture_activations.py does, unless they are there."""
     decides = {"size_gb": size_gb, "d_model": d_model, "shard_gb": shard_gb}
     if begin_or_continue(folder, CAPTURE_STAGE, decides):
         return folder
-    sentences = max(1, int(shard_gb * 1e9 / (2 * d_model * _TOKENS)))  # of a shard
+    sentences = max(1, int(shard_gb * 1e9 / (2 * d_model * _TOKENS)))  # per shard
     records = []
     for i in progress_bar(range(max(1, round(size_gb / shard_gb))), unit="shard", desc="activations"):
         generator = torch.Generator().manual_seed(i)

@@ -6,10 +6,10 @@ Method  n_latents, k and the activations are the same for all; ours is trained b
         trainer (see sae_step.py) at its recommended learning rate, optimiser and initialisation. Two defaults of the
         peers are meant for runs of 10^8 to 10^10 activations and are set for this one: a latent counts as dead in
         training after DEAD_AFTER_TOKENS, as in ours, and a warm-up of 1000 steps becomes WARM_UP_STEPS. All see
-        activations normalised per token, as ours are; what a peer scales beyond that is its own. Each peer's weights
+        activations normalised per token, as ours are; any further scaling is the peer's own. Each peer's weights
         become a state dict of our class (exactly: TopK and ReLU are the same), and one program measures all:
         autoencoder.evaluation on held-out sentences, and dead latents, those silent over the last DEAD_AFTER_TOKENS
-        training activations once training is over. Curves: FVU of a batch that is about to be trained on.
+        training activations once training is over. Curves: FVU of a batch just before training on it.
         Training time is the trainer's alone for a peer, the whole script's (start, validation, checkpoints) for ours
 Cost    about 25 minutes on two cores. The peers need an environment of their own: requirements-peers.txt
 
@@ -27,12 +27,12 @@ from pipeline.run import run
 
 DATA_DIR = "data/benchmark_sae_quality"  # folder for everything
 SITES = ("layers.6.attention_norm", "layers.6.resid_post")  # two kinds of input to an SAE
-NUM_SAMPLES: Count = 60_000  # sentences, some 1.24 million activations
+NUM_SAMPLES: Count = 60_000  # sentences, about 1.24 million activations
 NUM_EPOCHS: Count = 2  # passes over them
 N_LATENTS: Count = 4096  # dictionary size
 K: Count = 32  # latents kept per activation
 DEAD_AFTER_TOKENS: Count = 300_000  # activations without firing before a latent counts as dead
-WARM_UP_STEPS: CountOrZero = 30  # of peers whose default is 1000
+WARM_UP_STEPS: CountOrZero = 30  # for peers whose default is 1000
 PEERS: tuple[str, ...] = ("sparsify", "sparsify, Adam", "SAELens", "dictionary_learning")  # rows beside ours
 PEER_BATCH_SIZE: Count = 4096  # SAELens' default; sparsify's is 65,536 tokens, dictionary_learning's buffer gives 8192
 PEER_LR_FACTORS: tuple[Positive, ...] = (1.0,)  # multiples of each peer's recommended learning rate to try
@@ -77,7 +77,7 @@ _BATCH_TOKENS = 2048  # a forward pass of the tiny Llama
 
 
 class Task(NamedTuple):
-    """What is the same for all."""
+    """The settings that are the same for all."""
 
     n_latents: int
     k: int
@@ -100,7 +100,7 @@ def run_stage(script: str, **options: object) -> None:
 
 
 def make_batches(folder: Path, sites: tuple[str, ...], num_samples: int) -> None:
-    """Shuffled activations of every site in folder/batches, by the scripts, with the demo's options."""
+    """Make shuffled activations of every site in folder/batches with the scripts and the demo's options."""
     sentences = folder / "sentences"
     run_stage("embedded/corpus.py", output_dir=folder / "documents", max_mb=6)
     run_stage(
@@ -142,7 +142,7 @@ class Activations:
         return (acts - acts.mean(-1, keepdim=True)) / (acts.std(-1, keepdim=True) + eps)
 
     def batches(self, batch_size: int, n_epochs: int) -> Iterator[Tensor]:
-        """Normalised batches, stored ones in another order each epoch."""
+        """Normalised batches, made of stored ones in another order each epoch."""
         generator = torch.Generator().manual_seed(0)
         stored = self.acts.split(self.manifest["batch_size"])
         each = batch_size // self.manifest["batch_size"]
@@ -195,8 +195,8 @@ def train_peer(
     with torch.no_grad():
         z = data.normalized(data.acts[:batch_size])
         same = torch.isclose(sae.decode(*sae.encode_normalized(z)), way.reconstruct(z), atol=1e-3, rtol=1e-3).all(1)
-    if same.float().mean() < 0.999:  # where two latents are level, rounding chooses
-        raise AssertionError(f"{name}: its weights reconstruct otherwise in our class, on {int((~same).sum())} rows.")
+    if same.float().mean() < 0.999:  # rounding breaks ties between latents
+        raise AssertionError(f"{name}: its weights reconstruct {int((~same).sum())} rows differently in our class.")
     return Trained(sae, curve, seconds)
 
 
@@ -279,7 +279,7 @@ def plot(results: dict[str, dict[str, dict]], path: Path) -> None:
 
 
 def check_peers(peers: tuple[str, ...]) -> list[str]:
-    """Those of them that are installed. Raises InputError for an unknown one."""
+    """The peers that are installed. Raises InputError for an unknown one."""
     known = [name for name, entry in WAYS.items() if entry.package]
     for name in peers:
         if name not in known:

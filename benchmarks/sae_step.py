@@ -1,12 +1,12 @@
 """One training step of our SAE against sparsify, SAELens, dictionary_learning and the original's dense way.
 
 Writes  a markdown table to the terminal, OUTPUT (JSON)
-Method  a step is everything between two batches: normalisation, forward, loss (the auxiliary one on, no latent dead),
+Method  a step is everything between two batches: normalisation, forward, loss (auxiliary loss on, no latent dead),
         backward, projection, optimiser, decoder normalisation. Each peer runs its own trainer class with its own
         optimiser; the original's way is written here from its description: full encoder, TopK scattered into a dense
-        matrix, dense decoder, autograd, AdamW over everything. Each way lives in a process of its own that does one
-        step when asked: the steps of all ways take turns, and medians count. Memory is the highest resident memory
-        (on a GPU: allocated) of that process beyond its imports. Growth is measured one way after the other.
+        matrix, dense decoder, autograd, AdamW over everything. Each way runs in its own process, which does one step
+        when asked: the ways take turns, and medians are reported. Memory is the process's peak resident memory
+        (on a GPU: allocated) beyond its imports. Growth is measured one way after the other.
         Random activations and random weights. Run it alone on the machine
 Cost    about 10 minutes on two cores. The peers need an environment of their own: requirements-peers.txt
 
@@ -23,25 +23,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pipeline.options import Count, CountOrZero, Positive, parse_constants
 from pipeline.run import run
 
-DEVICE: Literal["cpu", "cuda"] | None = None  # cuda where there is one, when not given
+DEVICE: Literal["cpu", "cuda"] | None = None  # cuda if there is one, when not given
 D_MODEL: Count | None = None  # width; 768 on a CPU, the published 3072 on a GPU, when not given
 N_LATENTS: Count | None = None  # dictionary size; 16384 or 65536
 K: Count | None = None  # latents kept; 32 or 64
 BATCH_SIZE: Count | None = None  # activations per step; 4096 or 8192
-ROUNDS: Count = 5  # steps of each way that count
-WARM_UP: CountOrZero = 2  # steps before each of them
+ROUNDS: Count = 5  # measured steps of each way
+WARM_UP: CountOrZero = 2  # warm-up steps before each measured one
 THREADS: Count = 2  # of each process on a CPU
-GROWTH = True  # measure growth with the dictionary and the batch too
+GROWTH = True  # also measure growth with the dictionary and the batch
 GROWTH_LATENTS: tuple[Count, ...] = (2**12, 2**14, 2**16, 2**18)  # dictionary sizes, at GROWTH_BATCH_SIZE
 GROWTH_BATCH_SIZE: Count = 1024  # activations per step there
 GROWTH_BATCHES: tuple[Count, ...] = (1024, 4096, 16384)  # batches, at N_LATENTS
-GROWTH_ROUNDS: Count = 3  # steps that count there, after one to warm up
+GROWTH_ROUNDS: Count = 3  # measured steps there, after one warm-up step
 PROFILE = False  # print torch.profiler's table of our step
 PRICE_PER_HOUR: Positive = 3.0  # dollars for an hour of this machine, for the projected cost of the published run
 OUTPUT = "data/benchmark_sae_step.json"  # results
 
 _PUBLISHED_TOKENS = 7_000_000_000  # activations of the published run, ten epochs
-_NEVER = 10**12  # latents are not dead before so many activations
+_NEVER = 10**12  # dead_after_tokens with which no latent ever counts as dead
 
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
@@ -88,7 +88,7 @@ class Way(NamedTuple):
 
     train: Callable[[Batches], None]  # until the batches end
     state: Callable[[], dict[str, Tensor]]  # what it has learned, as a state dict of our TopKSparseAutoencoder
-    reconstruct: Callable[[Tensor], Tensor] | None = None  # a peer's own forward pass, to check `state` by
+    reconstruct: Callable[[Tensor], Tensor] | None = None  # a peer's own forward pass, to check `state` against
 
 
 # ---- ours, and the original's
@@ -118,7 +118,7 @@ def ours(size: Size, device: str, encoder_dtype: str = "float32") -> Way:
 
 
 class DenseSae(nn.Module):
-    """The original's, with unit norm for each latent, which costs the same."""
+    """The original's SAE, but with unit norm for each latent, which costs the same."""
 
     def __init__(self, size: Size):
         super().__init__()
@@ -165,7 +165,7 @@ def original(size: Size, device: str, dead_after_steps: int = 80_000, k_aux: int
 
 
 def product(size: Size, device: str, dtype: str = "float32") -> Way:
-    """The encoder's matrix product alone, the floor of any step."""
+    """The encoder's matrix product alone, a lower bound for any step."""
     torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
     torch_dtype = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     weight = torch.randn(size.n_latents, size.d_model).to(device, torch_dtype)
@@ -179,7 +179,7 @@ def product(size: Size, device: str, dtype: str = "float32") -> Way:
     return Way(train, dict)
 
 
-# ---- peers: their own trainers; sizes from `size`, all else their defaults unless a line says why not
+# ---- peers: their own trainers; sizes from `size`, everything else their defaults unless a comment says why not
 
 
 def sparsify(
@@ -191,9 +191,9 @@ def sparsify(
     warm_up_steps: int = 1000,
     lr_factor: float = 1.0,
 ) -> Way:
-    """sparsify's Trainer, whose model here is one module that gives the next batch, whatever the tokens.
+    """sparsify's Trainer, with a stand-in model that returns the next batch, whatever the tokens.
 
-    Its default optimiser is schedule-free signum at 5e-3 / sqrt(n_latents / 2^14); Adam, the other, at 2e-4 / the same.
+    Its default optimiser is schedule-free signum at 5e-3 / sqrt(n_latents / 2^14); Adam has 2e-4 / the same root.
     """
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
 
@@ -307,7 +307,7 @@ def sae_lens(
             SAETrainer(config, sae, batches).fit()
 
     def state() -> dict[str, Tensor]:
-        norms = sae.W_dec.detach().norm(dim=1)  # it keeps the latents that are largest times these
+        norms = sae.W_dec.detach().norm(dim=1)  # it keeps the latents that are largest when multiplied by these
         return {
             "b_pre": sae.b_dec.detach().clone(),
             "encoder.weight": sae.W_enc.detach().t() * norms[:, None],
@@ -367,10 +367,10 @@ def dictionary_learning(
 class Entry(NamedTuple):
     make: Callable[..., Way]
     options: Mapping[str, str] = {}
-    package: str | None = None  # what has to be installed
+    package: str | None = None  # that has to be installed
     devices: tuple[str, ...] = ("cpu", "cuda")
     has_warm_up: bool = False  # of the learning rate, by default
-    huge_pages: bool = False  # as run asks of torch; others do not, and one row shows what it would give them
+    huge_pages: bool = False  # as pipeline.run requests; peers do not, and one row shows what they would gain
 
 
 WAYS = {
@@ -401,13 +401,13 @@ def missing(name: str) -> bool:
 
 
 class Measured(NamedTuple):
-    seconds: list[float]  # of each step that counts
+    seconds: list[float]  # of each measured step
     memory: int  # bytes
-    error: str | None = None  # why there is nothing more
+    error: str | None = None  # why it ended early
 
 
 def resident(name: str) -> int:
-    """Bytes of this process: VmRSS now, or VmHWM at the highest."""
+    """Bytes of this process: VmRSS for now, VmHWM for the peak."""
     found = re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text())
     return int(found[1]) * 1024 if found else 0
 
@@ -423,7 +423,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def serve(connection: Connection, name: str, size: Size, device: str, threads: int) -> None:
-    """In a process of its own: set the way up, then a step whenever the parent asks, until it sends False."""
+    """Runs in its own process: set the way up, then do a step whenever the parent asks, until it sends False."""
     entry = WAYS[name]
     os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(entry.huge_pages))  # torch reads it at its first tensor
     if entry.package:
@@ -432,7 +432,7 @@ def serve(connection: Connection, name: str, size: Size, device: str, threads: i
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     before = resident("VmRSS")
-    if device == "cpu":  # an allocation beyond what is free fails, instead of the system killing something
+    if device == "cpu":  # let an allocation beyond free memory fail, instead of the system killing a process
         limit = before + available_memory()
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
@@ -474,7 +474,7 @@ class Child:
         self.error: str | None = None
 
     def wait(self) -> "Child":
-        """Until it is set up."""
+        """Wait until it is set up."""
         self._receive()
         return self
 
@@ -515,21 +515,21 @@ def measure_in_turn(
         child.wait()
     for _ in progress_bar(range(rounds), unit="round", desc="steps"):
         for child in children.values():
-            for _ in range(warm_up):  # what lay idle since its last turn has lost its caches and some pages
+            for _ in range(warm_up):  # a process idle since its last turn has lost its caches and some pages
                 child.step(counts=False)
             child.step(counts=True)
     return {name: child.close() for name, child in children.items()}
 
 
 def measure_alone(name: str, size: Size, device: str, threads: int, rounds: int) -> Measured:
-    """With one step to warm up."""
+    """Measure one way by itself, after one warm-up step."""
     child = Child(name, size, device, threads).wait()
     for i in range(1 + rounds):
         child.step(i > 0)
     return child.close()
 
 
-# ---- what comes out
+# ---- results
 
 
 def ratio(a: Measured, b: Measured | None) -> str:

@@ -2,13 +2,13 @@
 
 Reads   INPUT_PATH, or the documentation on this machine; Punkt is trained on it once, before the clock starts
 Writes  DATA_DIR; prints a row of a markdown table
-Method  every way is a process of its own, timed from its start to its end, so that imports and the start of workers
-        count. The plain loop is what one writes with NLTK: a PunktSentenceTokenizer with the same parameters, over the
+Method  each way runs in its own process, timed from start to end, so that imports and starting workers count. The
+        plain loop is what one would write with NLTK: a PunktSentenceTokenizer with the same parameters, over the
         documents one after the other, its sentences kept in a list; it writes nothing. Ours is the whole script:
         documents checked, spans and gaps, parquet, checksums. All three must find the same number of sentences. One
-        of each in turn, REPEATS times; medians. A short corpus is read COPIES times, in files of their own, so that
-        the rate is that of a long run; what the splitter remembers of a copy is nearly all gone at the next (24 % of
-        its look-ups are found in the first copy of the documentation, 27 % in the second). Run it alone on the machine
+        of each in turn, REPEATS times; medians. A short corpus is read COPIES times, as separate files, so that the
+        rate is that of a long run; the splitter's cache has lost nearly all of one copy by the next (it answers 24 %
+        of the look-ups in the first copy of the documentation, 27 % in the second). Run it alone on the machine
 Cost    10 minutes on two cores
 
     python benchmarks/sentences.py
@@ -34,7 +34,7 @@ INPUT_PATH: str | None = None  # a parquet file of documents; made from the docu
 DATA_DIR = "data/benchmark_sentences"  # folder for documents and sentences
 COPIES: Count = 8  # times the documents are read
 PUNKT_TRAIN_MB: Positive = 1.0  # MB of documents to train Punkt on
-SHARD_MB: Positive = 2.0  # MB per shard: many for each process
+SHARD_MB: Positive = 2.0  # MB per shard: many shards for each process
 REPEATS: Count = 5  # runs of each way
 
 _PLAIN_LOOP = """
@@ -59,7 +59,7 @@ print(len(sentences))
 
 
 def make_documents(folder: Path, input_path: str | None, copies: int) -> Path:
-    """A folder with the parquet file `copies` times. It is the documentation on this machine when None is given."""
+    """A folder with `copies` copies of the parquet file, by default of the documentation on this machine."""
     if input_path is None:
         run_script("embedded/corpus.py", output_dir=folder / "documentation")
         input_path = str(folder / "documentation" / "documents.parquet")
@@ -78,7 +78,7 @@ def plain_loop(documents: Path, punkt_path: Path) -> int:
 
 
 def begin(documents: Path, begun: Path, options: dict[str, Any]) -> None:
-    """A folder that the script has begun: Punkt is trained, no sentence is split."""
+    """Make a folder as the script leaves it after training Punkt, before splitting anything."""
     shutil.rmtree(begun, ignore_errors=True)
     run_script("openwebtext_sentences_dataset.py", input_path=documents, output_dir=begun, **options)
     for shard in begun.glob("*.parquet"):
@@ -88,7 +88,7 @@ def begin(documents: Path, begun: Path, options: dict[str, Any]) -> None:
 
 
 def ours(documents: Path, begun: Path, folder: Path, n_processes: int, options: dict[str, Any]) -> int:
-    """The whole script, from where `begun` is."""
+    """The whole script, starting from a copy of `begun`."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(begun, folder)
     options = options | {"input_path": documents, "output_dir": folder, "num_processes": n_processes}

@@ -2,12 +2,12 @@
 
 Reads   SAE_MODEL_PATH with its latents.parquet, promoted.parquet and the names of its latents; its model
 Writes  OUTPUT_DIR: steering.json (every latent's figures too), steering.png; prints a markdown table
-Method  the latents are chosen before any is steered: names of plain words, one of them among the tokens that the
-        latent's direction promotes; those that it promotes most, about different words. Same prompts and seeds for all.
-        Concept: completions that hold one of the name's words; and, independent of names, tokens on which the latent
-        fires when the clean model reads the completion again. Fluency: nats per token of the completion under the clean
-        model, and trigrams that the completion held before. Repetitive text is cheap in nats, so both count: the best
-        mode and strength shows the words most often at no more than MAX_NATS and MAX_REPEATED above clean
+Method  the latents are chosen before any is steered: their names are plain words, one of them among the tokens that
+        the latent's direction promotes; the most promoted first, no two about the same words. Same prompts and seeds
+        for all. Concept: completions that hold one of the name's words; and, independent of names, tokens on which the
+        latent fires when the clean model rereads the completion. Fluency: nats per token of the completion under the
+        clean model, and repeated trigrams. Repetitive text is cheap in nats, so both count: the best mode and strength
+        shows the words most often at no more than MAX_NATS and MAX_REPEATED above clean
 Cost    10 minutes on two cores
 
     python benchmarks/steering.py
@@ -28,13 +28,13 @@ from serving.modes import Mode
 SAE_MODEL_PATH = str(PROJECT_DIR / "llama_3" / "tiny_llama" / "sae.pth")  # the SAE
 OUTPUT_DIR = "data/benchmark_steering"  # folder for the results
 N_LATENTS: Count = 24  # latents steered, one at a time
-MAX_NEW_TOKENS: Count = 30  # of each completion
-TEMPERATURE: NotNegative = 0.8  # of sampling
-TOP_P: Share = 0.95  # of sampling
+MAX_NEW_TOKENS: Count = 30  # tokens per completion
+TEMPERATURE: NotNegative = 0.8  # sampling temperature
+TOP_P: Share = 0.95  # nucleus sampling
 STRENGTHS = [2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0]  # of h_bias, add and clamp, times the latent's highest activation
 FACTORS = [4.0, 16.0, 64.0]  # of scale
-MAX_NATS: NotNegative = 0.5  # nats per token above clean that the best may cost
-MAX_REPEATED: Share = 0.05  # share of repeated trigrams above clean that the best may have
+MAX_NATS: NotNegative = 0.5  # nats per token above clean that the best setting may cost
+MAX_REPEATED: Share = 0.05  # share of repeated trigrams above clean that the best setting may have
 
 _PROMPTS = (
     "This is", "The", "It can be", "Note that", "When the", "A", "In this case", "The second", "For example,", "If",
@@ -77,7 +77,7 @@ class Condition(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """What is steered."""
+    """What to steer: the model, and the SAE with each latent's highest activation."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -95,7 +95,7 @@ class Concept(NamedTuple):
 
 
 def choose_concepts(sae_path: str, n: int) -> list[Concept]:
-    """Latents by the rule of the docstring, those that promote their words most first."""
+    """Latents chosen by the rule in the module docstring, those that promote their words most first."""
     path = SaeFiles(sae_path).beside("promoted.parquet")
     if not path.exists():
         raise InputError(f"There is no {path}; run promoted_tokens.py first.")
@@ -139,7 +139,7 @@ def conditions(strengths: Sequence[float], factors: Sequence[float]) -> list[Con
 def completions(
     opened: Opened, steering: Intervention | None, sampling: Sampling, n_times: int = 1
 ) -> list[list[list[int]]]:
-    """n_times the prompts together, with the same seeds: each time's completions, token ids."""
+    """Complete the prompts n_times in one batch, with the same seeds each time: token ids by time."""
     n = len(_PROMPTS)
     prompts = [encode_text(opened.tokenizer, prompt) for prompt in _PROMPTS] * n_times
     options: dict[str, Any] = sampling.options(n) | {"seeds": sampling.seeds(n) * n_times}
@@ -152,7 +152,7 @@ def completions(
 
 
 def part_by_part(functions: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
-    """Each function for its equal part of a batch's rows."""
+    """Apply each function to its equal part of a batch's rows."""
     return lambda x: torch.cat([f(part) for f, part in zip(functions, x.chunk(len(functions)), strict=True)])
 
 
@@ -173,13 +173,13 @@ def read_again(
     with torch.inference_mode(), model.intervene(sae.info["site"], lambda x: (acts.append(x), x)[1]):
         logprobs = model(tokens).log_softmax(-1)
         values, indices = sae.encode(acts[0][completed])
-    # Logits of a position are about the next token.
+    # A position's logits predict the next token.
     nats = -logprobs[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0][completed[:, 1:]]
     return nats.cpu(), torch.where(values > 0, indices, -1).cpu()
 
 
 def repeated_trigrams(row: list[int]) -> float:
-    """The share of a completion's trigrams that it held before."""
+    """The share of a completion's trigrams that occurred in it before."""
     trigrams = list(zip(row, row[1:], row[2:], strict=False))
     return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
 
@@ -224,7 +224,7 @@ def measure(opened: Opened, concepts: list[Concept], condition: Condition | None
 
 
 def find_best(clean: Row, rows: list[Row], max_nats: float, max_repeated: float) -> Row | None:
-    """By the rule of the docstring; of equals the first, whose mode computes less."""
+    """The best by the rule in the module docstring; among equals the first, whose mode computes less."""
     affordable = [
         row
         for row in rows
@@ -267,7 +267,7 @@ def plot(clean: Row, rows: list[Row], best: Row | None, path: Path) -> None:
             style = "--" if "dropped" in name else "-"
             axis.plot(x, y, marker="o", markersize=4, linestyle=style, color=f"C{i}", label=name)
             for point, *place in zip(points, x, y, strict=True):
-                if name == "scale" or (best and name == name_of(best)):  # those of the other modes lie beside them
+                if name == "scale" or (best and name == name_of(best)):  # the other modes' strengths are about the same
                     axis.annotate(f"{point['strength']:g}", place, (3, 3), textcoords="offset points", fontsize=7)
         axis.plot([scale * clean[cost]], [100 * clean["words_share"]], "k*", markersize=11, label="clean")
         if best:
@@ -277,7 +277,7 @@ def plot(clean: Row, rows: list[Row], best: Row | None, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("completions with the latent's own words, %")
     axes[0].legend(fontsize=8)
-    figure.suptitle("Steering: concept against fluency; numbers are strengths, about the same on the lines beside")
+    figure.suptitle("Steering: concept against fluency; numbers are strengths, similar on neighbouring lines")
     save_figure(figure, path, dpi=130)
 
 

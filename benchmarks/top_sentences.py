@@ -3,11 +3,11 @@
 Reads   the embedded tiny Llama, its reference SAE, and the documentation on this machine (made into activations once)
 Writes  DATA_DIR; prints a row of a markdown table
 Method  the original's way is a Python loop over sentences: run the SAE on one, average (and take the last token)
-        over its tokens, and enter the sentence for the one latent that is highest by each. Written here from its
+        over its tokens, and record the sentence for the one latent that is highest by each. Written here from its
         description, with this project's SAE; both read the same memory-mapped shards (the original read a file per
         sentence) and run the same number of threads. Ours is the whole script's work: three aggregations, every
-        latent's own sentences, samples, co-firing and the tables on disk. Encoding alone, in batches, is the limit of
-        any way. One of each in turn, REPEATS times; medians. Run it alone on the machine
+        latent's own sentences, samples, co-firing and the tables on disk. Encoding alone, in batches, bounds any
+        way. One of each in turn, REPEATS times; medians. Run it alone on the machine
 Cost    6 minutes on two cores, and 2 more the first time
 
     python benchmarks/top_sentences.py
@@ -21,7 +21,7 @@ from pipeline.run import run
 
 DATA_DIR = "data/benchmark_top_sentences"  # folder for documents, sentences and activations
 NUM_SAMPLES: Count = 32_000  # sentences
-ORIGINAL_SENTENCES: Count = 4_000  # of them for the original's way, which takes the same time for each
+ORIGINAL_SENTENCES: Count = 4_000  # of these for the original's way, which takes the same time for each
 REPEATS: Count = 5  # runs of each way
 
 _MODEL_DIR = PROJECT_DIR / "llama_3" / "tiny_llama"
@@ -42,7 +42,7 @@ from sae import TopKSparseAutoencoder, load_sae_model
 
 
 def make_activations(folder: Path, num_samples: int) -> Path:
-    """The demo's activations of the tiny Llama, by the scripts themselves; nothing when they are there."""
+    """Make the demo's activations of the tiny Llama with the scripts themselves, unless they are there."""
     run_script("embedded/corpus.py", output_dir=folder / "documents", max_mb=6)
     run_script(
         "openwebtext_sentences_dataset.py",
@@ -78,7 +78,7 @@ def one_by_one(
             acts = shard.acts[offsets[row] : offsets[row + 1]]
             values, indices = sae.encode(acts)
             latents = torch.zeros(len(acts), sae.n_latents).scatter_(1, indices, values)
-            latents @ sae.decoder.weight.T  # its class gives latents by a whole forward pass only
+            latents @ sae.decoder.weight.T  # its class returns latents only from a whole forward pass
             for aggregated in (latents.mean(0), latents[-1]):
                 activation, latent = aggregated.max(0)
                 found.setdefault(int(latent), []).append((float(activation), sentence, texts[sentence]))

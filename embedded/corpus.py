@@ -4,8 +4,8 @@ Reads   docstrings of the Python standard library and of PACKAGES, pydoc_data.to
 Writes  OUTPUT_DIR/documents.parquet (text, source, held_out), manifest.json
 Cost    about 20 s on two cores; 12 MB of text
 
-What is kept is prose: whole paragraphs with sentence punctuation that are mostly words. Code, doctests, tables,
-headings and reST markup go; a paragraph that occurs twice is kept once. A document is one file, one topic or one
+Only prose is kept: whole paragraphs with sentence punctuation that are mostly words. Code, doctests, tables, headings
+and reST markup are dropped; a paragraph that occurs twice is kept once. A document is one file, one topic or one
 package's description.
 
     python -m embedded.corpus --output_dir data/documents
@@ -32,7 +32,7 @@ from pipeline.progress import progress_bar
 from pipeline.run import run
 
 OUTPUT_DIR = "data/documents"  # folder for documents.parquet
-MAX_MB: NotNegative = 0.0  # stop after this many MB of text, files taken evenly from the whole; 0 for all
+MAX_MB: NotNegative = 0.0  # MB of text to keep, from evenly spaced files; 0 for all
 
 CORPUS_STAGE = "embedded/corpus.py"
 _DOCUMENTS = "documents.parquet"
@@ -128,7 +128,7 @@ _NOT_PROSE = (">>>", "...", "$ ", ".. ", "#", "|", "+-", "@", "def ", "class ", 
 _RULE = re.compile(r"[-=~^*`_+]{3,}")
 _WORD = re.compile(r"[(\"']?[A-Za-z]+(?:['-][A-Za-z]+)*[.,;:!?)\"']*")
 _MIN_WORDS = 5
-_MIN_WORD_SHARE = 0.72  # share of a paragraph's characters that stand in plain words
+_MIN_WORD_SHARE = 0.72  # share of a paragraph's characters that belong to plain words
 
 
 def prose_paragraphs(doc: str) -> list[str]:
@@ -209,7 +209,7 @@ def read_topics() -> list[tuple[str, list[str]]]:
 
 
 def read_source(name: str) -> list[str]:
-    """The paragraphs of the file or topic of this name, of this installation; none where it is not installed."""
+    """The paragraphs of the file or topic of this name in this installation; empty if it is not installed."""
     from pydoc_data.topics import topics
 
     kind, _, topic = name.partition(":")
@@ -223,7 +223,7 @@ def read_source(name: str) -> list[str]:
 
 
 def read_all(sources: list[tuple[str, Path]]) -> list[tuple[str, list[str]]]:
-    """(name, paragraphs) of every file and topic, held-out ones first: what they share with others is then theirs."""
+    """(name, paragraphs) of every file and topic, held-out ones first, so that shared paragraphs are held out."""
     with multiprocessing.Pool(os.cpu_count()) as pool:
         read = pool.imap(read_file, sources, chunksize=32)
         documents = list(progress_bar(read, total=len(sources), unit="file", desc="documentation"))
@@ -232,13 +232,13 @@ def read_all(sources: list[tuple[str, Path]]) -> list[tuple[str, list[str]]]:
 
 
 def take_evenly(documents: list[tuple[str, list[str]]], max_mb: float) -> list[tuple[str, list[str]]]:
-    """About max_mb of text, from documents at even distances."""
+    """About max_mb of text, from evenly spaced documents."""
     share = max_mb * 1e6 / sum(len(p) for _, paragraphs in documents for p in paragraphs)
     return [document for i, document in enumerate(documents) if int((i + 1) * share) > int(i * share)]
 
 
 def rows_of(documents: list[tuple[str, list[str]]]) -> list[dict[str, Any]]:
-    """The rows of documents.parquet: a paragraph that occurs twice is kept where it comes first."""
+    """The rows of documents.parquet; a paragraph that occurs twice is kept where it occurs first."""
     seen: set[str] = set()
     rows = []
     for name, paragraphs in documents:

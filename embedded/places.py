@@ -1,4 +1,4 @@
-"""Where the top sentences of the embedded SAE stand in the installed documentation."""
+"""Where to find the embedded SAE's top sentences in the installed documentation."""
 
 import zlib
 from pathlib import Path
@@ -33,7 +33,7 @@ def checksum(text: str) -> int:
 
 
 def text_at(place: dict) -> str | None:
-    """The sentence that a row of NAME.top_places.parquet points at; None where it differs in this installation."""
+    """The sentence that a row of NAME.top_places.parquet points at; None if it differs in this installation."""
     paragraphs = read_source(place["source"])
     if place["paragraph"] >= len(paragraphs):
         return None
@@ -44,10 +44,10 @@ def text_at(place: dict) -> str | None:
 def write_places(
     top_path: str | Path, sentences_dir: str | Path, documents_dir: str | Path, out_path: str | Path
 ) -> None:
-    """Write where the strongest sentences of NAME.top.parquet stand in the installed documentation, not their text.
+    """Write where the strongest sentences of NAME.top.parquet are in the installed documentation, without their text.
 
     Columns: _SCHEMA; source and paragraph as embedded.corpus.read_source counts them, start and length in characters.
-    A sentence over several paragraphs is left out; the same text stands once per latent.
+    A sentence that spans paragraphs is left out; a text is listed once per latent.
     """
     dataset = SentenceDataset(sentences_dir)
     spans = read_sentence_table(sentences_dir, ["doc_idx", "start"])
@@ -75,9 +75,9 @@ def write_places(
 
 
 def find_place(text: str, document: str, start: int, numbers: dict[str, int]) -> dict[str, int] | None:
-    """The paragraph that holds all of a document's sentence, which begins at `start`, and where in it; None: none does.
+    """The paragraph that holds the whole sentence at `start` of a document, and where in it; None if none does.
 
-    numbers: of the paragraphs of the document's source.
+    numbers: paragraph of the document's source -> its number.
     """
     before, _, _ = document[:start].rpartition("\n\n")
     start_in_paragraph = start - (len(before) + 2 if before else 0)

@@ -1,4 +1,4 @@
-"""The demo's recipe: every stage on the embedded tiny Llama, with the sizes that suit it. Needs no torch.
+"""The demo's recipe: every stage on the embedded tiny Llama, with suitable sizes. Needs no torch.
 
 demo.py, the reference SAE, benchmarks and tests take their commands from here; the README trains with the same options.
 """
@@ -26,7 +26,7 @@ TOP_SENTENCES = 20  # kept for each latent
 def command(script: str, processes: int = 1, **options: object) -> list[str]:
     """The command line of a script, `embedded/corpus.py` as a module; under torchrun for several processes.
 
-    To be run in the project's folder, as `run_command` does.
+    Run it in the project's folder, as `run_command` does.
     """
     program = [script]
     if "/" in script:  # a module of a room
@@ -45,9 +45,9 @@ def flags(options: Mapping[str, object]) -> list[str]:
 
 
 def run_command(words: Sequence[str], quiet: bool = False) -> None:
-    """Run a command in the project's folder; quiet: without what it prints. Raises Stop where it fails.
+    """Run a command in the project's folder; quiet: hide what it prints. Raises Stop if it fails.
 
-    Several processes share the cores.
+    Under torchrun the processes share the cores.
     """
     environment = dict(os.environ)
     if "torch.distributed.run" in words:
@@ -55,10 +55,10 @@ def run_command(words: Sequence[str], quiet: bool = False) -> None:
     stdout = subprocess.DEVNULL if quiet else None
     code = subprocess.run(words, cwd=PROJECT_DIR, env=environment, stdout=stdout).returncode
     if code:
-        raise Stop(f"This command failed with exit code {code}, its message is above: {' '.join(words[1:])}")
+        raise Stop(f"This command failed with exit code {code} (its message is above): {' '.join(words[1:])}")
 
 
-# ---- stages that others begin with too
+# ---- stages that others begin with
 
 
 def documents(run: Path) -> list[str]:

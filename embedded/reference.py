@@ -2,7 +2,7 @@
 
 Reads   RUN_DIR, which demo.py wrote
 Writes  OUTPUT_DIR/sae.pth and its files; MEANINGS_DIR: the names of its latents, with their scores
-Method  top sentences are other projects' documentation: only where they stand in it is kept (embedded/places.py)
+Method  top sentences quote other projects' documentation, so only their places in it are kept (embedded/places.py)
 Cost    5 minutes on two cores
 
     make reference
@@ -28,11 +28,11 @@ RUN_DIR = "demo_run"  # folder of the demo's run
 OUTPUT_DIR = "llama_3/tiny_llama"  # folder of the embedded model
 MEANINGS_DIR = "latent_index_meaning"  # folder for the names
 
-_COPIED = ("promoted.parquet", "curves.png", "frequencies.png", "metrics.jsonl")  # of NAME.*, as they are
+_COPIED = ("promoted.parquet", "curves.png", "frequencies.png", "metrics.jsonl")  # NAME.* files to copy unchanged
 
 
 def write_sae(found: SaeFiles, made: SaeFiles) -> None:
-    """The SAE in bfloat16, with a JSON in which no path is one of this machine."""
+    """Write the SAE in bfloat16, with a JSON that has no paths of this machine."""
     sae = load_sae_model(found.path)
     source = Source.read(sae.info, found.json).with_folder("model_dir", recipe.MODEL_DIR)
     facts = {**sae.info, **source.as_json(made.json)}
@@ -42,13 +42,13 @@ def write_sae(found: SaeFiles, made: SaeFiles) -> None:
 
 
 def without_absolute_paths(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts of an SAE but for the folders and options that are absolute paths."""
+    """The facts of an SAE, except the folders and options that are absolute paths."""
     options = {name: value for name, value in facts["config"].items() if not os.path.isabs(str(value))}
     return {name: value for name, value in facts.items() if name != "absolute"} | {"config": options}
 
 
 def copy_names(found: SaeFiles, meanings_dir: Path) -> None:
-    """The names by every aggregation, scored where the demo has not scored them."""
+    """Copy the names by every aggregation, scoring those that the demo has not scored."""
     meanings_dir.mkdir(parents=True, exist_ok=True)
     for aggregation in ("mean", "max", "last"):
         meanings = found.beside(f"meaning_distinctive-words_{aggregation}.yaml")
@@ -60,7 +60,7 @@ def copy_names(found: SaeFiles, meanings_dir: Path) -> None:
 
 
 def write_top_places(run_dir: Path, made: SaeFiles) -> None:
-    """What the SAE in bfloat16 does on the demo's sentences: a table of latents, and where its top sentences stand."""
+    """Run the bfloat16 SAE on the demo's sentences; write its table of latents and the places of its top sentences."""
     tables = run_dir / "reference"
     recipe.run_command(
         recipe.command(

@@ -2,8 +2,8 @@
 
 Reads   DOCUMENTS_DIR (embedded/corpus.py), SENTENCES_DIR (openwebtext_sentences_dataset.py on those documents)
 Writes  OUTPUT_DIR/consolidated.00.pth, params.json, tokenizer.model: a checkpoint in Meta's format; training.json
-Method  byte-level BPE with Llama 3's split pattern; AdamW with cosine decay; every step sees documents, which open with
-        begin-of-text, and sentences standing alone, which do not: the SAE stages feed sentences alone
+Method  byte-level BPE with Llama 3's split pattern; AdamW with cosine decay; every step sees documents, which start
+        with begin-of-text, and lone sentences, which do not, because the SAE stages feed lone sentences
 Cost    about an hour on two cores: docs/embedded.md
 
     python -m embedded.corpus --output_dir data/documents
@@ -27,12 +27,12 @@ MULTIPLE_OF: Count = 256  # with FFN_DIM_MULTIPLIER: feed-forward width 512
 FFN_DIM_MULTIPLIER: Positive = 0.75
 
 N_STEPS: Count = 1400  # optimiser steps
-CONTEXT: Count = 256  # tokens of a document row
+CONTEXT: Count = 256  # tokens per document row
 DOCUMENT_ROWS: Count = 14  # document rows per step
 SENTENCE_ROWS: Count = 32  # lone sentences per step
 LR: Positive = 3e-3  # peak learning rate
 WARMUP_STEPS: CountOrZero = 60
-WEIGHT_DECAY: NotNegative = 0.1  # on matrices
+WEIGHT_DECAY: NotNegative = 0.1  # on matrices only
 SEED: Seed = 0
 
 _PROMPTS = ("The function returns", "If the file does not exist, ", "This method is used to", "Python")
@@ -75,7 +75,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> dict[bytes, int]:
     bpe.train_from_iterator(
         texts, tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     )
-    # The library writes each byte as a printable character; this is the table back (GPT-2's byte-to-unicode mapping).
+    # The library writes each byte as a printable character; this table maps back (GPT-2's byte-to-unicode mapping).
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
     byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -91,14 +91,14 @@ class Texts(NamedTuple):
 
 
 def read_corpus(documents_dir: str, sentences_dir: str) -> tuple[Texts, Texts]:
-    """(documents, sentences). Raises InputError where the sentences are not of these documents."""
+    """(documents, sentences). Raises InputError if the sentences are not from these documents."""
     documents, sentences = Texts([], []), Texts([], [])
     check_complete(documents_dir, CORPUS_STAGE)
     columns = read_documents(documents_dir)
     for text, is_held_out in zip(columns["text"], columns["held_out"], strict=True):
         documents[is_held_out].append(text)
     if read_manifest(sentences_dir, SENTENCES_STAGE)["counts"]["docs"] != len(columns["text"]):
-        raise InputError(f"{sentences_dir} is not of {documents_dir}; split those documents again.")
+        raise InputError(f"{sentences_dir} was not made from {documents_dir}; split those documents again.")
     rows = read_sentence_table(sentences_dir, ["text", "doc_idx"]).to_pydict()
     for text, doc_idx in zip(rows["text"], rows["doc_idx"], strict=True):
         if text:
@@ -107,7 +107,7 @@ def read_corpus(documents_dir: str, sentences_dir: str) -> tuple[Texts, Texts]:
 
 
 class Rows:
-    """Random rows of tokens and their targets: of documents, which open with begin-of-text, and of lone sentences."""
+    """Random rows of tokens and their targets: of documents, which start with begin-of-text, and of lone sentences."""
 
     def __init__(
         self, tokenizer: TiktokenTokenizer, documents: list[str], sentences: list[str], context: int, seed: int
@@ -115,7 +115,7 @@ class Rows:
         self.bos_id, self.context = tokenizer.bos_id, context
         self.rng = np.random.default_rng(seed)
         self.stream = encode_all(tokenizer, documents)
-        # A row opens with begin-of-text and goes on at the start of a paragraph: where a document opens or after \n\n.
+        # A row is begin-of-text and then text from the start of a paragraph: a document's start or after \n\n.
         ends_paragraph = np.array([tokenizer.decode([i]).endswith("\n\n") for i in range(tokenizer.vocab_size)])
         starts = np.flatnonzero(ends_paragraph[self.stream] | (self.stream == self.bos_id)) + 1
         self.starts = starts[starts < len(self.stream) - context]
@@ -128,7 +128,7 @@ class Rows:
         return with_targets(torch.from_numpy(rows).long(), self.bos_id)
 
     def of_sentences(self, n_rows: int) -> tuple[Tensor, Tensor]:
-        """Sentences of similar length; targets behind a sentence's end are -100."""
+        """Sentences of similar length; targets past a sentence's end are -100."""
         i = int(self.rng.integers(0, len(self.alone) - n_rows))
         chosen = self.alone[i : i + n_rows]
         longest = len(chosen[-1]) - 1
@@ -188,7 +188,7 @@ class Schedule(NamedTuple):
 
 
 def train(model: Transformer, rows: Rows, schedule: Schedule) -> int:
-    """Train in place; returns the number of tokens that were predicted."""
+    """Train in place; returns the number of tokens predicted."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -218,7 +218,7 @@ def train(model: Transformer, rows: Rows, schedule: Schedule) -> int:
 
 
 def write_checkpoint(folder: Path, model: Transformer, ranks: dict[bytes, int], params: dict[str, Any]) -> None:
-    """In Meta's format, and in the precision that the model has."""
+    """Write it in Meta's format, in the model's precision."""
     state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     state["output.weight"] = state["tok_embeddings.weight"]
     with atomic_path(folder / "consolidated.00.pth") as temporary:
@@ -228,11 +228,11 @@ def write_checkpoint(folder: Path, model: Transformer, ranks: dict[bytes, int], 
     write_json(folder / "params.json", params)
 
 
-# ---- what it has learnt
+# ---- results
 
 
 def measure(model: Transformer, rows: Rows, tokenizer: TiktokenTokenizer, held_out: list[str]) -> dict[str, Any]:
-    """Losses on held-out documents, of the model and of a table of the tokens' frequencies."""
+    """Losses on held-out documents, of the model and of a table of token frequencies."""
     stream = encode_all(tokenizer, held_out)
     n_rows = (len(stream) - 1) // rows.context
     whole = torch.from_numpy(stream[: n_rows * rows.context]).long().view(n_rows, rows.context)
@@ -287,7 +287,7 @@ def main() -> None:
     train_s = time.time() - started
     model.requires_grad_(False).eval().to(torch.bfloat16)
     write_checkpoint(output_dir, model, ranks, params)
-    model.float()  # what is measured is what was written: bfloat16
+    model.float()  # measures the weights as written, rounded to bfloat16
     report = {
         "n_params": sum(p.numel() for p in model.parameters()),
         "corpus_characters": n_chars,

@@ -1,1 +1,1 @@
-"""What makes a script a stage: options, errors in one sentence, manifests, shards, processes, where data comes from."""
+"""What every stage needs: options, errors in one sentence, manifests, shards, processes, where data comes from."""

@@ -1,4 +1,4 @@
-"""Read the shuffled batches of sae_preprocessing.py for training: which rows belong to which step, ahead of need.
+"""Read the shuffled batches of sae_preprocessing.py for training: which rows belong to which step, read ahead.
 
 A shard is memory-mapped; a step's rows are whole stored batches of about a thousand rows, so that reading is sequential
 over megabytes although the order is random.
@@ -43,7 +43,7 @@ class Batches:
     def read(self, epoch: int, step: int, rank: int, world_size: int, out: Tensor | None = None) -> Tensor:
         """This process's share of a step's rows, (batch_size / world_size, d_model) bfloat16.
 
-        out: where to put them. Writing to fresh memory costs several times the copy itself.
+        out: where to put them; fresh memory costs several times as much as the copy itself.
         """
         share = self.batch_size // world_size
         begin, end = rank * share, (rank + 1) * share
@@ -57,7 +57,7 @@ class Batches:
         return out
 
 
-@functools.lru_cache(2)  # what is read ahead may lie in the next epoch
+@functools.lru_cache(2)  # reading ahead may reach into the next epoch
 def _order(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order of n stored batches in an epoch."""
     return np.random.default_rng((seed, epoch)).permutation(n)
@@ -71,14 +71,14 @@ def open_rows(path: Path) -> np.ndarray:
 class Reader:
     """Gives the steps' rows in order, on `device`; threads read _AHEAD steps ahead.
 
-    On GPUs the threads also copy, from pinned memory and beside the computation.
+    On GPUs the threads also copy to the device, from pinned memory, while it computes.
     """
 
     def __init__(self, batches: Batches, steps: range, rank: int, size: int, device: torch.device):
         shape = (batches.batch_size // size, batches.d_model)
         self.batches, self.steps, self.rank, self.size, self.device = batches, iter(steps), rank, size, device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # A step's buffer is written again when `next` is called for the step after: its rows have been used then.
+        # A step's buffer is reused once `next` is called for the following step: by then its rows have been used.
         self.buffers = [
             torch.empty(shape, dtype=torch.bfloat16, pin_memory=self.stream is not None) for _ in range(_AHEAD)
         ]
@@ -102,7 +102,7 @@ class Reader:
         return rows
 
     def next(self) -> tuple[Tensor, float]:
-        """The next step's rows, and the seconds that went into waiting for them."""
+        """The next step's rows, and the seconds spent waiting for them."""
         started = time.perf_counter()
         while len(self.ahead) < _AHEAD and (step := next(self.steps, None)) is not None:
             self.ahead.append(self.pool.submit(self.read, step))

@@ -92,7 +92,7 @@ def write_activations(
 
 
 def run_checksum(records: list[dict[str, Any]]) -> str:
-    """One checksum over the shards' checksums: which run of capture_activations.py they are of."""
+    """One checksum over the shards' checksums: identifies the run of capture_activations.py."""
     return hashlib.sha256("".join(record["sha256"] for record in records).encode()).hexdigest()
 
 
@@ -126,7 +126,7 @@ class ActivationStore:
         check_sum(self.folder, self.records[i], CAPTURE_STAGE)
 
     def shard(self, i: int) -> Shard:
-        """Shard i; its shape is compared with the manifest, its checksum is not: see `verify`."""
+        """Shard i, its shape checked against the manifest; `verify` checks its checksum."""
         path = self.folder / self.records[i]["file"]
         try:
             shard = Shard(*(self._file(i).get_tensor(name) for name in Shard._fields))
@@ -134,7 +134,7 @@ class ActivationStore:
             raise InputError(f"{path} is damaged ({error}); capture it again.") from None
         if shard.acts.shape != (self.records[i]["n_tokens"], self.d_model):
             raise InputError(
-                f"{path} holds activations of shape {tuple(shard.acts.shape)}, the manifest says "
+                f"{path} holds activations of shape {tuple(shard.acts.shape)}, but the manifest says "
                 f"{(self.records[i]['n_tokens'], self.d_model)}; capture into an empty folder again."
             )
         offsets = shard.offsets

@@ -1,4 +1,4 @@
-"""Process-group set-up: the same script runs under python, on CPU, and under torchrun on any number of processes."""
+"""Process-group set-up: the same script runs under plain python and under torchrun with any number of processes."""
 
 import contextlib
 import os
@@ -59,7 +59,7 @@ class Grid(NamedTuple):
 
     world: World  # all processes
     column: World
-    row: World  # neighbouring ranks, which share a node where the node has that many
+    row: World  # neighbouring ranks, on one node if it has that many
 
 
 def make_grid(world: World, width: int) -> Grid:
@@ -98,7 +98,7 @@ def world() -> Iterator[World]:
 
 
 def _end_with_torchrun(torchrun: int) -> None:
-    """End this worker when torchrun was killed and cannot do so: left alone it would go on and hold the folder."""
+    """End this worker when torchrun was killed and cannot end it: it would run on and keep the folder locked."""
     while os.getppid() == torchrun:
         time.sleep(0.5)
     os._exit(1)
@@ -111,7 +111,7 @@ class StopSignal:
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[StopSignal]:
-    """In this block SIGTERM and Ctrl-C do not end the process; they are noted."""
+    """In this block SIGTERM and Ctrl-C do not end the process; they are only noted."""
     seen = StopSignal()
 
     def note(number: int, _frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Documents and where they are: parquet, JSON lines and text files, found and read in a fixed order."""
+"""Documents: parquet, JSON lines and text files, found and read in a fixed order."""
 
 import codecs
 import hashlib
@@ -27,7 +27,7 @@ def kind_of(name: str) -> str | None:
 
 
 def document_files(input_path: str) -> list[Path]:
-    """The file, or those of a folder and its subfolders in order of name. Raises InputError where there is none."""
+    """The file itself, or a folder's documents, subfolders included, by name. Raises InputError if there are none."""
     path = Path(input_path)
     if not path.exists():
         raise InputError(
@@ -47,7 +47,7 @@ def document_files(input_path: str) -> list[Path]:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every file in a folder and its subfolders, through links too; InputError for what cannot be looked into."""
+    """Every file in a folder and its subfolders, following links. Raises InputError for unreadable folders."""
 
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}); fix or remove it.")
@@ -55,7 +55,7 @@ def files_below(folder: Path) -> Iterator[Path]:
     seen = set()
     for where, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        if (real := os.path.realpath(where)) in seen:  # a link to a folder above, or two ways to one
+        if (real := os.path.realpath(where)) in seen:  # a link to a parent folder, or a second path to a folder
             subfolders.clear()
             continue
         seen.add(real)
@@ -66,13 +66,13 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def describe_files(listing: list[tuple]) -> dict[str, Any]:
-    """A dataset may have millions of files: their names, sizes and, of local ones, times of change, as a checksum."""
+    """Count, size, and one checksum (there may be millions of files) of names, sizes and local modification times."""
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     return {"files": len(listing), "bytes": sum(size for _, size, *_ in listing), "listing_sha256": digest}
 
 
 def open_parquet(path: Path) -> Any:
-    """The parquet file, once its column `text` is known to be there. Raises InputError."""
+    """The parquet file. Raises InputError unless it has a column `text`."""
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
@@ -96,7 +96,7 @@ def iter_parquet(path: Path, batch_size: int) -> Iterator[Any]:
 
 
 def iter_jsonl(path: Path) -> Iterator[bytes]:
-    """The "text" of each line, null as empty. Lone surrogates that a line may hold become bytes that are not UTF-8."""
+    """The "text" of each line, null as empty. Lone surrogates become bytes that are not UTF-8."""
 
     compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     try:
@@ -122,11 +122,11 @@ def iter_jsonl(path: Path) -> Iterator[bytes]:
 
 
 def iter_documents(files: list[Path]) -> Iterator[bytes]:
-    """Every document in order, in UTF-8 as far as it is valid. Raises InputError."""
+    """Every document in order, as UTF-8, not necessarily valid. Raises InputError."""
     for path in files:
         match kind_of(path.name):
             case "parquet":
-                for batch in iter_parquet(path, 64):  # a document may have megabytes
+                for batch in iter_parquet(path, 64):  # a document may be megabytes long
                     yield from batch.to_pylist()
             case "jsonl":
                 yield from iter_jsonl(path)

@@ -2,9 +2,9 @@
 
 
 class Stop(Exception):
-    """The run cannot go on: a full disk, a killed worker, a diverged loss. The message is one sentence that says what
-    happened and what to do; the exit code is 2."""
+    """The run cannot continue: a full disk, a killed worker, a diverged loss. The message is one sentence that says
+    what happened and what to do; the exit code is 2."""
 
 
 class InputError(Stop):
-    """Bad input: a file, an option, a combination of both. The message names it and the fix; nothing was written."""
+    """Bad input: a file, an option, or a combination. The message names it and the fix; nothing was written."""

@@ -1,4 +1,4 @@
-"""Figures without a window: made, drawn on, saved at once."""
+"""Figures without a window."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def new_figure(width: float, height: float, **options: Any) -> "Figure":
-    """An empty figure of width x height inches. Importing matplotlib takes a third of a second: only here."""
+    """An empty figure of width x height inches. Imports matplotlib only here: it takes a third of a second."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", **options)

@@ -18,9 +18,9 @@ PROJECT_DIR = Path(__file__).resolve().parents[1]
 
 @contextlib.contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well it is synced and renamed to `path`.
+    """Yield a temporary path beside `path`; when the block succeeds it is synced and renamed to `path`.
 
-    A full disk becomes a `Stop`, and no half file stays behind.
+    A full disk becomes a `Stop`, and no partial file stays behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def sha256(path: Path | str) -> str:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files that killed processes left in `folder`. Call with the folder's lock held."""
-    for pattern in (".*.tmp", ".tmp*"):  # ours; safetensors', which writes to a name of its own first
+    for pattern in (".*.tmp", ".tmp*"):  # ours, and safetensors' own
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 

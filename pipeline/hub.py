@@ -1,4 +1,4 @@
-"""What the scripts that fetch from the Hugging Face hub share: files as it lists them, errors in a sentence."""
+"""For the scripts that fetch from the Hugging Face hub: the files it lists, and its errors in a sentence."""
 
 import contextlib
 import hashlib
@@ -12,9 +12,9 @@ from pipeline.files import sha256
 
 
 def describe_file(listed: Any) -> dict[str, Any]:
-    """source (its path in the repository), bytes, and the checksum that the hub has.
+    """source (its path in the repository), bytes, and the hub's checksum.
 
-    That is sha256 for a large file, and for a small one git_sha1 (git's blob id).
+    The checksum is sha256 for a large file, git_sha1 (git's blob id) for a small one.
     """
     checksum = {"sha256": listed.lfs.sha256} if listed.lfs else {"git_sha1": listed.blob_id}
     return {"source": listed.rfilename, "bytes": listed.lfs.size if listed.lfs else listed.size, **checksum}
@@ -22,7 +22,7 @@ def describe_file(listed: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def answers_of_a_hub() -> Iterator[None]:
-    """Raise InputError where the block trips over an answer that no hub gives."""
+    """Raise InputError if the block trips over an answer that no hub would give."""
     from huggingface_hub import constants
 
     try:
@@ -44,9 +44,9 @@ def is_whole(path: Path, file: dict[str, Any]) -> bool:
 
 
 def explain(error: Exception, repo: str) -> Stop:
-    """What to raise for an error of the hub, the way to it, or the disk: a sentence with the fix.
+    """What to raise for an error of the hub, the network or the disk: a sentence with the fix.
 
-    InputError where the repository, the token or a setting is at fault; another Stop where running again may do.
+    InputError if the repository, the token or a setting is at fault; a plain Stop if running again may help.
     """
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import (
@@ -77,18 +77,18 @@ def explain(error: Exception, repo: str) -> Stop:
     if status in (401, 404):
         return InputError(f"{hub} does not have {repo} or its files ({status}); see whether {page} is still there.")
     if status is not None:
-        return Stop(f"{hub} answered {status} to the request for {repo}; run again later, it continues.")
+        return Stop(f"{hub} answered {status} to the request for {repo}; run again later to continue.")
     if isinstance(error, OfflineModeIsEnabled):
         return InputError("HF_HUB_OFFLINE is set; unset it to fetch a model.")
     if isinstance(error, connection_errors()):
-        return Stop(f"No connection to {hub} ({error}); check the network and HF_ENDPOINT and run again, it continues.")
+        return Stop(f"No connection to {hub} ({error}); check the network and HF_ENDPOINT, and run again to continue.")
     return Stop(
         f"{repo} could not be written ({error}); free some disk or name another folder, and run again to continue."
     )
 
 
 def connection_errors() -> type[Exception]:
-    """The base of every error of the hub's client, of connections too."""
+    """The base class of all errors of the hub's client, connection errors included."""
     from huggingface_hub import errors
 
-    return errors.HTTPError  # pyright: ignore[reportPrivateImportUsage] # of an HTTP library that changed before
+    return errors.HTTPError  # pyright: ignore[reportPrivateImportUsage] # of an HTTP library that has changed before

@@ -19,7 +19,7 @@ MANIFEST = "manifest.json"
 
 
 def git_commit() -> str | None:
-    """The commit this code stands at, with -dirty behind it when tracked files differ; None outside a checkout."""
+    """The commit of this code, with -dirty appended when tracked files differ; None outside a checkout."""
     git = ["git", "-C", str(PROJECT_DIR)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -58,34 +58,34 @@ def read_manifest(folder: Path | str, stage: str) -> dict:
             f"{FORMAT_VERSION}; run {stage} again."
         )
     if not manifest.get("complete"):
-        raise InputError(f"{folder} is not complete; run {stage} again with the same options, it continues.")
+        raise InputError(f"{folder} is not complete; run {stage} again with the same options to continue.")
     return manifest
 
 
 def begin_or_continue(folder: Path | str, stage: str, decides: dict[str, Any]) -> bool:
     """Check an output folder before writing to it. Returns True when its work is already complete.
 
-    `decides` holds everything the result depends on. A folder begun with other values is refused by naming the first
-    difference; a fresh folder gets an incomplete manifest that records them.
+    `decides` holds everything the result depends on. A folder begun with other values is refused with a sentence that
+    names the first difference; a fresh folder gets an incomplete manifest that records them.
     """
     folder = Path(folder)
     decides = json.loads(json.dumps(decides))
     if (folder / MANIFEST).exists():
         manifest = read_json(folder / MANIFEST, "remove the folder or name another.")
         if not isinstance(manifest, dict):
-            raise InputError(f"{folder / MANIFEST} is no manifest; remove the folder or name another.")
+            raise InputError(f"{folder / MANIFEST} is not a manifest; remove the folder or name another.")
         old = manifest.get("decides", {}) if manifest.get("stage") == stage else {"stage": manifest.get("stage")}
         for name in sorted(decides.keys() | old.keys()):
             if _differ(name, old.get(name), decides.get(name)):
                 then, now = (reprlib.repr(values.get(name)) for values in (old, decides))
                 raise InputError(
-                    f"{folder} was begun with {name} = {then}, now it is {now}; use the old value, remove the folder "
-                    "or name another."
+                    f"{folder} was begun with {name} = {then}, but now it is {now}; use the old value, remove the "
+                    "folder or name another."
                 )
         return bool(manifest["complete"])
     others = [p.name for p in folder.glob("*") if not p.name.startswith(".")] if folder.is_dir() else []
     if others:
-        raise InputError(f"{folder} holds other files ({others[0]}, ...) and no {MANIFEST}; name an empty folder.")
+        raise InputError(f"{folder} holds other files ({others[0]}, ...) but no {MANIFEST}; name an empty folder.")
     write_manifest(folder, stage, complete=False, decides=decides)
     return False
 
@@ -97,19 +97,19 @@ def _differ(name: str, then: Any, now: Any) -> bool:
 
 
 def complete_already(folder: Path | str, stage: str, decides: dict[str, Any]) -> bool:
-    """`begin_or_continue`; of a complete folder also check that its shards are there, and print that it is complete."""
+    """`begin_or_continue`; if the folder is complete, also check that its shards are there and print so."""
     if not begin_or_continue(folder, stage, decides):
         return False
     check_complete(folder, stage)
-    print(f"{folder} is complete already.", flush=True)
+    print(f"{folder} is already complete.", flush=True)
     return True
 
 
 @contextlib.contextmanager
 def output_folder(folder: Path | str, stage: str, decides: dict[str, Any], needed_bytes: float) -> Iterator[bool]:
-    """Hold an output folder for this run alone, begun or continued. Yields whether its work is complete already.
+    """Hold an output folder for this run alone, begun or continued. Yields whether its work is already complete.
 
-    needed_bytes: disk for all of it; what is there already is subtracted. Raises InputError as `locked` and
+    needed_bytes: disk space for the whole output; files already there are subtracted. Raises InputError as `locked` and
     `complete_already` do, and Stop as `require_disk` does.
     """
     folder = Path(folder)
@@ -125,7 +125,7 @@ def output_folder(folder: Path | str, stage: str, decides: dict[str, Any], neede
 
 
 def check_files(folder: Path | str, shards: list[dict], stage: str) -> None:
-    """Raise InputError unless each shard of a manifest is there with its size in bytes (checksums: see `sha256`)."""
+    """Raise InputError unless each shard of a manifest is there and has the right size (checksums: see `check_sum`)."""
     for shard in shards:
         path = Path(folder) / shard["file"]
         if not path.is_file():
@@ -138,15 +138,15 @@ def check_files(folder: Path | str, shards: list[dict], stage: str) -> None:
 
 
 def check_complete(folder: Path | str, stage: str) -> None:
-    """Raise InputError where a complete folder has lost a shard: running the stage again would not bring it back."""
+    """Raise InputError if a complete folder has lost a shard: running the stage again would not restore it."""
     manifest = read_manifest(folder, stage)
     check_files(folder, manifest["shards"] + manifest.get("validation_shards", []), stage)
 
 
 def check_sum(folder: Path | str, shard: dict, stage: str) -> None:
-    """Raise InputError unless a shard's bytes are those whose checksum its manifest holds.
+    """Raise InputError unless a shard has the checksum in its manifest.
 
-    A core takes a second for 1.5 GB where the processor has SHA instructions. What it reads stays in the page cache for
+    A core takes a second for 1.5 GB if the processor has SHA instructions. The bytes stay in the page cache for
     whoever reads the shard next, so the disk is read once.
     """
     path = Path(folder) / shard["file"]
@@ -156,17 +156,17 @@ def check_sum(folder: Path | str, shard: dict, stage: str) -> None:
         raise InputError(f"{path} cannot be read ({error}); remove {folder} and run {stage} again.") from None
     if not is_whole:
         raise InputError(
-            f"{path} is altered, or of another run: its checksum is not the one in {MANIFEST} beside it; remove "
+            f"{path} was altered or is from another run: its checksum is not the one in {MANIFEST} beside it; remove "
             f"{folder} and run {stage} again."
         )
 
 
 @contextlib.contextmanager
 def verifying(folder: Path | str, shards: list[dict], stage: str) -> Iterator[Callable[[], None]]:
-    """Compare checksums of `shards` in a thread while the block runs, for those who read shards in random order.
+    """Compare checksums of `shards` in a thread while the block runs, for stages that read shards in random order.
 
-    Yields a function that waits for all of them and raises InputError for an altered one: call it before anything
-    lasting is written.
+    Yields a function that waits for all of them and raises InputError for an altered one: call it before writing
+    anything lasting.
     """
     with ThreadPoolExecutor(1) as pool:
         jobs = [pool.submit(check_sum, folder, shard, stage) for shard in shards]

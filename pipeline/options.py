@@ -28,17 +28,17 @@ class Bounds(NamedTuple):
     below: float = math.inf
 
     def complaint(self, value: float) -> str | None:
-        """What is wrong with a value, as the end of a sentence; None for a good one."""
+        """What is wrong with a value, as the end of a sentence; None if nothing is."""
         if not math.isfinite(value):
             return "is not a finite number; give one."
         if value < self.least:
-            return f"is too small; it is at least {self.least:g}."
+            return f"is too small; it must be at least {self.least:g}."
         if value > self.most:
-            return f"is too large; it is at most {self.most:g}."
+            return f"is too large; it must be at most {self.most:g}."
         if value <= self.above:
-            return f"is too small; it is above {self.above:g}."
+            return f"is too small; it must be above {self.above:g}."
         if value >= self.below:
-            return f"is too large; it is below {self.below:g}."
+            return f"is too large; it must be below {self.below:g}."
         return None
 
 
@@ -57,7 +57,7 @@ class Option(NamedTuple):
 
     item: Any  # the type of a value, or of each of several: str, int, float or bool
     bounds: Bounds  # of each number
-    choices: tuple  # the only values; empty for any
+    choices: tuple  # the allowed values; empty for any
     length: int | None  # 1 for a single value, None for any number of values
     is_list: bool
     may_be_none: bool
@@ -96,8 +96,8 @@ def parse_constants(
 
     A constant's value is the option's default, its annotation (or the value's type) the option's type and bounds, and
     the comment on its line the help text. `NAME: str` without a value is a required option. Names starting with _ are
-    not options. commands: name -> help of the words that may stand first, as `command`; the first one is the default.
-    Raises InputError for an unknown option and for a value that its annotation does not allow.
+    not options. commands: name -> help text of the words allowed as first argument, `command`; the first is the
+    default. Raises InputError for an unknown option and for a value that its annotation does not allow.
     """
     source = Path(module_globals["__file__"]).read_text(encoding="utf-8")
     lines = source.splitlines()
@@ -139,7 +139,7 @@ def check_option(name: str, value: Any, option: Option) -> None:
         return
     values: list[Any] = list(value) if option.is_list and value is not None else [value]
     if option.length is not None and len(values) != option.length:
-        raise InputError(f"--{name} has {len(values)} values, it takes {option.length}; correct it.")
+        raise InputError(f"--{name} has {len(values)} values but takes {option.length}; correct it.")
     for each in values:
         if option.choices and each not in option.choices:
             *most, last = map(str, option.choices)

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 def progress_bar(*args: Any, **kwargs: Any) -> tqdm:
-    """tqdm with rate and time left; where nobody watches (a log file) a line every 15 seconds instead of many."""
+    """tqdm with rate and time left; in a log file, which nobody watches, only a line every 15 seconds."""
     watched = sys.stderr.isatty()
     return tqdm(*args, **{"dynamic_ncols": True, "mininterval": 0.2 if watched else 15.0, **kwargs})
 

@@ -14,10 +14,10 @@ def run(main: Callable[[], object]) -> None:
     """Run a script's main. A `Stop` becomes one sentence on stderr and exit code 2; Ctrl-C exits with 130.
 
     Under torchrun every rank usually meets the same bad input. Rank 0 prints it; the others wait, so that torchrun,
-    which tears everything down at the first exit, does not silence it. An error of one rank alone is printed by it.
+    which tears everything down at the first exit, does not silence it. An error on one rank alone is printed there.
     """
     rank = int(os.environ.get("RANK", 0))
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux: huge pages; a fresh tensor costs a quarter
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux: huge pages make fresh tensors cost a quarter
     try:
         main()
     except Stop as error:
@@ -26,7 +26,7 @@ def run(main: Callable[[], object]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         exit_at_once(2)
     except RuntimeError as error:
-        # gloo raises a plain RuntimeError for a lost peer: its text alone tells it from others.
+        # gloo raises a plain RuntimeError for a lost peer; only its text sets it apart.
         if "RANK" not in os.environ or not re.search("Connection|NCCL", str(error)):
             raise
         print(f"rank {rank}: another process of this run has ended.", file=sys.stderr, flush=True)  # it printed why

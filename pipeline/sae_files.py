@@ -1,4 +1,4 @@
-"""The files that belong to an SAE: NAME.pth and what lies beside it. docs/files.md describes each."""
+"""The files that belong to an SAE: NAME.pth and the files beside it. docs/files.md describes each."""
 
 from pathlib import Path
 from typing import NamedTuple

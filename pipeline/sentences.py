@@ -1,8 +1,8 @@
 """Sentences by index: what openwebtext_sentences_dataset.py writes, or the published dataset. Also their file format.
 
 A shard sentences-NNNNN.parquet has a row per sentence: text, doc_idx (of its document, from 0 over all shards), start
-(its first character in the document), gap (the document's text up to the next sentence). Texts and gaps joined are the
-documents.
+(its first character in the document), gap (the document's text up to the next sentence). Joining texts and gaps gives
+the documents.
 """
 
 import fcntl
@@ -24,7 +24,7 @@ SHUFFLE_SEED = 42  # of the published order; the reader's default
 
 SentenceRow = tuple[str, int, int, str]  # text, doc_idx, start, gap
 _SCHEMA = pa.schema({"text": pa.large_string(), "doc_idx": pa.int64(), "start": pa.int64(), "gap": pa.large_string()})
-_ROW_GROUP = 2**16  # sentences; the writer holds few more as Python objects
+_ROW_GROUP = 2**16  # sentences; the writer holds hardly more as Python objects
 _COUNTS = ("n_docs", "n_invalid_utf8", "text_bytes")  # kept in the file's metadata
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ def write_sentence_shard(path: Path, documents: Iterable[list[SentenceRow]], cou
 
 
 def describe_sentence_shard(path: Path) -> dict[str, Any]:
-    """The record of a shard that is there. Raises InputError where it is damaged."""
+    """The record of an existing shard. Raises InputError if it is damaged."""
     try:
         metadata = pq.read_metadata(path)
     except (pa.ArrowInvalid, OSError) as error:
@@ -80,8 +80,8 @@ class SentenceDataset:
     `dataset[i]` is row `order[i]` of the parquet files, with order = numpy.random.default_rng(seed).permutation(n): how
     Hugging Face datasets shuffles, so that a sentence index means the same sentence as in the published files. Texts
     and order come from memory-mapped files that the first reader makes beside the parquet files, checking those against
-    the manifest; access takes constant time and memory. `len` is num_samples, or less where there are fewer sentences;
-    len(order) is all of them. Also reads the published dataset: a column `text` and no manifest. Raises InputError.
+    the manifest; access takes constant time and memory. `len` is num_samples, or less if there are fewer sentences;
+    len(order) counts all of them. Also reads the published dataset: a column `text`, no manifest. Raises InputError.
     """
 
     def __init__(self, folder: str | Path, num_samples: int | None = None, seed: int = SHUFFLE_SEED):
@@ -115,7 +115,7 @@ class SentenceDataset:
         return self.manifest.get("decides", {}).get("documents")
 
     def _opened(self, open_file: Callable[[], T | None], make_file: Callable[[], None]) -> T:
-        """What open_file returns, once make_file has made the file if need be; of several processes one makes it."""
+        """What open_file returns, after make_file if need be; of several processes only one makes the file."""
         if (found := open_file()) is not None:
             return found
         try:
@@ -128,11 +128,11 @@ class SentenceDataset:
                 make_file()
                 found = open_file()
         if found is None:
-            raise InputError(f"The files of {self.folder} are changing; wait until they are whole, and run again.")
+            raise InputError(f"The files of {self.folder} are changing; wait until they are complete, and run again.")
         return found
 
     def _open_arrow(self, path: Path) -> pa.Table | None:
-        """The texts, or None where there is no copy of these files."""
+        """The texts, or None if there is no copy of these files."""
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except (pa.ArrowInvalid, OSError):
@@ -147,7 +147,7 @@ class SentenceDataset:
             for file in files:
                 if file.name in checksums and sha256(file) != checksums[file.name]:
                     raise InputError(
-                        f"{file} is not what its manifest says (checksum); remove {self.folder} and run "
+                        f"{file} does not have the checksum in its manifest; remove {self.folder} and run "
                         f"{SENTENCES_STAGE} again."
                     )
                 for batch in iter_parquet(file, 65_536):

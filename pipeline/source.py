@@ -1,13 +1,13 @@
-"""Where activations come from: one record, written by capture_activations.py and carried whole to the SAE.
+"""Where activations come from: one record, written by capture_activations.py and carried along to the SAE.
 
     source = Source.read(manifest, folder / MANIFEST)   # of activations, of batches, or of NAME.json
     source.model_dir(given=config.model_dir)             # the model's folder, compared with the one that was captured
     source.sentences(given=config.sentences_dir)         # the sentences, likewise
     json |= source.as_json(path)                         # into the next manifest
 
-Folders are stored relative to the file that names them, so that a data folder can be moved as a whole, and as the
-absolute path they had, for what lies elsewhere. Identities are checksums: another model or other sentences of the same
-name are refused in a sentence.
+Folders are stored relative to the file that names them, so that a data folder can be moved as a whole, and as absolute
+paths, for folders elsewhere. Identities are checksums: a different model or different sentences of the same name are
+refused.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ _FOLDERS = ("model_dir", "sentences_dir", "activations_dir")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is known of the activations' origin. None: the file does not state it.
+    """What is known of the activations' origin; None for what the file does not state.
 
-    `folders` holds, for model_dir, sentences_dir and activations_dir, where each may lie now, likeliest first.
+    `folders` lists where model_dir, sentences_dir and activations_dir may be now, likeliest first.
     """
 
     file: str  # the manifest or JSON that states all this, for messages
@@ -52,18 +52,18 @@ class Source:
         return cls(str(file), folders, **{name: info[name] for name in _field_names() if name in info})
 
     def as_json(self, file: str | Path) -> dict[str, Any]:
-        """The record for a JSON file that will lie at `file`; what is not known is left out."""
+        """The record for a JSON file to be written at `file`; unknown fields are left out."""
         record = {name: getattr(self, name) for name in _field_names() if getattr(self, name) is not None}
         places = {name: _first_that_exists(candidates) for name, candidates in self.folders.items()}
         absolute = {name: place for name, place in places.items() if not _is_remote(place)}
         return {**record, **{name: _relative(place, str(file)) for name, place in places.items()}, "absolute": absolute}
 
     def with_folder(self, name: str, folder: str | Path) -> "Source":
-        """The same with one folder, for example activations_dir, as given."""
+        """A copy with one folder, for example activations_dir, set to `folder`."""
         return dataclasses.replace(self, folders={**self.folders, name: [_absolute(folder)]})
 
     def need(self, name: str) -> Any:
-        """A field. Raises InputError where the file does not state it."""
+        """A field. Raises InputError if the file does not state it."""
         if (value := getattr(self, name)) is None:
             raise InputError(
                 f"{self.file} does not state {name}; name an SAE or data that a stage of this project wrote."
@@ -71,7 +71,7 @@ class Source:
         return value
 
     def folder(self, name: str, given: str | None, option: str) -> str:
-        """A folder: the one `given` by the option, else where the file says. Raises InputError where there is none."""
+        """A folder: the one `given` by the option, else the one the file names. Raises InputError if there is none."""
         if given:
             return given
         candidates = self.folders.get(name, [])
@@ -79,17 +79,17 @@ class Source:
             raise InputError(f"{self.file} does not state {name}; name the folder with {option}.")
         found = _first_that_exists(candidates)
         if not _exists(found):
-            raise InputError(f"{self.file} has {name} = {found}, where there is nothing now; name it with {option}.")
+            raise InputError(f"{self.file} has {name} = {found}, which no longer exists; name it with {option}.")
         return found
 
     def model_dir(self, given: str | None = None, option: str = "--llama_model_dir") -> str:
-        """The folder of the model, once it is known to be the one that was captured. Raises InputError."""
+        """The model's folder. Raises InputError if it is not the model that was captured."""
         folder = self.folder("model_dir", given, option)
         self.check_model(folder, option)
         return folder
 
     def check_model(self, folder: str, option: str) -> None:
-        """Raise InputError where the checkpoint in `folder` is not the one that was captured."""
+        """Raise InputError if the checkpoint in `folder` is not the one that was captured."""
         if self.model is None:
             return
         found = checkpoint_identity(folder)
@@ -100,26 +100,26 @@ class Source:
             )
 
     def sentences(self, given: str | None = None, option: str = "--sentences_dir") -> SentenceDataset:
-        """The sentences that were captured, in the same order. Raises InputError where they are others."""
+        """The sentences that were captured, in the same order. Raises InputError if the folder holds others."""
         dataset = self.need("dataset")
         folder = self.folder("sentences_dir", given, option)
         found = SentenceDataset(folder, dataset.get("sentences"), dataset.get("seed", SHUFFLE_SEED))
         n_found, n_known = len(found.order), dataset.get("sentences_in_all", len(found.order))
         if n_found != n_known:
             raise InputError(
-                f"{folder} holds {n_found} sentences, those of {self.file} were {n_known}; name those with {option}."
+                f"{folder} holds {n_found} sentences, but {self.file} is of {n_known}; name their folder with {option}."
             )
         known, shards = dataset.get("shards"), found.shard_checksums()
         if known and shards and shards != known:
             raise InputError(
-                f"{folder} holds other sentences than those of {self.file} (their checksums differ); name those with "
+                f"{folder} does not hold the sentences of {self.file} (their checksums differ); name their folder with "
                 f"{option}."
             )
         return found
 
 
 def _field_names() -> list[str]:
-    """The fields that stand in the JSON as they are."""
+    """The fields that are stored in the JSON unchanged."""
     return [field.name for field in dataclasses.fields(Source) if field.name not in ("file", "folders")]
 
 
@@ -127,9 +127,9 @@ def _field_names() -> list[str]:
 
 
 def _candidates(info: Mapping[str, Any], name: str, file: str) -> list[str]:
-    """Where a folder that `file` names may lie: relative to that file, then where it was.
+    """Where a folder that `file` names may be: relative to that file, then at its old absolute path.
 
-    Older files have no absolute path; theirs is relative to the working directory, or else to the project's.
+    Older files have no absolute path; their path is relative to the working directory or the project's.
     """
     stored = info[name]
     if _is_remote(stored):
@@ -141,14 +141,14 @@ def _candidates(info: Mapping[str, Any], name: str, file: str) -> list[str]:
 
 
 def _relative(place: str, file: str) -> str:
-    """The place as seen from the file's folder; links are resolved, since `..` leads out of where they point."""
+    """The place as seen from the file's folder; links are resolved, since `..` starts from where they point."""
     if _is_remote(place) or _is_remote(file):
         return place
     return Path(os.path.relpath(os.path.realpath(place), Path(file).resolve().parent)).as_posix()
 
 
 def _first_that_exists(candidates: list[str]) -> str:
-    """Where none does, the last one: the place where the folder was."""
+    """The first that exists, or else the last: where the folder used to be."""
     return next(filter(_exists, candidates), candidates[-1])
 
 

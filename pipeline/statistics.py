@@ -1,4 +1,4 @@
-"""statistics.safetensors: mean and variance of the training activations, which sae_preprocessing.py takes of them."""
+"""statistics.safetensors: mean and variance of the training activations, computed by sae_preprocessing.py."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,14 +14,14 @@ _STAGE = "sae_preprocessing.py"
 
 
 class ActivationStatistics(NamedTuple):
-    """Of the training activations; each but the count (d_model,) float64, variances of the population."""
+    """Of the training activations; all but the count are (d_model,) float64, population variances."""
 
     count: int
     mean_raw: Tensor
     var_raw: Tensor
     mean_normalized: Tensor
     var_normalized: Tensor
-    b_pre: Tensor  # where the SAE's starts, in normalised space
+    b_pre: Tensor  # initial value of the SAE's b_pre, in normalised space
 
 
 def write_statistics(path: Path, statistics: ActivationStatistics) -> None:
@@ -29,7 +29,7 @@ def write_statistics(path: Path, statistics: ActivationStatistics) -> None:
 
 
 def read_statistics(path: Path) -> ActivationStatistics:
-    """Raises InputError where there are none."""
+    """Raises InputError if there are none."""
     if not path.is_file():
         raise InputError(f"There are no statistics at {path}; run {_STAGE} again.")
     file = open_shard(path, _STAGE)

@@ -1,4 +1,4 @@
-"""Work shared out over processes and threads, results in order."""
+"""Work distributed over processes and threads, results in order."""
 
 import collections
 import multiprocessing
@@ -13,7 +13,7 @@ from pipeline.errors import Stop
 
 
 def _end_with_main_process() -> None:
-    """Let this worker end when the main process is killed; it would wait for work for ever."""
+    """End this worker when the main process is killed; otherwise it would wait for work forever."""
     main_process = multiprocessing.parent_process()
     assert main_process is not None  # this is a worker
 
@@ -26,7 +26,7 @@ def _end_with_main_process() -> None:
 
 class Workers:
     """Processes that work through jobs in order, a bounded number at a time. They are spawned, not forked: torch's
-    threads do not survive a fork. A `Stop` of a worker is raised where its result is read."""
+    threads do not survive a fork. A worker's `Stop` is raised where its result is read."""
 
     def __init__(self, n_workers: int):
         self.n_workers = n_workers
@@ -42,12 +42,12 @@ class Workers:
             self.pool.shutdown(cancel_futures=True)
         if kind is BrokenProcessPool:
             raise Stop(
-                "A worker process was killed, perhaps for want of memory; run again to continue, with fewer "
-                "--num_processes where memory is short."
+                "A worker process was killed, perhaps for lack of memory; run again to continue, with fewer "
+                "--num_processes if memory is short."
             ) from None
 
     def map(self, function: Callable, jobs: Iterable[tuple]) -> Iterator[Any]:
-        """function(*job) for each job, in order; `jobs` is read only a little ahead of what runs."""
+        """function(*job) for each job, in order; `jobs` is read only a little ahead."""
         running: collections.deque = collections.deque()
         for job in jobs:
             if self.pool is None:

@@ -522,7 +522,7 @@ def test_sentences_of_a_single_file(options, tmp_path):
         ("window_sentences", 0, "is too small"),
         ("num_samples", -1, "is too small"),
         ("seed", -1, "is too small"),
-        ("max_tokens", 10**6, "is beyond the context"),
+        ("max_tokens", 10**6, "exceeds the context"),
     ],
 )
 def test_refuses_numbers_out_of_range(options, tmp_path, capsys, name, value, said):

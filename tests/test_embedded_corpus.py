@@ -278,7 +278,7 @@ def test_documents(tmp_path, monkeypatch, capsys):
     check_files(tmp_path / "out", manifest["shards"], "embedded/corpus.py")
     written = (tmp_path / "out" / "documents.parquet").stat().st_mtime_ns
     call(corpus, output_dir=tmp_path / "out")
-    assert "is complete already" in capsys.readouterr().out
+    assert "is already complete" in capsys.readouterr().out
     sources[0][1].write_text("another installation")
     assert "was begun with installation" in refusal(capsys, corpus, output_dir=tmp_path / "out")
     assert (tmp_path / "out" / "documents.parquet").stat().st_mtime_ns == written

@@ -360,7 +360,7 @@ def test_script_takes_the_held_out_sentences(sae_path, sae, info, model, tiny_mo
     expected = naive(model, sae, [ids for ids in held_out if len(ids) > 1], tokenizer.bos_id if begin_of_text else None)
     result = read(sae_path)
     out = capsys.readouterr().out
-    assert ("is not the data of the training" in out) == begin_of_text
+    assert ("is not the training data" in out) == begin_of_text
     for name in ("fvu", "loss_recovered", "zeroing_cost", "kl_spliced"):
         line = next(line for line in out.splitlines() if line.startswith(f"{name} "))
         assert line.split()[1] == forms()[name].format(result[name])

@@ -515,7 +515,7 @@ def test_refusals(capsys, tmp_path):
     refused = lambda **options: refusal(capsys, page_script, **options)
     assert refused(share=True) == "--share lets anyone in; name a password with --auth user:password."
     assert refused(auth="ann") == "--auth has no user and password; write it as user:password."
-    assert refused(max_prompts=0) == "--max_prompts 0 is too small; it is at least 1."
+    assert refused(max_prompts=0) == "--max_prompts 0 is too small; it must be at least 1."
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"127.0.0.1:{port} cannot be listened on" in refused(port=port)

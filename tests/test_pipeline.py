@@ -131,7 +131,7 @@ def test_every_stage_says_complete_when_run_again(run):
     out = script(
         "sae_preprocessing.py", input_dir=run / "activations" / SITE, output_dir=run / "batches", batch_size=64
     )
-    assert "complete already" in out
+    assert "already complete" in out
 
 
 def test_completion_with_a_steered_latent(run):
@@ -192,6 +192,6 @@ def test_commands():
 
 
 def test_a_failed_command_stops_with_a_sentence(capfd):
-    with pytest.raises(Stop, match=r"failed with exit code 2, its message is above: sae_report\.py --latents none"):
+    with pytest.raises(Stop, match=r"failed with exit code 2 \(its message is above\): sae_report\.py --latents none"):
         recipe.run_command(recipe.command("sae_report.py", latents="none"), quiet=True)
     assert "error: argument --latents" in capfd.readouterr().err

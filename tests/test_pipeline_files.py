@@ -272,10 +272,10 @@ def test_begin_then_continue_then_complete(tmp_path):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"seed": 2}, "begun with seed = 1, now it is 2;"),
-        ({"files": [("a", 3)]}, "begun with files = [['a', 3], ['b', 4]], now it is [['a', 3]];"),
-        ({"model": "m"}, "begun with model = None, now it is 'm';"),
-        ({"extra": 5}, "begun with extra = None, now it is 5;"),
+        ({"seed": 2}, "begun with seed = 1, but now it is 2;"),
+        ({"files": [("a", 3)]}, "begun with files = [['a', 3], ['b', 4]], but now it is [['a', 3]];"),
+        ({"model": "m"}, "begun with model = None, but now it is 'm';"),
+        ({"extra": 5}, "begun with extra = None, but now it is 5;"),
     ],
 )
 @pytest.mark.parametrize("complete", [False, True])
@@ -294,7 +294,7 @@ def test_a_folder_of_another_stage_or_of_other_files_is_refused(tmp_path):
         begin_or_continue(tmp_path / "theirs", "a.py", DECIDES)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    with pytest.raises(InputError, match=r"holds other files \(thesis.tex, ...\) and no manifest.json"):
+    with pytest.raises(InputError, match=r"holds other files \(thesis.tex, ...\) but no manifest.json"):
         begin_or_continue(tmp_path / "full", "a.py", DECIDES)
     assert names(tmp_path / "full") == ["thesis.tex"]
 
@@ -310,10 +310,10 @@ def test_an_output_folder_is_held_begun_continued_and_complete(tmp_path, capsys,
     with output_folder(folder, "a.py", DECIDES, 1010) as complete:  # 10 bytes are there, and the manifest
         assert complete is False
         write_manifest(folder, "a.py", complete=True, decides=DECIDES, shards=[shard])
-    assert "complete already" not in capsys.readouterr().out
+    assert "already complete" not in capsys.readouterr().out
     with output_folder(folder, "a.py", DECIDES, 10**9) as complete:  # nothing is to be written
         assert complete is True
-    assert capsys.readouterr().out == f"{folder} is complete already.\n"
+    assert capsys.readouterr().out == f"{folder} is already complete.\n"
     with (
         pytest.raises(InputError, match="begun with seed = 1"),
         output_folder(folder, "a.py", {**DECIDES, "seed": 2}, 0),
@@ -363,7 +363,7 @@ def test_an_altered_shard_is_refused_by_name(tmp_path, shards, damage):
     content = {"a flipped bit": bytes([1]) * 999 + b"\0", "another shard": (tmp_path / "s-2.bin").read_bytes()}
     path.unlink() if damage == "gone" else path.write_bytes(content[damage])
     check_sum(tmp_path, shards[0], "a.py")
-    expected = "cannot be read" if damage == "gone" else "is altered, or of another run"
+    expected = "cannot be read" if damage == "gone" else "was altered or is from another run"
     with pytest.raises(InputError, match=f"{path} {expected}.*run a.py again"):
         check_sum(tmp_path, shards[1], "a.py")
 
@@ -374,7 +374,7 @@ def test_verifying_lets_the_caller_work_and_tells_when_asked(tmp_path, shards):
     (tmp_path / "s-2.bin").write_bytes(bytes(1000))
     worked = []
     with (
-        pytest.raises(InputError, match=r"s-2\.bin is altered"),
+        pytest.raises(InputError, match=r"s-2\.bin was altered"),
         verifying(tmp_path, shards, "a.py") as verified,
     ):
         worked.append(1)

@@ -469,7 +469,7 @@ def test_lost_outputs_are_made_again(store, batches, tmp_path):
 def test_a_complete_folder_is_left_alone(store, batches, capsys):
     before = {path.name: path.stat().st_mtime_ns for path in batches.iterdir() if path.name != ".lock"}
     run_script(sae_preprocessing, input_dir=store, output_dir=batches, **OPTIONS)
-    assert "is complete already" in capsys.readouterr().out
+    assert "is already complete" in capsys.readouterr().out
     assert before == {path.name: path.stat().st_mtime_ns for path in batches.iterdir() if path.name != ".lock"}
 
 
@@ -485,7 +485,7 @@ def test_killed_while_it_tidies_up(store, tmp_path, monkeypatch):
 def test_changed_options_are_refused_by_name(store, batches, capsys):
     for name, value in (("seed", 6), ("batch_size", 8), ("normalize_eps", 1e-6), ("validation_fraction", 0.1)):
         said = refusal(sae_preprocessing, capsys, input_dir=store, output_dir=batches, **OPTIONS | {name: value})
-        assert f"was begun with {name} = {OPTIONS.get(name, 1e-5)}, now it is {value}" in said
+        assert f"was begun with {name} = {OPTIONS.get(name, 1e-5)}, but now it is {value}" in said
     assert is_complete(batches)
 
 
@@ -601,7 +601,7 @@ def test_a_shard_of_another_run(own_store, tmp_path, capsys):
     path = own_store / "acts-00001-00.safetensors"
     path.write_bytes((tmp_path / "other" / path.name).read_bytes())
     said = said_and_wrote_nothing(capsys, own_store, tmp_path / "out")
-    assert f"{path} is altered, or of another run" in said
+    assert f"{path} was altered or is from another run" in said
 
 
 def test_a_manifest_of_another_width(own_store, tmp_path, capsys):

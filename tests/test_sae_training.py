@@ -266,7 +266,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(data, trained, 
     newest = folder / checkpoints_of(trained)[-1]
     newest.write_bytes(newest.read_bytes()[:-1000])
     said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **TRAINING)
-    assert f"{newest} is damaged; delete it to continue from the checkpoint before." in said
+    assert f"{newest} is damaged; delete it to continue from the previous checkpoint." in said
     newest.unlink()
     assert_same_run(train(data, tmp_path), trained)
 
@@ -274,7 +274,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(data, trained, 
 def test_a_complete_run_is_left_alone(data, trained, capsys):
     before = trained.stat().st_mtime_ns
     train(data, trained.parent)
-    assert "is complete already" in capsys.readouterr().out
+    assert "is already complete" in capsys.readouterr().out
     assert trained.stat().st_mtime_ns == before
 
 
@@ -407,9 +407,9 @@ def test_a_second_process_on_the_checkpoints_is_refused(data, tmp_path, capsys):
         ({"batch_size": 80}, "--batch_size 80 must be a multiple of the stored batches of 32"),
         ({"batch_size": 32 * 1000}, "fewer than --batch_size 32000"),
         ({"k": 97}, "k = 97 must lie between 1 and n_latents = 96; correct --k or --n_latents."),
-        ({"k": 0}, "--k 0 is too small; it is at least 1."),
+        ({"k": 0}, "--k 0 is too small; it must be at least 1."),
         ({"latent_parallel": 2}, "--latent_parallel 2 must divide the 1 processes and --n_latents 96"),
-        ({"micro_batch_size": 0}, "--micro_batch_size 0 is too small; it is at least 1."),
+        ({"micro_batch_size": 0}, "--micro_batch_size 0 is too small; it must be at least 1."),
         ({"encoder_dtype": "float16"}, "--encoder_dtype float16 is unknown; write float32 or bfloat16."),
         ({"b_pre_path": "/nowhere/statistics.safetensors"}, "no statistics at /nowhere/statistics.safetensors"),
         ({"model_load_path": "/nowhere/sae.pth"}, "no SAE at /nowhere/sae.pth"),

@@ -249,9 +249,9 @@ def test_shards_do_not_depend_on_processes_or_interruptions(made, tmp_path, caps
 
     capsys.readouterr()
     call(sentences, **options)
-    assert "is complete already" in capsys.readouterr().out
+    assert "is already complete" in capsys.readouterr().out
     said = refusal(capsys, sentences, **(options | {"shard_mb": 0.002}))
-    assert "begun with shard_mb = 0.0001, now it is 0.002" in said
+    assert "begun with shard_mb = 0.0001, but now it is 0.002" in said
 
 
 def test_a_lost_shard_of_a_complete_folder_is_said(made, tmp_path, capsys):
@@ -581,7 +581,7 @@ def test_what_the_hub_does_not_give_is_refused_in_a_sentence(hub, tmp_path):
 
     repo = hub.repos[f"datasets/{DATASET}"]
     repo.commit(dataset_files(tmp_path))
-    nothing_there = "There is nothing at no/such here, and as a dataset of the hub: "
+    nothing_there = "There is no local no/such, and as a dataset of the hub: "
     assert said("no/such").startswith(f"{nothing_there}{hub.url} does not have datasets/no/such")
     assert "No connection to http://127.0.0.1:9" in said(HF_ENDPOINT="http://127.0.0.1:9")
     hub.faults["data/train-1.parquet"] = Fault(damaged=True)
@@ -730,7 +730,7 @@ def test_an_altered_shard_is_refused_by_name(made, tmp_path):
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(InputError, match=f"{shard} is not what its manifest says"):
+    with pytest.raises(InputError, match=f"{shard} does not have the checksum in its manifest"):
         SentenceDataset(tmp_path / "out")
     assert not (tmp_path / "out" / "sentences.arrow").exists()
 

@@ -112,7 +112,7 @@ def test_the_model_and_the_sentences_lie_elsewhere(data, tmp_path):
     with pytest.raises(InputError) as caught:
         source.model_dir(option="--model_dir")
     assert str(caught.value) == (
-        f"{data / 'sae.json'} has model_dir = {data / 'model'}, where there is nothing now; name it with --model_dir."
+        f"{data / 'sae.json'} has model_dir = {data / 'model'}, which no longer exists; name it with --model_dir."
     )
     assert source.model_dir(str(tmp_path / "other_model")) == str(tmp_path / "other_model")
     with pytest.raises(InputError, match="has sentences_dir = .* name it with --sentences_dir"):
@@ -138,7 +138,9 @@ def test_another_model_of_the_same_shape_and_name_is_refused(data, given):
 def test_other_sentences_are_refused(data, tmp_path):
     more = write_sentences(tmp_path / "more", [*TEXTS, "One more."])
     source = read(data / "sae.json")
-    with pytest.raises(InputError, match=r"more holds 21 sentences, those of .*sae\.json were 20; name those with --s"):
+    with pytest.raises(
+        InputError, match=r"more holds 21 sentences, but .*sae\.json is of 20; name their folder with --s"
+    ):
         source.sentences(str(more), "--sentences")
     shards = {"file": "sentences.parquet", "sha256": "b" * 64}
     folder = write_sentences(tmp_path / "others", TEXTS)
@@ -149,7 +151,7 @@ def test_other_sentences_are_refused(data, tmp_path):
     info["dataset"]["shards"] = ["b" * 64]
     assert list(Source.read(info, data / "sae.json").sentences(str(folder))) == TEXTS[:15]
     info["dataset"]["shards"] = ["a" * 64]
-    with pytest.raises(InputError, match=r"others holds other sentences than those of .*sae\.json"):
+    with pytest.raises(InputError, match=r"others does not hold the sentences of .*sae\.json"):
         Source.read(info, data / "sae.json").sentences(str(folder))
 
 
