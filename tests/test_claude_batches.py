@@ -102,7 +102,7 @@ def test_an_unclear_failure_stays_unclear_until_the_list_was_read(server, tmp_pa
     path = tmp_path / "ids.jsonl"
     server.plan["create"] += ["create then 500"]
     server.plan["list"] += [None, Fail(500), Fail(500), Fail(500)]  # the client asks thrice
-    with pytest.raises(Stop, match="out of order"):
+    with pytest.raises(Stop, match="busy or failing"):
         send(path, ids(3))
     assert Journal(path).unclear()
     send(path, ids(3))
@@ -314,7 +314,7 @@ def test_answers_are_stored_whole_and_as_the_api_gives_them(server, tmp_path, pl
 def test_a_batch_that_never_comes_whole_leaves_no_file_and_the_others_are_stored(server, tmp_path):
     sent(server, tmp_path / "ids.jsonl")
     server.plan["results"] += ["cut at a line end"] * mb.RESULTS_ATTEMPTS
-    with pytest.raises(Stop, match="msgbatch_0001 do not come whole"):
+    with pytest.raises(Stop, match="msgbatch_0001 arrive incomplete"):
         retrieve(connect(), tmp_path / "ids.jsonl", tmp_path / "answers", wait=False, poll_s=0)
     assert sorted(results_on_disk(tmp_path / "answers")) == ["3", "4", "5"]
     retrieve(connect(), tmp_path / "ids.jsonl", tmp_path / "answers", wait=False, poll_s=0)
