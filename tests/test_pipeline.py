@@ -1,6 +1,6 @@
 """All stages through their real command lines, on a random Llama even smaller than the embedded one.
 
-What one stage writes is what the next reads, up to a steered completion. Then the demo's own steps on what came out.
+Each stage reads what the one before wrote, up to a steered completion. Then the demo's own steps on the results.
 
     python -m pytest tests/test_pipeline.py
 """
