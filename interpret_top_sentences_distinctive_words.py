@@ -89,7 +89,7 @@ def z_scores(top: Counter[str], n_top: int, corpus: Corpus, prior: float) -> dic
 def name_latent(sentences: list[set[str]], corpus: Corpus, prior: float, n_words: int) -> tuple[list[str], float]:
     """(features, certainty): up to n_words features, best first; each but the first adds a tenth of the sentences.
 
-    sentences: the features of each top sentence.
+    sentences: each top sentence's features.
     """
     counts = Counter(feature for held in sentences for feature in held)
     scores = z_scores(counts, len(sentences), corpus, prior)

@@ -1,7 +1,7 @@
 """Ask Claude what each latent means: a question per latent, with the sentences that activate it most, in batches.
 
 Reads   TOP_SENTENCES_DICT_FILEPATH: NAME.top.parquet of capture_top_activating_sentences.py; NAME.json beside it
-Writes  RESPONSE_IDS_FILEPATH, the journal of what was sent: keep it, it leads to the answers you paid for
+Writes  RESPONSE_IDS_FILEPATH, the journal of what was sent: keep it, you need it to fetch the answers you paid for
 Method  strongest sentence first, as far as the model read it, the tokens that activate the latent <<marked>>. Latents
         that have an answer in RESPONSE_OUTPUT_DIR, or are in a batch not retrieved yet, are left out: run it again to
         send what failed. claude/batches.py explains how nothing is paid for twice

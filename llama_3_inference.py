@@ -1,7 +1,7 @@
 """Complete text or hold a chat with Llama 3, optionally steered by latents of a sparse autoencoder.
 
 Reads   LLAMA_MODEL_DIR; SAE_MODEL_PATH and what lies beside it. Without either: the embedded model and its SAE
-Writes  completions to the terminal, as they come; with INPUT_PATH, JSON lines to OUTPUT_PATH
+Writes  completions to the terminal as they grow; with INPUT_PATH, JSON lines to OUTPUT_PATH
 Method  serving/steering.py explains the modes at the SAE's site; strength 1 is a latent's highest observed activation
 
     python llama_3_inference.py text                       # asks for prompts, one per line; completes them together
@@ -69,7 +69,7 @@ from serving.steering import Steering, strength_of_each
 
 
 def text_session(session: Session, prompts: list[str]) -> None:
-    """Complete the prompts; without any, those that are piped in or typed."""
+    """Complete the prompts, or, without any, those piped in or typed."""
     if prompts or not sys.stdin.isatty():
         return complete_texts(session, prompts or prompts_in(sys.stdin))
     print("Write one prompt per line; an empty line completes them together. Ctrl-C stops a completion, Ctrl-D leaves.")
@@ -219,7 +219,7 @@ def chat_session(session: Session, system: str) -> None:
 
 
 def print_answer(session: Session, prompt: list[int], number: int) -> list[int]:
-    """Print an answer as it comes and return its tokens; Ctrl-C ends it."""
+    """Print an answer as it is generated and return its tokens; Ctrl-C stops it."""
     text = TextStream(session.opened.tokenizer, prompt)
     answer: list[int] = []
     try:

@@ -106,7 +106,7 @@ Values = dict[Any, Any]  # what the components of a browser window hold
 def build(served: Served) -> gr.Blocks:
     """The page. What a browser window chooses is kept in its own components."""
     index = served.index
-    with gr.Blocks(title="Llama 3, looked into and steered", analytics_enabled=False, fill_width=True) as blocks:
+    with gr.Blocks(title="Look inside Llama 3, and steer it", analytics_enabled=False, fill_width=True) as blocks:
         markup(title_html(served), elem_classes="title")
         with gr.Row():
             panel = steering_panel(served, index) if index else None
@@ -248,7 +248,7 @@ def first_chosen(index: LatentIndex) -> list[int]:
 
 
 def to_card(served: Served, index: LatentIndex, links: gr.HTML, card: gr.HTML, tabs: gr.Tabs) -> None:
-    """A click on a link named card shows that latent's card."""
+    """A click on a "card" link shows that latent's card."""
 
     def show(event: gr.EventData) -> tuple[Any, Any]:
         with shown_in_the_page():
@@ -262,7 +262,7 @@ def to_card(served: Served, index: LatentIndex, links: gr.HTML, card: gr.HTML, t
 
 
 def to_steering(served: Served, index: LatentIndex, links: gr.HTML, panel: Panel, tabs: gr.Tabs | None = None) -> None:
-    """A click on a link named steer adds that latent to those that steer, and shows the completions."""
+    """A click on a "steer" link adds that latent to those that steer, and shows the completions."""
 
     def add(event: gr.EventData, chosen: list[int], *strengths: float) -> list[Any]:
         with shown_in_the_page():

@@ -93,7 +93,7 @@ def _count(value: int | None) -> str | None:
 
 def training_section(path: Path) -> str:
     if not path.is_file():
-        return missing("Training", f"No {path.name}: sae_training.py makes it.")
+        return missing("Training", f"No {path.name}: sae_training.py writes it.")
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
@@ -164,7 +164,7 @@ def _tokens(n: float) -> str:
 
 def evaluation_section(json_path: Path, png_path: Path) -> str:
     if not json_path.is_file():
-        return missing("Evaluation", f"No {json_path.name}: sae_evaluation.py makes it.")
+        return missing("Evaluation", f"No {json_path.name}: sae_evaluation.py writes it.")
     quality = read_json(json_path, "run sae_evaluation.py again.")
     rows = "".join(
         f"<tr><td>{measure.about}</td><td class=number>{measure.show(quality[measure.key])}</td></tr>"
@@ -187,7 +187,7 @@ def steering_section(path: Path) -> str:
     """Completions before and after steering, from NAME.steering.json: latent, meaning, words, mode, strength, n, hits
     (clean and steered), and some of the completions: prompts, clean, steered."""
     if not path.is_file():
-        return missing("Steering", f"No {path.name}: demo.py makes it for its SAE.")
+        return missing("Steering", f"No {path.name}: demo.py writes it for its SAE.")
     steering = read_json(path, "run demo.py again.")
     words = " or ".join(f"“{html.escape(word)}”" for word in steering["words"])
     clean_hits, steered_hits = steering["hits"]

@@ -1,4 +1,4 @@
-"""The journal of the batches that were sent: it leads to the answers that were paid for.
+"""The journal of the batches that were sent: without it, answers that were paid for cannot be fetched.
 
 JSON lines, one per batch, rewritten atomically: {"batch_id", "purpose", "created_at", "custom_ids"}. The last line may
 be an intent: a batch that may or may not have been created. It has no batch_id, but "intended_at" and "seen", the

@@ -47,7 +47,7 @@ class _Given(NamedTuple):
 
 
 class LatentIndex:
-    """An SAE's latents. A missing file leaves fields empty; for each, `missing` names the script that makes it.
+    """An SAE's latents. A missing file leaves fields empty; for each, `missing` names the script that writes it.
 
     Columns, numpy arrays of n_latents: meaning (None where there is none), certainty, score, frequency, mean, highest
     (nan where unknown). The tokenizer and, for the embedded SAE, the model are loaded as NAME.json says unless given.
@@ -92,7 +92,7 @@ class LatentIndex:
         path = self.files.beside(table.suffix)
         if path.is_file():
             return table.open(path, columns)
-        self.missing.append(f"No {path.name} ({table.holds}): {table.made_by} makes it.")
+        self.missing.append(f"No {path.name} ({table.holds}): {table.made_by} writes it.")
         return None
 
     def _read(self, table: Table, columns: list[str]) -> pa.Table | None:
@@ -109,11 +109,11 @@ class LatentIndex:
     def _note_missing_meanings(self, meanings: dict[int, Meaning]) -> None:
         if not meanings:
             self.missing.append(
-                f"No meanings beside {self.sae_path}: interpret_top_sentences_parse_responses.py (answers of Claude) "
-                "or interpret_top_sentences_distinctive_words.py (no model asked) makes them."
+                f"No meanings beside {self.sae_path}: interpret_top_sentences_parse_responses.py (Claude's answers) "
+                "or interpret_top_sentences_distinctive_words.py (without a model) writes them."
             )
         elif all(meaning.score is None for meaning in meanings.values()):
-            self.missing.append(f"No scores of the meanings of {self.sae_path}: score_interpretations.py makes them.")
+            self.missing.append(f"No scores of the meanings of {self.sae_path}: score_interpretations.py writes them.")
 
     def _count_latents(self) -> int:
         """By the SAE, else the table, else NAME.json; the table must agree."""
@@ -238,7 +238,7 @@ class LatentIndex:
         return list(found.values())
 
     def _sentences_at_places(self, places: pa.Table, tokenizer: Tokenizer, latent: int, n: int) -> list[CardSentence]:
-        """The sentences that NAME.top_places.parquet points at; those that differ in this installation are left out."""
+        """The sentences that NAME.top_places.parquet points to; those that differ in this installation are left out."""
         found = []
         model, sae = self._model_and_sae
         for row in places.filter(pc.field("latent") == latent).sort_by("rank").slice(0, n).to_pylist():

@@ -62,9 +62,9 @@ def write_meanings(path: Path, meanings: dict[int, Meaning]) -> None:
 
 
 def read_meanings(path: Path, fix: str = "make it again.") -> dict[int, Meaning]:
-    """The meanings of one file, with their scores where there are any.
+    """The meanings of one file, with their scores if there are any.
 
-    Raises InputError, ending in `fix`, for a file that is missing or holds no meanings.
+    Raises InputError, ending in `fix`, for a file that is missing or has no meanings.
     """
     try:
         entries = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}

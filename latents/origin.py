@@ -18,9 +18,9 @@ def read_info(sae_path: str | Path) -> dict[str, Any]:
     path = Path(SaeFiles(sae_path).json)
     if not path.is_file():
         return {}
-    info = read_json(path, "train the SAE anew.")
+    info = read_json(path, "train the SAE again.")
     if not isinstance(info, dict):
-        raise InputError(f"{path} does not describe an SAE; train the SAE anew.")
+        raise InputError(f"{path} does not describe an SAE; train the SAE again.")
     return info
 
 

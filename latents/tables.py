@@ -1,4 +1,4 @@
-"""The tables beside an SAE, NAME.SUFFIX: what each holds, who writes it, how it is read. All are sorted by latent.
+"""The tables beside an SAE, NAME.SUFFIX: what each contains, what writes it, how it is read. All are sorted by latent.
 
 for latent, sentences in top_sentences(path, "max", n=20): ...       # one latent after another
 TopFile(path).sentences(latent, "max")                               # any latent

@@ -201,7 +201,7 @@ class Intervention(NamedTuple):
 
     site: str
     fn: Callable[[Tensor], Tensor]  # activations at the site, (..., d_model) -> same
-    skip_tokens: Sequence[int] = ()  # positions that hold one of them keep their value
+    skip_tokens: Sequence[int] = ()  # positions with one of them keep their value
 
 
 # The active ones, each with its model. They belong to the thread (or asyncio task) that entered them, so requests
@@ -249,7 +249,7 @@ class Transformer(nn.Module):
         cache:  continues after cache.length positions and fills in the new ones.
         n_pad:  (batch,) how many positions at the left of each row, counted from the very first, are padding, so
                 that rows of unequal length end together. The padding's logits are meaningless.
-        last_only: logits of the last position alone, (batch, 1, vocab_size).
+        last_only: logits of the last position only, (batch, 1, vocab_size).
         Raises ValueError when the cache is too short.
         """
         x = self._run(tokens, cache, n_pad, self._intervention_hook(tokens))
@@ -286,7 +286,7 @@ class Transformer(nn.Module):
     def intervene(self, site: str, fn: Callable[[Tensor], Tensor], skip_tokens: Sequence[int] = ()) -> Iterator[None]:
         """Replace the activations at `site` by fn(activations), (..., d_model) -> same, inside the with block.
 
-        Positions that hold one of `skip_tokens` keep their value. Blocks nest: the outer function runs first. A
+        Positions with one of `skip_tokens` keep their value. Blocks nest: the outer function runs first. A
         generator should enter the block around each forward pass, not around its `yield`: code that runs between two
         of its values shares its thread.
         """

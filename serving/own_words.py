@@ -1,4 +1,4 @@
-"""What steering by a latent does to the words of its own name: demo.py and benchmarks/steering.py count them."""
+"""How steering by a latent affects the words of its own name: demo.py and benchmarks/steering.py count them."""
 
 from collections.abc import Collection, Iterable, Sequence
 

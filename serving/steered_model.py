@@ -128,7 +128,7 @@ class SteeredModel:
 
 
 def open_model(choice: ModelChoice, needs_sae: bool = False) -> SteeredModel:
-    """Open what is named. needs_sae: if no SAE is named, open the embedded model's with it.
+    """Open what is named. needs_sae: if no SAE is named, open the embedded model's own.
 
     Raises InputError for anything missing, broken, or mismatched.
     """

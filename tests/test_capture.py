@@ -1,4 +1,4 @@
-"""Captured activations against `model.activations` of each sentence alone, and the rest of the stage's promises.
+"""Captured activations against `model.activations` of each sentence alone, and the stage's other guarantees.
 
 Float32 rounds differently in batches of other shapes, so a stored bfloat16 may be off by one ulp. Shards of a run that
 was killed and continued must be byte-identical, since the batches are the same. So must those of two processes: see

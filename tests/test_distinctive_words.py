@@ -173,13 +173,13 @@ words = st.sampled_from("abcdefgh")
     st.floats(0.1, 500),
 )
 def test_z_scores_equal_the_published_formula(top, corpus, more, n_corpus, prior):
-    """Monroe, Colaresi and Quinn (2008), equations 16, 20 and 22, with "word w stands in the sentence" as the event:
+    """Monroe, Colaresi and Quinn (2008), equations 16, 20 and 22, with "the sentence contains word w" as the event:
 
     delta_w = log((y_w + a_w) / (n + a_0 - y_w - a_w)) - log((Y_w + a_w) / (N + a_0 - Y_w - a_w))
     var_w   = 1 / (y_w + a_w) + 1 / (Y_w + a_w)
     z_w     = delta_w / sqrt(var_w)
 
-    y of the n top sentences and Y of the N corpus sentences hold w; the prior's a_0 sentences are like the corpus.
+    y of the n top sentences and Y of the N corpus sentences contain w; the prior's a_0 sentences are like the corpus.
     """
     n_top = max(top.values()) + more + 1
     scores = distinctive.z_scores(Counter(top), n_top, Corpus(Counter(corpus), n_corpus), prior)

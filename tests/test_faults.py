@@ -67,7 +67,7 @@ def n_files(folder: Path) -> int:
 
 
 def family(pid: int) -> list[int]:
-    """The process and all its descendants: torchrun's workers are in groups of their own."""
+    """The process and all its descendants: torchrun's workers have their own process groups."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
@@ -164,7 +164,7 @@ def activations(tmp_path_factory) -> Path:
 
 
 def preprocessing_options(activations: Path, out: Path) -> dict:
-    options = {"batch_size": 16, "shard_gb": 17 * 2 * WIDTH / 1e9, "num_processes": 1}  # a batch a shard
+    options = {"batch_size": 16, "shard_gb": 17 * 2 * WIDTH / 1e9, "num_processes": 1}  # one batch per shard
     return {"input_dir": activations, "output_dir": out, **options}
 
 

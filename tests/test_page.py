@@ -253,7 +253,7 @@ def test_complete_and_steer(visit, address, alone):
     assert table["steered"] == alone.complete(prompts, **sampling, steering=steering)
     assert table["clean"] != table["steered"]
     cells = window.locator(".completions .text")
-    for row in range(3):  # what is not marked is the same on both sides
+    for row in range(3):  # unmarked words are the same on both sides
         sides = (cells.nth(2 * row + side) for side in (0, 1))
         # A sign is marked apart from the word before it, so the space between them is ignored.
         clean, steered = ("".join(side.evaluate(_UNMARKED).split()) for side in sides)
@@ -374,7 +374,7 @@ def test_latents(visit, address, alone):
 
 @needs_browser
 def test_chat(visit, address, alone):
-    """Two turns with a latent steering, as the model alone would answer; then a new dialogue."""
+    """Two turns with a latent steering, answered as outside the page; then a new dialogue."""
     window = visit(address)
     steering = alone.steering({alone.example(): DEFAULT_STRENGTH})
     tab(window, "Chat")

@@ -139,7 +139,7 @@ def test_many_latents_stand_on_pages(sae_path, capsys):
         15,
         LIVING - 30,
     ]
-    assert latents_of(page) == shown[:12]  # the most interesting ones stand in the report too
+    assert latents_of(page) == shown[:12]  # the most interesting ones are in the report too
     pages[sae_path.with_suffix(".report.html")] = page
     for path, one in pages.items():
         for address in one.addresses:
@@ -151,7 +151,7 @@ def test_many_latents_stand_on_pages(sae_path, capsys):
     assert len([a for a in page.addresses if "report/latents-002" in a]) >= LIVING - 30
     assert "2 pages" not in capsys.readouterr().out
     write(sae_path, cards_a_page=25)
-    assert len(list(folder.iterdir())) == 2  # what an earlier report left is gone
+    assert len(list(folder.iterdir())) == 2  # leftovers of an earlier report are gone
     write(sae_path, latents=9)
     assert list(folder.iterdir()) == []
 

@@ -146,7 +146,7 @@ def test_losses_and_gradients_equal_a_dense_reference(shape):
 
 
 def test_kept_pre_activations_below_zero_give_nothing():
-    """n_latents == k keeps everything: what is negative adds nothing and gets no gradient."""
+    """n_latents == k keeps everything: negative values add nothing and get no gradient."""
     sae, sums = check_losses(d_model=5, n_latents=13, k=13, batch=3, dead=[], k_aux=4, seed=0)
     assert 0 < sums.fired.sum() < 3 * 13
     with torch.no_grad():

@@ -1,5 +1,5 @@
 """Detection scoring: perfect, constant and shuffled predictors, by words and through the real client against a local
-server; what is shown is held out and half of it silent.
+server; the sentences shown are held out and half of them silent.
 
 .venv/bin/python -m pytest tests/test_scoring.py
 """

@@ -223,7 +223,7 @@ def test_the_manifest_tells_what_is_there(made):
     assert sum(s["n_sentences"] for s in shards) == found["counts"]["sentences"]
 
 
-MANY_SHARDS = {"punkt": "corpus", "punkt_train_mb": 0.01, "shard_mb": 0.0001, "num_processes": 1}  # a document a shard
+MANY_SHARDS = {"punkt": "corpus", "punkt_train_mb": 0.01, "shard_mb": 0.0001, "num_processes": 1}  # 1 doc per shard
 
 
 def test_shards_do_not_depend_on_processes_or_interruptions(made, tmp_path, capsys):
@@ -638,7 +638,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tmp_path):
             assert time.monotonic() < deadline, "workers outlive the main process"
             time.sleep(0.05)
         if (tmp_path / "out" / "manifest.json").exists() and manifest(tmp_path / "out")["complete"]:
-            shutil.rmtree(tmp_path / "out")  # begin anew
+            shutil.rmtree(tmp_path / "out")  # start over
     assert killed
     assert run(tmp_path / "a.jsonl", tmp_path / "out", *flags).returncode == 0
     assert manifest(tmp_path / "out")["shards"] == manifest(tmp_path / "whole")["shards"]

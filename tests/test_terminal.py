@@ -97,7 +97,7 @@ def words(table: str) -> str:
 
 
 class Terminal:
-    """The real command in a pseudo-terminal of its own."""
+    """The real command in its own pseudo-terminal."""
 
     def __init__(self, *arguments: str, columns: int = 100, **environment: str):
         self.pid, self.fd = pty.fork()
