@@ -12,8 +12,8 @@ Method  every latent keeps its own TOP_SENTENCES; ties go to the lower sentence 
         lowest hash of (latent, sentence), so the result does not depend on batch size or number of processes.
         Co-firing is the Jaccard index (tokens with both / tokens with either) on COFIRING_TOKENS tokens drawn by hash.
         Activations are in normalised space
-Cost    reads and encodes the activations once; what fired waits on disk, 6 bytes x k per token, and is deleted at the
-        end. Memory per process: 36 bytes x n_latents x TOP_SENTENCES, 4 bytes x k x COFIRING_TOKENS, and for the
+Cost    reads and encodes the activations once; the firing latents are kept on disk until the end, 6 bytes x k per
+        token. Memory per process: 36 bytes x n_latents x TOP_SENTENCES, 4 bytes x k x COFIRING_TOKENS, and for the
         tables 4 bytes per captured token and 2 bytes x the tokens of all rows
 
     torchrun --standalone --nproc_per_node=4 capture_top_activating_sentences.py \\
@@ -29,16 +29,16 @@ CAPTURED_DATA_OUTPUT_DIR: str | None = None  # folder for the tables; beside the
 SENTENCES_DIR: str | None = None  # folder of sentences; the one that was captured when not given
 TOP_SENTENCES: Count = 100  # sentences kept per latent and aggregation
 EXAMPLES_PER_TENTH: CountOrZero = 5  # sentences sampled from each tenth of a latent's range
-SILENT_EXAMPLES: CountOrZero = 30  # sentences sampled in which the latent does not fire, where there are enough
-COFIRING_TOKENS: CountOrZero = 2**18  # tokens on which latents that fire together are counted
-COFIRING_LATENTS: CountOrZero = 10  # of them kept per latent
+SILENT_EXAMPLES: CountOrZero = 30  # sentences sampled in which the latent does not fire, if there are enough
+COFIRING_TOKENS: CountOrZero = 2**18  # tokens sampled to count which latents fire together
+COFIRING_LATENTS: CountOrZero = 10  # co-firing latents kept per latent
 MIN_TOKENS: Count = 3  # shorter sentences are left out, except from frequency, mean and max
-ENCODE_TOKENS: Count = 4096  # activations encoded at once: bounds memory at 4 bytes x n_latents each
-SEED: Seed = 0  # of the samples
+ENCODE_TOKENS: Count = 4096  # activations encoded at once, each taking 4 bytes x n_latents of memory
+SEED: Seed = 0  # seed of the samples
 
-_SILENT_TRIES = 8  # sentences looked at for each silent one wanted
-_COUNTED_AT_ONCE = 2**21  # pairs of latents: this fits a cache
-_SAVE_S = 60  # seconds between two saves of the progress
+_SILENT_TRIES = 8  # sentences tried per silent one wanted
+_COUNTED_AT_ONCE = 2**21  # pairs of latents: their counts fit a cache
+_SAVE_S = 60  # seconds between saves of the progress
 
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
@@ -77,11 +77,11 @@ from pipeline.sentences import SentenceDataset
 from pipeline.source import Source
 from sae import TopKSparseAutoencoder, load_sae_model
 
-# ---- what fired
+# ---- firing latents
 
 
 class Entries(NamedTuple):
-    """Latents that fired: an entry per (token, latent) or (sentence, latent) pair, tensors of one length."""
+    """Firing latents: an entry per (token, latent) or (sentence, latent) pair, in tensors of equal length."""
 
     row: Tensor  # token or sentence
     latent: Tensor
@@ -89,7 +89,7 @@ class Entries(NamedTuple):
 
 
 def encode_entries(sae: TopKSparseAutoencoder, acts: Tensor, chunk: int) -> Entries:
-    """Encode raw activations (n_tokens, d_model); entries by token, values above zero only, on the SAE's device."""
+    """Encode raw activations (n_tokens, d_model). Entries per token, only values above zero, on the SAE's device."""
     rows, latents, values = [], [], []
     for start in range(0, len(acts), chunk):
         kept, indices = sae.encode(acts[start : start + chunk].to(sae.b_pre.device))
@@ -107,7 +107,7 @@ def write_entries(path: Path, entries: Entries, n_tokens: int) -> None:
 
 
 def read_entries(path: Path, device: torch.device | str = "cpu") -> Entries:
-    """What `write_entries` wrote: values in float16 steps."""
+    """Read what `write_entries` wrote; the values are rounded to float16."""
     file = open_shard(path, Path(__file__).name)
     counts, latent, value = (file.get_tensor(name).to(device) for name in ("counts", "latent", "value"))
     rows = torch.arange(len(counts), device=device).repeat_interleave(counts)
@@ -115,12 +115,12 @@ def read_entries(path: Path, device: torch.device | str = "cpu") -> Entries:
 
 
 def aggregate(entries: Entries, offsets: Tensor, n_latents: int) -> dict[Aggregation, Entries]:
-    """Entries by sentence for each aggregation. The mean counts every token of the sentence, silent ones as 0."""
+    """Entries per sentence, for each aggregation. The mean is over all its tokens; those without a value count as 0."""
     offsets = offsets.to(entries.row.device)
     sentence = sentence_of_token(offsets)[entries.row]
     keys, inverse = (sentence * n_latents + entries.latent).unique(return_inverse=True)
     rows, latents = keys // n_latents, keys % n_latents
-    # In float64 the sum hardly depends on its order.
+    # In float64 the sum barely depends on the order.
     total = torch.zeros_like(keys, dtype=torch.float64).index_add_(0, inverse, entries.value.double())
     highest = torch.zeros_like(keys, dtype=torch.float32).scatter_reduce_(0, inverse, entries.value, "amax")
     is_last = entries.row == offsets[1:][sentence] - 1
@@ -132,7 +132,7 @@ def aggregate(entries: Entries, offsets: Tensor, n_latents: int) -> dict[Aggrega
 
 
 class TopTable:
-    """The highest values of each row (a latent, or a tenth of one) with their sentences; -1 where there is none yet."""
+    """The highest values of each row (a latent, or a tenth of one) with their sentences; -1 marks an empty place."""
 
     def __init__(self, n_rows: int, n_top: int, device: torch.device | str = "cpu"):
         self.values = torch.full((n_rows, n_top), -torch.inf, device=device)
@@ -145,12 +145,12 @@ class TopTable:
             return
         good = values >= self.values[rows, -1]
         rows, values, sentences = rows[good], values[good], sentences[good]
-        touched = rows.unique()  # soon few rows get something new
+        touched = rows.unique()  # after the first shards few rows still change
         filled = self.sentences[touched] >= 0
         rows = torch.cat([touched[:, None].expand_as(filled)[filled], rows])
         values = torch.cat([self.values[touched][filled], values])
         sentences = torch.cat([self.sentences[touched][filled], sentences])
-        order = sentences.argsort()  # sorted by the least significant first, each later sort stable
+        order = sentences.argsort()  # least significant key first; each later sort is stable
         order = order[values[order].argsort(stable=True, descending=True)]
         order = order[rows[order].argsort(stable=True)]
         rows, values, sentences = rows[order], values[order], sentences[order]
@@ -161,7 +161,7 @@ class TopTable:
         self.sentences[rows[top], rank[top]] = sentences[top]
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows, values, sentences) of what is filled, by row, best first; on the CPU."""
+        """(rows, values, sentences) of the filled places, by row, best first; on the CPU."""
         row, rank = (self.sentences >= 0).nonzero(as_tuple=True)
         return row.cpu(), self.values[row, rank].cpu(), self.sentences[row, rank].cpu()
 
@@ -175,11 +175,11 @@ class Job(NamedTuple):
     world: World
     store: ActivationStore
     sae: TopKSparseAutoencoder
-    shards: list[int]  # of the store
-    out: SaeFiles  # what is written lies beside out.path
+    shards: list[int]  # their numbers in the store
+    out: SaeFiles  # the tables are written beside out.path
 
     def partial(self, name: str | int) -> Path:
-        """Where something waits until the end: `state`, or what fired in a shard."""
+        """Path of a temporary file: `state`, or the entries of a shard, by its number."""
         return self.out.beside(f"top-partial-{name}-{self.world.rank}-of-{self.world.size}")
 
     def progress(self, about: str) -> Any:
@@ -188,7 +188,7 @@ class Job(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The top sentences and the statistics of the first n_shards of a process, on its device, or of all on the CPU."""
+    """Top sentences and statistics: of a process's first n_shards, on its device, or of all processes, on the CPU."""
 
     n_shards: int
     tables: dict[Aggregation, TopTable]
@@ -198,7 +198,7 @@ class Found(NamedTuple):
 
 
 def find_top(job: Job, n_top: int, min_tokens: int, encode_tokens: int, identity: dict[str, Any]) -> Found:
-    """Encode this process's shards; what fired goes to disk. A killed run with the same `identity` is continued."""
+    """Encode this process's shards and write their entries to disk. Continues a killed run of the same `identity`."""
     records = job.store.records
     found = load_found(job, n_top, identity)
     bar = progress_bar(
@@ -221,7 +221,7 @@ def find_top(job: Job, n_top: int, min_tokens: int, encode_tokens: int, identity
 
 
 def add_shard(found: Found, job: Job, shard_number: int, min_tokens: int, encode_tokens: int) -> Found:
-    """Add a shard, in place but for n_shards."""
+    """Add a shard, in place except for n_shards."""
     job.store.verify(shard_number)
     shard = job.store.shard(shard_number)
     n_latents, device = len(found.fired), found.fired.device
@@ -239,7 +239,7 @@ def add_shard(found: Found, job: Job, shard_number: int, min_tokens: int, encode
 
 
 def load_found(job: Job, n_top: int, identity: dict[str, Any]) -> Found:
-    """What a killed run had found, or nothing yet."""
+    """What a killed run had found; empty for a new run."""
     n_latents, device = job.sae.n_latents, job.sae.b_pre.device
     tables: dict[Aggregation, TopTable] = {name: TopTable(n_latents, n_top, device) for name in AGGREGATIONS}
     state_path = job.partial("state")
@@ -250,7 +250,7 @@ def load_found(job: Job, n_top: int, identity: dict[str, Any]) -> Found:
             for aggregation, table in tables.items():
                 table.values, table.sentences = state["tables"][aggregation]
             return Found(len(done), tables, *state["statistics"])
-        state_path.unlink()  # it must not outlive what is overwritten now
+        state_path.unlink()  # the entries it refers to are about to be overwritten
     fired = torch.zeros(n_latents, dtype=torch.int64, device=device)
     total = torch.zeros(n_latents, dtype=torch.float64, device=device)
     return Found(0, tables, fired, total, torch.zeros(n_latents, device=device))
@@ -268,7 +268,7 @@ def save_found(found: Found, job: Job, identity: dict[str, Any]) -> None:
 
 
 def gather_found(w: World, found: Found) -> Found:
-    """What all processes found, on the CPU of each."""
+    """Merge what all processes found; each gets it, on its CPU."""
     n_top = found.tables["max"].values.shape[1]
     tables: dict[Aggregation, TopTable] = {name: TopTable(len(found.fired), n_top) for name in AGGREGATIONS}
     for entries_by in w.gather({aggregation: table.entries() for aggregation, table in found.tables.items()}):
@@ -283,7 +283,7 @@ def sum_of(tensors: tuple[Tensor, ...]) -> Tensor:
 
 
 def sentence_of_token(offsets: Tensor) -> Tensor:
-    """(n_tokens,) each token's row among the sentences of a shard."""
+    """(n_tokens,) the position in the shard of each token's sentence."""
     lengths = offsets.diff()
     return torch.arange(len(lengths), device=offsets.device).repeat_interleave(lengths)
 
@@ -292,10 +292,10 @@ def sentence_of_token(offsets: Tensor) -> Tensor:
 
 
 def hash32(a: Tensor, b: Tensor, seed: int) -> Tensor:
-    """32 bits, as int64, of each pair of int64 tensors a and b below 2^32: the finaliser of SplitMix64 (Steele, Lea and
+    """Hash each pair of a and b, int64 below 2^32, to 32 bits in an int64: the finaliser of SplitMix64 (Steele, Lea and
     Flood 2014, doi:10.1145/2660193.2660195)."""
     signed = lambda constant: (constant + 2**63) % 2**64 - 2**63
-    shifted = lambda x, n: (x >> n) & (2 ** (64 - n) - 1)  # of 64 bits without a sign
+    shifted = lambda x, n: (x >> n) & (2 ** (64 - n) - 1)  # a logical shift of 64 bits
     x = (a << 32) + b + signed((seed + 1) * 0x9E3779B97F4A7C15)
     x = (x ^ shifted(x, 30)) * signed(0xBF58476D1CE4E5B9)  # wraps around
     x = (x ^ shifted(x, 27)) * signed(0x94D049BB133111EB)
@@ -303,7 +303,7 @@ def hash32(a: Tensor, b: Tensor, seed: int) -> Tensor:
 
 
 class SampleSizes(NamedTuple):
-    """What is sampled; see the constants."""
+    """How much is sampled, and how; see the constants."""
 
     examples_per_tenth: int
     silent_examples: int
@@ -315,7 +315,7 @@ class SampleSizes(NamedTuple):
 class Samples:
     """Sentences from each tenth of each latent's range, silent ones, and tokens on which to count co-firing.
 
-    highest: (n_latents,) activation, on the device that is to do the work; captured: (n_sentences,) indices.
+    highest: (n_latents,) highest activations, on the device to work on; captured: (n_sentences,) sentence indices.
     """
 
     def __init__(self, highest: Tensor, captured: Tensor, n_tokens: int, k: int, sizes: SampleSizes):
@@ -326,7 +326,7 @@ class Samples:
         self.by_tenth = torch.zeros(n * TENTHS, dtype=torch.int64, device=device)  # sentences in each tenth
         self.token_share = sizes.cofiring_tokens / n_tokens
         self.tokens = torch.empty(0, k, dtype=torch.int32)  # latents of the sampled tokens, -1 where fewer fired; CPU
-        # Silent sentences are sought among some (sentence, latent) pairs drawn by hash: all pairs would be too many.
+        # Silent sentences are sought among (sentence, latent) pairs drawn by hash; there are too many to try all.
         alive = highest.nonzero().flatten()
         tries = torch.arange(sizes.silent_examples * _SILENT_TRIES, device=device)
         latents = alive.repeat_interleave(len(tries))
@@ -391,14 +391,14 @@ def draw_samples(job: Job, highest: Tensor, sizes: SampleSizes) -> Drawn:
 
 
 def of_shard(keys: Tensor, shard: Shard, n_latents: int) -> Tensor:
-    """The part of ascending keys, sentence_idx * n_latents + latent, that lies between a shard's sentences."""
+    """Those of the ascending keys, sentence_idx * n_latents + latent, whose sentences are in a shard's range."""
     bounds = torch.stack([shard.sentence_idx[0], shard.sentence_idx[-1] + 1]) * n_latents
     first, last = torch.searchsorted(keys, bounds.to(keys.device)).tolist()
     return keys[first:last]
 
 
 def is_in(values: Tensor, ascending: Tensor) -> Tensor:
-    """Which values stand in an ascending tensor."""
+    """Which values occur in an ascending tensor."""
     if len(ascending) == 0:
         return torch.zeros_like(values, dtype=torch.bool)
     return ascending[torch.searchsorted(ascending, values).clamp(max=len(ascending) - 1)] == values
@@ -407,8 +407,8 @@ def is_in(values: Tensor, ascending: Tensor) -> Tensor:
 def cofiring(tokens: Tensor, n_latents: int, n_kept: int) -> tuple[Tensor, Tensor]:
     """Each latent's n_kept closest companions and their Jaccard index, two (n_latents, n_kept) tensors, best first.
 
-    tokens: (n_tokens, k) latents of each token, -1 where fewer fired. Where the index is 0 there is no companion; ties
-    go to the lower latent. All pairs are counted for some latents at a time, which bounds memory.
+    tokens: (n_tokens, k) latents of each token, -1 where fewer fired. An index of 0 means no companion; ties go to the
+    lower latent. Pairs are counted for a block of latents at a time, which bounds memory.
     """
     token, slot = (tokens >= 0).nonzero(as_tuple=True)
     latent = tokens[token, slot].long()
@@ -424,13 +424,13 @@ def cofiring(tokens: Tensor, n_latents: int, n_kept: int) -> tuple[Tensor, Tenso
         both = torch.zeros((last - first) * (n_latents + 1), dtype=torch.int64)
         own = order[ends[first] - fired[first] : ends[last - 1]]
         for part in own.split(max(1, _COUNTED_AT_ONCE // tokens.shape[1])):
-            # Column 0 takes the -1 of tokens on which fewer fired.
+            # Column 0 collects the -1 of tokens on which fewer fired.
             pairs = (latent[part] - first)[:, None] * (n_latents + 1) + tokens[token[part]] + 1
             both += pairs.flatten().bincount(minlength=len(both))
         both = both.view(last - first, n_latents + 1)[:, 1:]
         both[torch.arange(last - first), torch.arange(first, last)] = 0
         jaccard = both / (fired[first:last, None] + fired - both).clamp(min=1).double()
-        # An integer that orders by index, then by latent: topk leaves the order of ties open.
+        # Integers that sort by index, then by latent: topk does not define the order of ties.
         ranked = (jaccard * 2**40).long() * n_latents + torch.arange(n_latents - 1, -1, -1)
         companions[first:last] = n_latents - 1 - ranked.topk(n_kept).values % n_latents
         index[first:last] = jaccard.gather(1, companions[first:last])
@@ -445,11 +445,11 @@ class Pairs(NamedTuple):
 
     keys: np.ndarray  # sentence_idx * n_latents + latent, ascending
     lengths: np.ndarray  # tokens of each pair's sentence
-    activations: np.ndarray  # float16, one after another
+    activations: np.ndarray  # float16, concatenated
 
 
 def collect_pairs(shard: Shard, entries: Entries, keys: Tensor, n_latents: int) -> Pairs:
-    """The per-token activations of the pairs that lie in a shard. keys: of all pairs, ascending."""
+    """The per-token activations of a shard's pairs. keys: of all pairs, ascending."""
     keys = of_shard(keys, shard, n_latents)
     row = torch.searchsorted(shard.sentence_idx, keys // n_latents)
     lengths = shard.offsets.diff()[row]
@@ -510,7 +510,7 @@ def write_top_table(path: Path, sentences: SentenceColumns, tables: Mapping[Aggr
 
 
 def write_example_table(path: Path, sentences: SentenceColumns, drawn: Drawn) -> None:
-    """A latent's silent sentences come first, then the tenths, each in the order of the sample."""
+    """A latent's silent sentences come first, then the tenths, each in sampling order."""
     row, _, sentence = drawn.tenths.entries()
     silent_latent, _, silent_sentence = drawn.silent.entries()
     latent = torch.cat([silent_latent, row // TENTHS])
@@ -541,7 +541,7 @@ def write_latent_table(path: Path, found: Found, drawn: Drawn, n_tokens: int, n_
 def open_inputs(
     data_dir: str, model_path: str, sentences_dir: str | None
 ) -> tuple[ActivationStore, TopKSparseAutoencoder, SentenceDataset, str | None]:
-    """The activations, the SAE, the sentences, and a note when the SAE was trained on those of another run.
+    """The activations, the SAE, the sentences, and a note if the SAE was trained on activations of another run.
 
     Raises InputError unless they belong together.
     """
@@ -552,19 +552,19 @@ def open_inputs(
         of_sae, of_data = getattr(trained, name), getattr(captured, name)
         if of_sae not in (None, of_data):
             raise InputError(
-                f"{model_path} was trained with {name} = {of_sae}, {data_dir} has {of_data}; name activations like "
+                f"{model_path} was trained with {name} = {of_sae}, but {data_dir} has {of_data}; use activations like "
                 "those it was trained on."
             )
     if sae.d_model != store.d_model:
         raise InputError(
-            f"{model_path} has d_model {sae.d_model}, the activations in {data_dir} {store.d_model}; name activations "
-            "like those it was trained on."
+            f"{model_path} has d_model {sae.d_model}, but the activations in {data_dir} have {store.d_model}; use "
+            "activations like those it was trained on."
         )
     of_sae, of_data = trained.model or {}, captured.model or {}
     if name := differing_field(of_sae, of_data):
         raise InputError(
             f"{model_path} was trained on another model than {data_dir} was captured from ({name} is {of_sae[name]} "
-            f"instead of {of_data[name]}); name activations of the SAE's model."
+            f"instead of {of_data[name]}); use activations of the SAE's model."
         )
     note = None
     if trained.activations and captured.activations and trained.activations != captured.activations:
@@ -573,7 +573,7 @@ def open_inputs(
 
 
 def identity_of(model_path: str, store: ActivationStore, n_top: int, min_tokens: int) -> dict[str, Any]:
-    """All that decides what the first pass finds."""
+    """Everything the first pass's result depends on."""
     return {
         "sae": sha256(model_path) if Path(model_path).is_file() else model_path,
         "activations": [record["sha256"] for record in store.records],
@@ -583,12 +583,12 @@ def identity_of(model_path: str, store: ActivationStore, n_top: int, min_tokens:
 
 
 def announce(job: Job, data_dir: str, n_top: int) -> None:
-    """Print what will be read and written. Raises InputError where the disk is too small."""
+    """Print what will be read and written. Raises InputError if the disk is too small."""
     needed_bytes = 6 * job.sae.k * job.store.n_tokens
     job.world.print(
         f"Reading {job.store.n_tokens:,} activations from {data_dir}; writing the top {n_top} sentences of "
-        f"{job.sae.n_latents:,} latents to {job.out.beside(TOP.suffix)}, and until then about {gb(needed_bytes)} "
-        "beside it."
+        f"{job.sae.n_latents:,} latents to {job.out.beside(TOP.suffix)}, with about {gb(needed_bytes)} of temporary "
+        "files beside it."
     )
     require_disk(job.out.beside(TOP.suffix).parent, needed_bytes)
 
@@ -602,9 +602,9 @@ def summary(found: Found, drawn: Drawn) -> str:
     }
     return (
         f"{int((found.fired > 0).sum()):,} of {len(found.fired):,} latents fire, {int(enough.sum()):,} in {n_top} "
-        f"sentences or more; of these have their {n_top}: "
+        f"sentences or more; share of these with all {n_top} found: "
         + ", ".join(f"{share:.1%} by {aggregation}" for aggregation, share in full.items())
-        + " (only sentences whose last token fires count there)"
+        + " (only sentences whose last token fires)"
     )
 
 

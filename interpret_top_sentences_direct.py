@@ -1,10 +1,10 @@
-"""Ask what each latent means one request at a time, for servers without batches: local models, or when hours matter.
+"""Ask what each latent means, one request at a time: for local servers without batches, or when hours matter.
 
 Reads   what interpret_top_sentences_send_batches.py reads, and its journal: latents in a batch are left out
-Writes  RESPONSE_OUTPUT_DIR/direct.jsonl: a line per answer, as it comes, of the same form as a batch's
+Writes  RESPONSE_OUTPUT_DIR/direct.jsonl: a line per answer, as it arrives, in the format of a batch's
 Method  the same questions, CONCURRENCY at a time, at most REQUESTS_PER_MINUTE. Latents that have an answer are left
-        out: after a kill run it again, only what was under way is asked again. A request that breaks off is repeated
-Cost    it prints requests, tokens and price (twice that of batches) before anything is sent, and asks
+        out: after a kill run it again, and only requests that were in flight are repeated. Broken requests are retried
+Cost    prints requests, tokens and price (twice that of batches) and asks before anything is sent
 
     ANTHROPIC_BASE_URL=http://localhost:8080 ANTHROPIC_API_KEY=none python interpret_top_sentences_direct.py \\
         --model my-model --effort "" --latents 0-99
@@ -27,31 +27,31 @@ from pipeline.options import Count, CountOrZero, NotNegative, Positive, parse_co
 from pipeline.progress import progress_bar
 from pipeline.run import run
 
-# As in interpret_top_sentences_send_batches.py, so that both ask the same.
+# Same as in interpret_top_sentences_send_batches.py, so that both ask the same questions.
 TOP_SENTENCES_DICT_FILEPATH = "data/sae.top.parquet"  # top sentences of each latent
-RESPONSE_IDS_FILEPATH = "{name}.{aggregation}.response_ids.jsonl"  # journal; {name} is that of NAME.top.parquet
+RESPONSE_IDS_FILEPATH = "{name}.{aggregation}.response_ids.jsonl"  # journal; {name}: the NAME of NAME.top.parquet
 RESPONSE_OUTPUT_DIR = "{name}.{aggregation}.responses"  # answers; latents that have one are not asked about again
 MODEL_DIR: str | None = None  # Llama folder, for its tokenizer; the one NAME.json names when not given
 AGGREGATION: Aggregation = "mean"  # how a latent's activation over a sentence is measured
 LATENTS: str | None = None  # which latents, such as 0-99,512; all when not given
-MODEL = "claude-haiku-5-5"  # who is asked
-EFFORT = "low"  # how much it thinks before it writes; empty for models and servers that do not know this option
-MAX_TOKENS: Count = 4000  # of an answer, thinking included
-OUTPUT_TOKENS: Count = 500  # of an answer on average, for the price; 387 in the published run, by another tokenizer
-SENTENCES_PER_REQUEST: Count = 50  # strongest ones shown
-MIN_SENTENCES: Count = 5  # a latent with fewer is not asked about
-MARK_SHARE: NotNegative = 0.5  # share of the sentence's highest activation from which tokens are marked
-CONCURRENCY: Count = 8  # requests under way at a time
-REQUESTS_PER_MINUTE: Positive = 1000.0  # at most
-RETRIES: CountOrZero = 6  # of a request when the server is busy or out of order
+MODEL = "claude-haiku-5-5"  # the model that is asked
+EFFORT = "low"  # how much it thinks before it writes; empty for models and servers without this option
+MAX_TOKENS: Count = 4000  # most tokens per answer, thinking included
+OUTPUT_TOKENS: Count = 500  # tokens assumed per answer for the price; 387 in the published run, with another tokenizer
+SENTENCES_PER_REQUEST: Count = 50  # top sentences shown to the model
+MIN_SENTENCES: Count = 5  # latents with fewer are left out
+MARK_SHARE: NotNegative = 0.5  # tokens are marked from this share of the sentence's highest activation
+CONCURRENCY: Count = 8  # requests in flight at a time
+REQUESTS_PER_MINUTE: Positive = 1000.0  # most requests started per minute
+RETRIES: CountOrZero = 6  # retries of a request when the server is busy or failing
 YES = False  # send without asking
-DRY_RUN = False  # stop after the price
+DRY_RUN = False  # stop after printing the price
 
 
 def main() -> None:
     config = parse_constants(globals())
     top_path = Path(config.top_sentences_dict_filepath)
-    open_top(top_path).close()  # what is wrong with it is printed first
+    open_top(top_path).close()  # a bad table is reported before anything else
     require_consent_possible(config.yes, config.dry_run)
     client = connect(config.retries)
     name = str(top_path).removesuffix(f".{TOP.suffix}")

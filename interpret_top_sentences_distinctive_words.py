@@ -1,13 +1,13 @@
-"""Name latents without asking anyone: the words, word sequences and tokens they fire on more than the corpus has them.
+"""Name latents without a model: by the words, word sequences and tokens overrepresented where they fire.
 
 Reads   NAME.top.parquet beside MODEL_PATH (capture_top_activating_sentences.py), the sentences it was made from, the
-        Llama folder of the SAE
+        SAE's Llama folder
 Writes  NAME.meaning_distinctive-words_{mean,max,last}.yaml: latent -> {certainty, common_semantic}, most certain first
 Method  log-odds of a feature's share of sentences with an informative Dirichlet prior (Monroe, Colaresi and Quinn 2008,
         Political Analysis 16:4, eq. 22). A feature counts where the latent fires with at least half its highest
-        activation in the sentence. Features are a word; two or three words in a row; “…ing” or “Tim…”, a token that is
-        part of a word; “(”, a sign; “number”; “line break”. Certainty is the share of the top sentences that hold a
-        feature of the name
+        activation in the sentence. A feature is a word; two or three words in a row; a token that is part of a word
+        (“…ing”, “Tim…”); a sign (“(”); “number”; or “line break”. Certainty is the share of the top sentences that
+        contain a feature of the name
 Cost    a minute for 4,096 latents; half an hour on one core for 65,536
 
     python interpret_top_sentences_distinctive_words.py --model_path data/sae.pth
@@ -35,21 +35,22 @@ MODEL_PATH = "data/sae.pth"  # the SAE
 LLAMA_MODEL_DIR: str | None = None  # Llama folder, for its tokenizer; the one the SAE was trained on when not given
 SENTENCES_DIR: str | None = None  # folder of sentences; the one that was captured when not given
 OUTPUT_DIR: str | None = None  # folder for the files; beside the SAE when not given
-TOP_SENTENCES: Count = 50  # sentences a latent is named by
+TOP_SENTENCES: Count = 50  # top sentences that a name is based on
 MIN_SENTENCES: Count = 5  # a latent with fewer gets no name
-N_WORDS: Count = 3  # features in a name, at most
-CORPUS_SENTENCES: Count = 50_000  # sentences that stand for the corpus
+N_WORDS: Count = 3  # most features in a name
+CORPUS_SENTENCES: Count = 50_000  # sentences sampled from the corpus
 PRIOR: Positive = 20.0  # sentences' worth of corpus that every latent is assumed to have seen
 
 _STRONG = 0.5  # share of a sentence's highest activation at which the latent counts as firing on a token
-# A plain word stands for a sequence or a part of a word with this share of its score, in this share of its sentences.
+# A plain word replaces a sequence or part of a word if it has this share of its score and is in this share of its
+# sentences.
 _WORD_SCORE, _WORD_SHARE = 0.5, 0.8
 
 
 class Corpus(NamedTuple):
-    """How often each feature stands in ordinary sentences."""
+    """How often each feature occurs in ordinary sentences."""
 
-    counts: Counter[str]  # feature -> sentences that hold it
+    counts: Counter[str]  # feature -> sentences that contain it
     n: int  # sentences
 
 
@@ -65,18 +66,18 @@ def count_corpus(dataset: SentenceDataset, tokenizer: Tokenizer, max_tokens: int
 
 
 def strong_features(sentence: TopSentence, token_bytes: Callable[[int], bytes]) -> set[str]:
-    """The features that stand where the latent fires strongly."""
+    """The features where the latent fires strongly."""
     threshold = _STRONG * max(sentence.token_activations)
     strong = [activation >= threshold for activation in sentence.token_activations]
     return features([token_bytes(token) for token in sentence.token_ids], strong)
 
 
 def z_scores(top: Counter[str], n_top: int, corpus: Corpus, prior: float) -> dict[str, float]:
-    """How surprisingly often each feature of `top` (feature -> sentences that hold it) stands in n_top sentences."""
+    """How surprisingly often n_top sentences contain each feature. top: feature -> sentences that contain it."""
     scores = {}
     for word, count in top.items():
-        seen = max(corpus.counts[word], 1)  # it does stand in the corpus, sampled or not
-        expected = prior * (seen + 0.5) / (corpus.n + 1)  # the prior's sentences that hold the word
+        seen = max(corpus.counts[word], 1)  # the corpus does contain it, even if the sample does not
+        expected = prior * (seen + 0.5) / (corpus.n + 1)  # the prior's sentences that contain the word
         a, b = count + expected, n_top - count + prior - expected
         in_corpus = seen + expected
         not_in_corpus = max(corpus.n - seen, 0) + prior - expected
@@ -86,9 +87,9 @@ def z_scores(top: Counter[str], n_top: int, corpus: Corpus, prior: float) -> dic
 
 
 def name_latent(sentences: list[set[str]], corpus: Corpus, prior: float, n_words: int) -> tuple[list[str], float]:
-    """(features, certainty): up to n_words, best first, each after the first adding a tenth of the sentences.
+    """(features, certainty): up to n_words features, best first; each but the first adds a tenth of the sentences.
 
-    sentences: the features of each top sentence.
+    sentences: each top sentence's features.
     """
     counts = Counter(feature for held in sentences for feature in held)
     scores = z_scores(counts, len(sentences), corpus, prior)
@@ -122,7 +123,7 @@ def name_latents(
     prior: float,
     n_words: int,
 ) -> dict[int, Meaning]:
-    """The names of latents by their top sentences; none for a latent with few sentences or no features."""
+    """Name latents by their top sentences; a latent with too few sentences or no features gets no name."""
     meanings = {}
     latents = top_sentences(top_path, aggregation, n_sentences)
     for latent, sentences in progress_bar(latents, unit="latent", desc=f"names by {aggregation}"):
@@ -140,7 +141,7 @@ def main() -> None:
     source = source_of(config.model_path)
     max_tokens = source.need("max_tokens")
     top_path = SaeFiles(config.model_path).beside(TOP.suffix)
-    open_top(top_path).close()  # what is wrong with it is printed first
+    open_top(top_path).close()  # a bad table is reported before anything else
     dataset = source.sentences(config.sentences_dir)
     tokenizer = tokenizer_of(source, config.llama_model_dir, "--llama_model_dir")
     out = SaeFiles(Path(config.output_dir or top_path.parent, Path(config.model_path).name))

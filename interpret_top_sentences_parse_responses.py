@@ -1,12 +1,12 @@
 """Turn Claude's answers into a file of meanings: latent -> {certainty, common_semantic}, most certain first.
 
-Reads   RETRIEVED_RESPONSES_DIR: *.jsonl of the retrieve and the direct script; *.yaml, published answers of the
-        original, custom_id -> {content, model, input_tokens, output_tokens} or {canceled: true}
+Reads   RETRIEVED_RESPONSES_DIR: *.jsonl of the retrieve and direct scripts; *.yaml, the original's published answers,
+        custom_id -> {content, model, input_tokens, output_tokens} or {canceled: true}
 Writes  PARSED_RESPONSES_OUTPUT_FILEPATH, and beside it NAME.rejected.jsonl: custom_id, status, reason and text of each
         latent that got no meaning
-Method  the last JSON object with both fields counts, however it is wrapped; backslashes that JSON does not know are
-        taken literally; a certainty above 1 is a percentage. Files are read in order of their names: of two meanings
-        for one latent the later counts, and a meaning counts whatever else the latent got
+Method  the last JSON object with both fields counts, however it is wrapped; backslashes that JSON does not define are
+        taken literally; a certainty above 1 is a percentage. Files are read in order of name: a latent's last meaning
+        counts, even if a later answer has none
 Cost    a minute for 65,536 answers
 
     python interpret_top_sentences_parse_responses.py --retrieved_responses_dir data/sae.mean.responses
@@ -41,7 +41,7 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _BACKSLASH = re.compile(r'\\(u[0-9a-fA-F]{4}|["\\/bfnrt])?')
-_DECODER = json.JSONDecoder(strict=False)  # line breaks inside strings are let through
+_DECODER = json.JSONDecoder(strict=False)  # allows line breaks inside strings
 
 
 # ---- reading answers
@@ -56,7 +56,7 @@ def read_answers(path: Path) -> Iterator[Answer]:
 
 def read_published(path: Path) -> Iterator[Answer]:
     """Answers as the original stored them."""
-    fix = "it is not a file of answers, take it out of the folder."
+    fix = "move it out of the folder of answers."
     try:
         with open(path, encoding="utf-8") as file:
             entries = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
@@ -87,7 +87,7 @@ def judge(answer: Answer) -> Meaning | Rejection:
     if answer.detail == "refusal" or _REFUSAL.match(answer.text):
         return Rejection("refusal", "Claude declined to answer")
     if answer.detail == "max_tokens":
-        return Rejection("cut", "the answer ran into max_tokens")
+        return Rejection("cut", "the answer reached max_tokens")
     return Rejection("no_json", f"the answer has no JSON object with {' and '.join(_FIELDS)}")
 
 
@@ -141,7 +141,7 @@ def certainty_of(value: Any) -> float | None:
 
 
 def answer_files(source: Path) -> list[Path]:
-    """The file itself, or a folder's answer files in order of name. Raises InputError where there is none."""
+    """The file itself, or a folder's answer files in order of name. Raises InputError if there is none."""
     kinds = (".jsonl", ".yaml", ".yml")
     paths = [source] if source.is_file() else sorted(path for path in source.glob("*") if path.suffix in kinds)
     if not paths:
@@ -153,7 +153,7 @@ def answer_files(source: Path) -> list[Path]:
 
 
 def judge_all(paths: list[Path]) -> tuple[dict[int, Meaning], dict[str, tuple[Rejection, str]]]:
-    """The meanings by latent, and by custom_id why there is none, with the answer's text."""
+    """The meanings by latent; and by custom_id, why there is no meaning, with the answer's text."""
     meanings: dict[int, Meaning] = {}
     rejected: dict[str, tuple[Rejection, str]] = {}
     for path in progress_bar(paths, desc="answers", unit="file"):

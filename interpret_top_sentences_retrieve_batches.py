@@ -2,8 +2,8 @@
 
 Reads   RESPONSE_IDS_FILEPATH, the journal of the batches
 Writes  RESPONSE_OUTPUT_DIR/BATCH_ID.jsonl for each batch that has ended: a line per request, as the API returns it
-Method  a batch's file appears when all its answers are there; what is there is not fetched again. Requests that
-        errored, expired or were canceled are not paid for; the send script, run again, sends them again
+Method  a batch's file appears once all its answers have arrived, and is not fetched again. Requests that errored,
+        expired or were canceled cost nothing; run the send script again to resend them
 Cost    nothing; most batches end within an hour, all within 24. The API keeps answers for 29 days
 
     python interpret_top_sentences_retrieve_batches.py --wait
@@ -23,8 +23,8 @@ from pipeline.run import run
 RESPONSE_IDS_FILEPATH = "data/sae.{aggregation}.response_ids.jsonl"  # journal of the batches
 RESPONSE_OUTPUT_DIR = "data/sae.{aggregation}.responses"  # folder for the answers
 AGGREGATION: Aggregation = "mean"  # fills in {aggregation}: mean, max or last
-WAIT = False  # look again until all batches have ended
-POLL_S: NotNegative = 60.0  # seconds between two looks
+WAIT = False  # keep polling until all batches have ended
+POLL_S: NotNegative = 60.0  # seconds between polls
 
 
 def main() -> None:

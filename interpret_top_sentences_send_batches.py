@@ -1,11 +1,11 @@
 """Ask Claude what each latent means: a question per latent, with the sentences that activate it most, in batches.
 
 Reads   TOP_SENTENCES_DICT_FILEPATH: NAME.top.parquet of capture_top_activating_sentences.py; NAME.json beside it
-Writes  RESPONSE_IDS_FILEPATH, the journal of what was sent: keep it, it is the way to answers that were paid for
+Writes  RESPONSE_IDS_FILEPATH, the journal of what was sent: keep it, you need it to fetch the answers you paid for
 Method  strongest sentence first, as far as the model read it, the tokens that activate the latent <<marked>>. Latents
-        that have an answer in RESPONSE_OUTPUT_DIR, or are in a batch that was not retrieved yet, are left out: run it
-        again to send what failed. claude/batches.py explains how nothing is paid twice
-Cost    it prints requests, tokens and price before anything is sent, and asks; minutes for 65,536 latents
+        that have an answer in RESPONSE_OUTPUT_DIR, or are in a batch not retrieved yet, are left out: run it again to
+        send what failed. claude/batches.py explains how nothing is paid for twice
+Cost    prints requests, tokens and price and asks before anything is sent; minutes for 65,536 latents
 
     export ANTHROPIC_API_KEY=...
     python interpret_top_sentences_send_batches.py --top_sentences_dict_filepath data/sae.top.parquet --latents 0-99
@@ -26,28 +26,28 @@ from pipeline.options import Count, NotNegative, parse_constants
 from pipeline.run import run
 
 TOP_SENTENCES_DICT_FILEPATH = "data/sae.top.parquet"  # top sentences of each latent
-RESPONSE_IDS_FILEPATH = "{name}.{aggregation}.response_ids.jsonl"  # journal; {name} is that of NAME.top.parquet
+RESPONSE_IDS_FILEPATH = "{name}.{aggregation}.response_ids.jsonl"  # journal; {name}: the NAME of NAME.top.parquet
 RESPONSE_OUTPUT_DIR = "{name}.{aggregation}.responses"  # answers; latents that have one are not asked about again
 MODEL_DIR: str | None = None  # Llama folder, for its tokenizer; the one NAME.json names when not given
 AGGREGATION: Aggregation = "mean"  # how a latent's activation over a sentence is measured
 LATENTS: str | None = None  # which latents, such as 0-99,512; all when not given
-MODEL = "claude-haiku-5-5"  # who is asked
-EFFORT = "low"  # how much it thinks before it writes; empty for models and servers that do not know this option
-MAX_TOKENS: Count = 4000  # of an answer, thinking included
-OUTPUT_TOKENS: Count = 500  # of an answer on average, for the price; 387 in the published run, by another tokenizer
-SENTENCES_PER_REQUEST: Count = 50  # strongest ones shown
-MIN_SENTENCES: Count = 5  # a latent with fewer is not asked about
-MARK_SHARE: NotNegative = 0.5  # share of the sentence's highest activation from which tokens are marked
-REQUESTS_PER_BATCH: Count = 10_000  # the API allows 100,000, and 256 MB
-SETTLE_S: NotNegative = 300.0  # seconds after an unclear failure until an unlisted batch counts as not created
+MODEL = "claude-haiku-5-5"  # the model that is asked
+EFFORT = "low"  # how much it thinks before it writes; empty for models and servers without this option
+MAX_TOKENS: Count = 4000  # most tokens per answer, thinking included
+OUTPUT_TOKENS: Count = 500  # tokens assumed per answer for the price; 387 in the published run, with another tokenizer
+SENTENCES_PER_REQUEST: Count = 50  # top sentences shown to the model
+MIN_SENTENCES: Count = 5  # latents with fewer are left out
+MARK_SHARE: NotNegative = 0.5  # tokens are marked from this share of the sentence's highest activation
+REQUESTS_PER_BATCH: Count = 10_000  # the API allows 100,000 and 256 MB
+SETTLE_S: NotNegative = 300.0  # after an unclear failure, seconds until an unlisted batch counts as not created
 YES = False  # send without asking
-DRY_RUN = False  # stop after the price
+DRY_RUN = False  # stop after printing the price
 
 
 def main() -> None:
     config = parse_constants(globals())
     top_path = Path(config.top_sentences_dict_filepath)
-    open_top(top_path).close()  # what is wrong with it is printed first
+    open_top(top_path).close()  # a bad table is reported before anything else
     require_consent_possible(config.yes, config.dry_run)
     client = connect()
     name = str(top_path).removesuffix(f".{TOP.suffix}")

@@ -1,7 +1,7 @@
 """Complete text or hold a chat with Llama 3, optionally steered by latents of a sparse autoencoder.
 
 Reads   LLAMA_MODEL_DIR; SAE_MODEL_PATH and what lies beside it. Without either: the embedded model and its SAE
-Writes  completions to the terminal, as they come; with INPUT_PATH, JSON lines to OUTPUT_PATH
+Writes  completions to the terminal as they grow; with INPUT_PATH, JSON lines to OUTPUT_PATH
 Method  serving/steering.py explains the modes at the SAE's site; strength 1 is a latent's highest observed activation
 
     python llama_3_inference.py text                       # asks for prompts, one per line; completes them together
@@ -17,30 +17,28 @@ from pipeline.run import run
 from serving.modes import DEFAULT_MODE, DEFAULT_STRENGTH, Mode
 
 LLAMA_MODEL_DIR: str | None = None  # Llama folder; the embedded tiny Llama when not given
-DEVICE = "auto"  # auto: a GPU where there is one
+DEVICE = "auto"  # auto: a GPU if there is one
 DTYPE: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
 SAE_MODEL_PATH: str | None = None  # the SAE; the embedded one with the embedded model when not given
-SAE_LAYER_IDX: CountOrZero | None = None  # for an SAE without a JSON: its layer, attention_norm (published: 22)
-K: Count | None = None  # for an SAE without a JSON: latents kept (the published: 64)
-NORMALIZE_EPS: NotNegative | None = None  # for an SAE without a JSON (the published: 1e-6)
-ROPE_SCALING_FACTOR: Positive | None = None  # overrides the checkpoint's (the published SAE's activations: 8)
+SAE_LAYER_IDX: CountOrZero | None = None  # for an SAE without a JSON: its layer, at attention_norm (published SAE: 22)
+K: Count | None = None  # for an SAE without a JSON: latents kept per token (published SAE: 64)
+NORMALIZE_EPS: NotNegative | None = None  # for an SAE without a JSON (published SAE: 1e-6)
+ROPE_SCALING_FACTOR: Positive | None = None  # overrides the checkpoint's (published SAE's activations: 8)
 LATENTS: list[int] = []  # latents to steer with
-STRENGTHS = [
-    DEFAULT_STRENGTH
-]  # one per latent, or one for all: in multiples of the latent's highest observed activation
-MODE: Mode = DEFAULT_MODE  # of steering: h_bias, add, clamp, scale (the strength is the factor) or ablate
+STRENGTHS = [DEFAULT_STRENGTH]  # one per latent or one for all, in multiples of its highest observed activation
+MODE: Mode = DEFAULT_MODE  # steering mode: h_bias, add, clamp, scale (the strength is the factor) or ablate
 KEEP_ERROR = True  # steering keeps what the SAE does not reconstruct
 SHOW_LATENTS: CountOrZero = 0  # strongest latents listed per token
 PROMPTS: list[str] = []  # text: what to complete; asked for when not given
 SYSTEM = ""  # chat: the system message
-DATE = "auto"  # chat: today's date as in "26 Jul 2024", or none; auto: that one from Llama 3.1 on, none before
+DATE = "auto"  # chat: today's date, written like "26 Jul 2024", or none; auto: that date from Llama 3.1 on, else none
 INPUT_PATH: str | None = None  # file of prompts: one per line, or .jsonl with "prompt" or "messages" in each
 OUTPUT_PATH: str | None = None  # JSON lines with the completions of INPUT_PATH
 BATCH_SIZE: Count = 8  # prompts completed together
 MAX_NEW_TOKENS: Count = 64  # tokens to add
 TEMPERATURE: NotNegative = 0.7  # 0: always the most likely token
 TOP_P: Share = 0.95  # sample from the most likely tokens that together have this probability
-SEED = 0  # each prompt's samples depend on this and on its place in the list alone
+SEED = 0  # each prompt's samples depend only on this and on its place in the list
 
 _COMMANDS = {"text": "complete text", "chat": "hold a dialogue"}
 
@@ -71,7 +69,7 @@ from serving.steering import Steering, strength_of_each
 
 
 def text_session(session: Session, prompts: list[str]) -> None:
-    """Complete the prompts; without any, those that are piped in or typed."""
+    """Complete the prompts, or, without any, those piped in or typed."""
     if prompts or not sys.stdin.isatty():
         return complete_texts(session, prompts or prompts_in(sys.stdin))
     print("Write one prompt per line; an empty line completes them together. Ctrl-C stops a completion, Ctrl-D leaves.")
@@ -130,9 +128,9 @@ def complete_together(session: Session, texts: list[str], prompts: list[list[int
 
 @contextlib.contextmanager
 def side_by_side(texts: list[str], completions: Callable[[], dict[str, list[str]]]) -> Iterator[Callable[[], None]]:
-    """Show texts and their completions in a table, which stays, at Ctrl-C too. A pipe gets lines at the end.
+    """Show texts and their completions in a table, which stays, even after Ctrl-C. A pipe gets lines at the end.
 
-    completions: gives those of every text, by kind. Yields what to call when they have grown.
+    completions: returns those of every text, by kind. Yields a function to call when they have grown.
     """
     if not sys.stdout.isatty():
         yield lambda: None
@@ -156,14 +154,14 @@ def side_by_side(texts: list[str], completions: Callable[[], dict[str, list[str]
         for kind in columns:
             grown.add_column(kind, ratio=1)  # as wide as the others, however long its texts are
         for text, *row in zip(texts, *columns.values(), strict=True):
-            row = [visible(completion.rstrip("\ufffd")) for completion in row]  # half a character waits
+            row = [visible(completion.rstrip("\ufffd")) for completion in row]  # half a character is held back
             cells = [Text.assemble((visible(text), "bold"), completion) for completion in row]
             cells[-1].stylize("yellow", len(text) + len(os.path.commonprefix(row)))  # what steering changed
             grown.add_row(*cells)
         return grown
 
     def end_of_table() -> Segments:
-        """Its last lines, as many as the window holds: there it grows."""
+        """The table's last lines, where it grows: as many as fit the window."""
         lines = console.render_lines(table(), pad=False)[1 - console.height :]
         return Segments(itertools.chain.from_iterable([*line, Segment.line()] for line in lines))
 
@@ -176,7 +174,7 @@ def side_by_side(texts: list[str], completions: Callable[[], dict[str, list[str]
             shown_at = time.monotonic()
 
     try:
-        # Not by Live's own thread: nobody waits for it, and Python aborts when it ends inside the tokenizer.
+        # Not on Live's own thread: nothing waits for it, and Python aborts if that ends inside the tokenizer.
         with Live(console=console, get_renderable=end_of_table, transient=True, auto_refresh=False) as live:
             yield refresh
     finally:
@@ -187,7 +185,7 @@ def side_by_side(texts: list[str], completions: Callable[[], dict[str, list[str]
 
 
 def chat_session(session: Session, system: str) -> None:
-    """A dialogue; its oldest messages are forgotten where the context is full."""
+    """Hold a dialogue; its oldest messages are forgotten when the context is full."""
     if sys.stdin.isatty():
         print("Write a message. Ctrl-C stops an answer, Ctrl-D leaves.")
     opened, max_new_tokens = session.opened, session.sampling.max_new_tokens
@@ -221,12 +219,12 @@ def chat_session(session: Session, system: str) -> None:
 
 
 def print_answer(session: Session, prompt: list[int], number: int) -> list[int]:
-    """Print an answer as it comes and return its tokens; Ctrl-C ends it."""
+    """Print an answer as it is generated and return its tokens; Ctrl-C stops it."""
     text = TextStream(session.opened.tokenizer, prompt)
     answer: list[int] = []
     try:
         for (token,) in session.opened.generate([prompt], session.sampling, number, session.intervention):
-            if token is not None:  # the only row goes on as long as there are steps
+            if token is not None:  # always true: the only row continues as long as there are steps
                 answer.append(token)
                 print(visible(text.add(token)), end="", flush=True)
     except KeyboardInterrupt:
@@ -235,11 +233,11 @@ def print_answer(session: Session, prompt: list[int], number: int) -> list[int]:
     return answer
 
 
-# ---- what both need
+# ---- shared by both
 
 
 def ask() -> str | None:
-    """A line typed by the user, or several pasted at once; None at the end (Ctrl-D). Ctrl-C drops what is typed."""
+    """A line typed by the user, or several pasted at once; None at the end (Ctrl-D). Ctrl-C drops the line."""
     if not sys.stdin.isatty():
         return next(sys.stdin, None)
     with contextlib.suppress(ImportError):
@@ -259,7 +257,7 @@ def ask() -> str | None:
 def print_latents(opened: SteeredModel, ids: list[int], n: int, listed: list[int]) -> None:
     """List each token of `ids` with its n strongest latents, from where the tokens differ from `listed` on.
 
-    Steering acts behind the place where the SAE reads, so tokens that two lists begin with have the same latents.
+    Steering acts after the SAE reads, so tokens that both lists begin with have the same latents.
     """
     from rich.console import Console
     from rich.table import Table
@@ -272,7 +270,7 @@ def print_latents(opened: SteeredModel, ids: list[int], n: int, listed: list[int
     for text, latents in strongest_latents(opened, ids, n)[n_same:]:
         named = [f"{latent:>{digits}} {value:.2f} {opened.meanings.get(latent, '')}" for latent, value in latents]
         table.add_row(Text(repr(text), "bold"), *(Text(name, no_wrap=True, overflow="ellipsis") for name in named))
-    width = None if sys.stdout.isatty() else 100 * (1 + n)  # the window's; a pipe cuts nothing
+    width = None if sys.stdout.isatty() else 100 * (1 + n)  # None: the window's; nothing is cut in a pipe
     Console(width=width).print(table)
 
 
@@ -280,13 +278,13 @@ def print_latents(opened: SteeredModel, ids: list[int], n: int, listed: list[int
 
 
 def check_files(prompts: Sequence[str], command: str, input_path: str | None, output_path: str | None) -> None:
-    """Raise InputError where the options that name prompts and files do not fit together."""
+    """Raise InputError if the options that name prompts and files do not fit together."""
     if (input_path is None) != (output_path is None):
         raise InputError("--input_path and --output_path belong together; give both or neither.")
     if prompts and (command == "chat" or input_path):
-        raise InputError("--prompts are completed by text without --input_path; leave one of them out.")
+        raise InputError("--prompts goes only with text and without --input_path; leave one of them out.")
     if input_path and output_path and Path(output_path).resolve() == Path(input_path).resolve():
-        raise InputError(f"{output_path} is the input too; name another file for --output_path.")
+        raise InputError(f"{output_path} is also the input; name another file for --output_path.")
     if output_path and Path(output_path).is_dir():
         raise InputError(f"{output_path} is a folder; name a file for --output_path.")
 
@@ -305,7 +303,7 @@ def main() -> None:
     check_files(config.prompts, config.command, config.input_path, config.output_path)
     requests = read_prompts(config.input_path, config.command) if config.input_path else []
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # not every terminal knows every character
+        sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
     print(f"Loading {config.llama_model_dir or 'the embedded tiny Llama'} ...", file=sys.stderr, flush=True)
 
     needs_sae = bool(config.latents or config.show_latents)
@@ -319,7 +317,7 @@ def main() -> None:
     session = Session(opened, steering, intervention, sampling, config.batch_size, config.show_latents)
     try:
         if requests:
-            free = ("input_path", "output_path", "batch_size")  # what the completions do not depend on
+            free = ("input_path", "output_path", "batch_size")  # options that do not affect the completions
             decides = {name: value for name, value in vars(config).items() if name not in free}
             paths = (config.input_path, config.output_path)
             complete_file(session, requests, config.command, config.system, *paths, decides)
@@ -328,10 +326,10 @@ def main() -> None:
         else:
             text_session(session, config.prompts)
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads (head, less) has seen enough; Python would complain once more at its end
+    except BrokenPipeError:  # the reader (head, less) has seen enough; Python would complain again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UnicodeDecodeError as error:
-        raise InputError(f"What was written is not {error.encoding}; set the terminal to UTF-8.") from None
+        raise InputError(f"The input is not {error.encoding}; set the terminal to UTF-8.") from None
 
 
 if __name__ == "__main__":

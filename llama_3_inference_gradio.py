@@ -1,10 +1,10 @@
-"""A web page on Llama 3 and its sparse autoencoder: complete and chat, steered or not, and look inside.
+"""A web page for Llama 3 and its sparse autoencoder: complete and chat, steered or not, and look inside.
 
 Reads   LLAMA_MODEL_DIR; SAE_MODEL_PATH and what lies beside it. Without either: the embedded model and its SAE.
         With a model and no SAE: a plain page to complete and chat
 Writes  nothing; serves on HOST:PORT until Ctrl-C
-Method  serving/steering.py explains the modes; strength 1 is a latent's highest observed activation. Requests share the
-        model and the SAE alone: latents, strengths and dialogues belong to the browser window that set them
+Method  serving/steering.py explains the modes; strength 1 is a latent's highest observed activation. Requests share
+        only the model and the SAE: latents, strengths and dialogues belong to the browser window that set them
 
     python llama_3_inference_gradio.py
     python llama_3_inference_gradio.py --llama_model_dir models/llama_3.2-3B-Instruct --sae_model_path data/sae.pth
@@ -19,28 +19,28 @@ from pipeline.run import run
 
 LLAMA_MODEL_DIR: str | None = None  # Llama folder; the embedded tiny Llama when not given
 SAE_MODEL_PATH: str | None = None  # the SAE; the embedded one with the embedded model when not given
-SAE_LAYER_IDX: CountOrZero | None = None  # for an SAE without a JSON: its layer, attention_norm (published: 22)
-K: Count | None = None  # for an SAE without a JSON: latents kept (the published: 64)
-NORMALIZE_EPS: NotNegative | None = None  # for an SAE without a JSON (the published: 1e-6)
-ROPE_SCALING_FACTOR: Positive | None = None  # overrides the checkpoint's (the published SAE's activations: 8)
-DEVICE = "auto"  # auto: a GPU where there is one
+SAE_LAYER_IDX: CountOrZero | None = None  # for an SAE without a JSON: its layer, at attention_norm (published SAE: 22)
+K: Count | None = None  # for an SAE without a JSON: latents kept per token (published SAE: 64)
+NORMALIZE_EPS: NotNegative | None = None  # for an SAE without a JSON (published SAE: 1e-6)
+ROPE_SCALING_FACTOR: Positive | None = None  # overrides the checkpoint's (published SAE's activations: 8)
+DEVICE = "auto"  # auto: a GPU if there is one
 DTYPE: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
-DATE = "auto"  # chat: today's date as in "26 Jul 2024", or none; auto: that one from Llama 3.1 on, none before
-HOST = "127.0.0.1"  # address to listen on; 0.0.0.0 lets every machine of the network in
+DATE = "auto"  # chat: today's date, written like "26 Jul 2024", or none; auto: that date from Llama 3.1 on, else none
+HOST = "127.0.0.1"  # address to listen on; 0.0.0.0 lets in every machine on the network
 PORT: Port = 7860  # port to listen on
 SHARE = False  # also open a public address at gradio.live; needs --auth
 AUTH: str | None = None  # user:password that the page asks for
-MAX_PROMPTS: Count = 8  # most prompts of one request
+MAX_PROMPTS: Count = 8  # most prompts per request
 MAX_PROMPT_CHARS: Count = 4000  # longest prompt, text or message, in characters
 MAX_NEW_TOKENS: Count = 256  # most tokens to add
-MAX_REQUESTS: Count = 4  # requests of a tab worked on by turns; the others queue
+MAX_REQUESTS: Count = 4  # requests per tab served in turns; others queue
 
 _N_SLOTS = 4  # latents to steer with at once
 _N_ROWS = 50  # latents on a page of the list
 _STRENGTHS = (-10.0, 10.0)  # ends of a strength slider
-_REFRESH_S = 0.08  # between two pictures of a growing text
+_REFRESH_S = 0.08  # seconds between updates of a growing text
 _NOTHING_CHOSEN = "Nothing steers yet. Find a latent above, or in the list of latents."
-_EXAMPLE_WORD = "state"  # the meaning of the latent that steers the embedded model at first
+_EXAMPLE_WORD = "state"  # the meaning of the latent that steers the embedded model when the page opens
 _EXAMPLES = "This function returns\nThe first argument\nWhen the"  # the embedded model knows documentation
 _OTHER_EXAMPLES = "The best thing about the town is\nWhen I was young,\nThe letter said that"
 _EXAMPLE = "Open the file and read all of its lines. If it does not exist, an error is raised."
@@ -56,7 +56,7 @@ element.addEventListener('click', (event) => {
 });
 """
 
-# Options of events: in the queue, where an error becomes a sentence, or at once, where there can be none.
+# Options of events: queued, where an error becomes a sentence, or immediate, where there can be none.
 _QUEUED: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _QUICK: dict[str, Any] = {**_QUEUED, "queue": False}
 
@@ -106,7 +106,7 @@ Values = dict[Any, Any]  # what the components of a browser window hold
 def build(served: Served) -> gr.Blocks:
     """The page. What a browser window chooses is kept in its own components."""
     index = served.index
-    with gr.Blocks(title="Llama 3, looked into and steered", analytics_enabled=False, fill_width=True) as blocks:
+    with gr.Blocks(title="Look inside Llama 3, and steer it", analytics_enabled=False, fill_width=True) as blocks:
         markup(title_html(served), elem_classes="title")
         with gr.Row():
             panel = steering_panel(served, index) if index else None
@@ -128,7 +128,7 @@ def build(served: Served) -> gr.Blocks:
 
 
 def markup(value: str = "", **options: Any) -> gr.HTML:
-    """HTML whose links choose something (_CLICKS)."""
+    """HTML with clickable links (_CLICKS)."""
     return gr.HTML(value, js_on_load=_CLICKS, apply_default_css=False, **options)
 
 
@@ -142,7 +142,7 @@ def shown_in_the_page() -> Iterator[None]:
 
 
 def unrepeated(growing: Iterable[tuple[Any, str]]) -> Iterator[tuple[Any, Any]]:
-    """Leave a line of status out where it is the one before: a late one would come over what Stop writes there."""
+    """Skip a status line that equals the one before: arriving late, it would overwrite what Stop writes there."""
     shown = None
     for content, line in growing:
         yield content, gr.skip() if line == shown else line
@@ -248,7 +248,7 @@ def first_chosen(index: LatentIndex) -> list[int]:
 
 
 def to_card(served: Served, index: LatentIndex, links: gr.HTML, card: gr.HTML, tabs: gr.Tabs) -> None:
-    """A click on a link named card shows that latent's card."""
+    """A click on a "card" link shows that latent's card."""
 
     def show(event: gr.EventData) -> tuple[Any, Any]:
         with shown_in_the_page():
@@ -262,7 +262,7 @@ def to_card(served: Served, index: LatentIndex, links: gr.HTML, card: gr.HTML, t
 
 
 def to_steering(served: Served, index: LatentIndex, links: gr.HTML, panel: Panel, tabs: gr.Tabs | None = None) -> None:
-    """A click on a link named steer adds that latent to those that steer, and shows the completions."""
+    """A click on a "steer" link adds that latent to those that steer, and shows the completions."""
 
     def add(event: gr.EventData, chosen: list[int], *strengths: float) -> list[Any]:
         with shown_in_the_page():
@@ -277,13 +277,13 @@ def to_steering(served: Served, index: LatentIndex, links: gr.HTML, panel: Panel
 
 
 def with_latent(served: Served, index: LatentIndex, chosen: Sequence[int], latent: int) -> list[int]:
-    """The chosen latents and this one. Raises InputError where it cannot be."""
+    """The chosen latents and this one. Raises InputError if it cannot be added."""
     highest = served.opened.highest
     check_latents({latent: 1.0}, torch.ones(index.n_latents) if highest is None else highest)
     if latent in chosen:
-        raise InputError(f"Latent {latent} is chosen already.")
+        raise InputError(f"Latent {latent} is already chosen.")
     if len(chosen) == _N_SLOTS:
-        raise InputError(f"{_N_SLOTS} latents at once are the limit here; remove one first.")
+        raise InputError(f"At most {_N_SLOTS} latents can steer at once; remove one first.")
     return [*chosen, latent]
 
 
@@ -375,7 +375,7 @@ def latents_tab(index: LatentIndex) -> tuple[gr.HTML, gr.HTML]:
                 sort = gr.Dropdown(list(SORTS), value="score", label="Sort by", scale=1, min_width=110)
             rows, where = map(markup, list_html(index, "", "score", 0, _N_ROWS))
             with gr.Row():
-                before, after = gr.Button("Before", size="sm"), gr.Button("After", size="sm")
+                before, after = gr.Button("Previous", size="sm"), gr.Button("Next", size="sm")
         with gr.Column(scale=1, min_width=340):
             card = markup(status_html("Click a latent to see its card."), elem_classes="side-card")
     offset = gr.State(0)
@@ -487,7 +487,7 @@ def check_access(auth: str | None, share: bool) -> None:
     if auth is not None and not re.fullmatch("[^:]+:.+", auth):
         raise InputError("--auth has no user and password; write it as user:password.")
     if share and auth is None:
-        raise InputError("--share lets anyone in; name a password with --auth user:password.")
+        raise InputError("--share lets anyone in; set a password with --auth user:password.")
 
 
 def check_port(host: str, port: int) -> None:
@@ -496,7 +496,7 @@ def check_port(host: str, port: int) -> None:
             pass
     except (OSError, OverflowError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
-        raise InputError(f"{host}:{port} cannot be listened on ({reason}); choose another --port or --host.") from None
+        raise InputError(f"Cannot listen on {host}:{port} ({reason}); choose another --port or --host.") from None
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""For every latent, the tokens that its direction makes the model say next, and those it keeps it from saying.
+"""For every latent, the tokens that its direction makes the model say next, and those it suppresses.
 
 Reads   MODEL_PATH, an SAE with its JSON; NAME.latents.parquet (capture_top_activating_sentences.py); the Llama folder
 Writes  NAME.promoted.parquet beside the SAE: latent, tokens, scores (their logits in standard deviations over the
         vocabulary), suppressed_tokens, suppressed_scores, each strongest first
-Method  the direction, as strong as the latent gets, seen through the output layer ("logit lens"). What that leaves out
-        stands in latents/promotion.py. A name tells when a latent fires; this tells what it does
+Method  the direction, at the latent's highest activation, seen through the output layer ("logit lens");
+        latents/promotion.py says what that leaves out. A name tells when a latent fires; this tells what it does
 Cost    2 x d_model x vocabulary x n_latents operations: seconds for the tiny Llama, minutes for Llama 3.2-3B
 
     python promoted_tokens.py --model_path data/sae.pth
@@ -16,7 +16,7 @@ from pipeline.run import run
 MODEL_PATH = "data/sae.pth"  # the SAE
 LLAMA_MODEL_DIR: str | None = None  # Llama checkpoint folder; the one the SAE was trained on when not given
 PROMOTED_TOKENS: Count = 10  # tokens kept per latent, and as many suppressed ones
-LATENTS_AT_ONCE: Count = 256  # bounds memory at 4 bytes x vocabulary each
+LATENTS_AT_ONCE: Count = 256  # latents handled at once, each taking 4 bytes x vocabulary of memory
 
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
@@ -43,18 +43,20 @@ def highest_of(sae: TopKSparseAutoencoder, path: Path) -> Tensor:
     """(n_latents,) highest activations, on the SAE's device. Raises InputError for another SAE's table."""
     highest = highest_activations(path)
     if len(highest) != sae.n_latents:
-        raise InputError(f"{path} has {len(highest)} latents, the SAE {sae.n_latents}; run {LATENTS.made_by} again.")
+        raise InputError(
+            f"{path} has {len(highest)} latents, but the SAE has {sae.n_latents}; run {LATENTS.made_by} again."
+        )
     return torch.from_numpy(highest).to(sae.b_pre.device)
 
 
 def plain_tokens(tokenizer: Tokenizer, device: str) -> Tensor:
-    """The ids of all tokens but the special ones."""
+    """The ids of all tokens except the special ones."""
     special = set(tokenizer.special_tokens.values())
     return torch.tensor([i for i in range(tokenizer.vocab_size) if i not in special], device=device)
 
 
 def standard_logits(model: Transformer, site: str, directions: Tensor, base: Tensor, tokens: Tensor) -> Tensor:
-    """(n, len(tokens)) what directions add to the logits of these tokens, in standard deviations over them."""
+    """(n, len(tokens)) how much directions add to the logits of these tokens, in standard deviations over them."""
     logits = promoted_logits(model, site, directions, base)[:, tokens]
     return (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp(min=1e-12)
 

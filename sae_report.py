@@ -1,9 +1,9 @@
-"""Write what is known of an SAE as HTML that opens anywhere: no server, no network.
+"""Write what is known about an SAE as HTML that opens anywhere: no server, no network.
 
 Reads   NAME.json, NAME.metrics.jsonl (sae_training.py), NAME.evaluation.json and .png (sae_evaluation.py),
         NAME.steering.json (demo.py), and the tables and meanings beside the SAE (latents/index.py); each may be missing
 Writes  NAME.report.html: what it is, training curves, evaluation, steering before and after, latents with a search.
-        Up to CARDS_A_PAGE latents stand in this one file; more go to pages in NAME.report/
+        Up to CARDS_A_PAGE latents fit in this one file; more go to pages in NAME.report/
 Cost    about 6 kB per latent; reads NAME.top.parquet once at most
 
     python sae_report.py --sae_model_path data/sae.pth
@@ -18,7 +18,7 @@ CARDS_A_PAGE: Count = 200  # latents per page
 SENTENCES: Count = 6  # top sentences per card
 
 _FEATURED = 12  # cards in the report itself when there are further pages
-_CURVE_POINTS = 400  # of a training curve that are drawn
+_CURVE_POINTS = 400  # points drawn per training curve
 
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
@@ -47,7 +47,7 @@ from pipeline.sae_files import SaeFiles
 
 
 def chosen_latents(index: LatentIndex, n: int) -> list[int]:
-    """The interesting ones, then the others, n in all."""
+    """n latents, interesting ones first."""
     first = interesting_latents(index)
     return (first + [latent for latent in best_first(index) if latent not in set(first)])[:n]
 
@@ -59,7 +59,7 @@ def header(index: LatentIndex, name: str) -> str:
     info = index.info
     begin_of_text = info.get("begin_of_text")
     model = info.get("model", {}).get("name") or "a Llama"
-    site = info.get("site", "a site not named")
+    site = info.get("site", "an unnamed site")
     living = int((index.frequency > 0).sum())
     scored = ~np.isnan(index.score)
     named = sum(meaning is not None for meaning in index.meaning)
@@ -67,9 +67,9 @@ def header(index: LatentIndex, name: str) -> str:
         ("model", model),
         ("site", site),
         ("latents", f"{index.n_latents:,}"),
-        ("of them living", f"{living:,}" if living else None),
+        ("living latents", f"{living:,}" if living else None),
         ("with a meaning", f"{named:,}" if named else None),
-        ("score of a meaning, mean", f"{index.score[scored].mean():.2f} (a guess: 0.50)" if scored.any() else None),
+        ("mean score of the meanings", f"{index.score[scored].mean():.2f} (guessing: 0.50)" if scored.any() else None),
         ("active per token (k)", info.get("k")),
         ("width (d_model)", info.get("d_model")),
         ("activations trained on", _count(info.get("tokens_trained"))),
@@ -93,7 +93,7 @@ def _count(value: int | None) -> str | None:
 
 def training_section(path: Path) -> str:
     if not path.is_file():
-        return missing("Training", f"No {path.name}: sae_training.py makes it.")
+        return missing("Training", f"No {path.name}: sae_training.py writes it.")
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError as error:
@@ -143,7 +143,7 @@ def chart(title: str, lines: dict[str, list], points: dict[str, list], log: bool
 
 
 def _ticks(low: float, high: float, log: bool) -> list[float]:
-    """Round values that enclose low..high (their log10 where log)."""
+    """Round values that enclose low..high; if log, low and high are log10."""
     if log:
         values = [m * 10.0**e for e in range(math.floor(low) - 1, math.ceil(high) + 2) for m in (1, 2, 5)]
         first = max(i for i, v in enumerate(values) if math.log10(v) <= low + 1e-9)
@@ -164,7 +164,7 @@ def _tokens(n: float) -> str:
 
 def evaluation_section(json_path: Path, png_path: Path) -> str:
     if not json_path.is_file():
-        return missing("Evaluation", f"No {json_path.name}: sae_evaluation.py makes it.")
+        return missing("Evaluation", f"No {json_path.name}: sae_evaluation.py writes it.")
     quality = read_json(json_path, "run sae_evaluation.py again.")
     rows = "".join(
         f"<tr><td>{measure.about}</td><td class=number>{measure.show(quality[measure.key])}</td></tr>"
@@ -184,10 +184,10 @@ def evaluation_section(json_path: Path, png_path: Path) -> str:
 
 
 def steering_section(path: Path) -> str:
-    """Completions before and after, from NAME.steering.json. It holds latent, meaning, words, mode, strength, n, hits
+    """Completions before and after steering, from NAME.steering.json: latent, meaning, words, mode, strength, n, hits
     (clean and steered), and some of the completions: prompts, clean, steered."""
     if not path.is_file():
-        return missing("Steering", f"No {path.name}: demo.py makes it for its SAE.")
+        return missing("Steering", f"No {path.name}: demo.py writes it for its SAE.")
     steering = read_json(path, "run demo.py again.")
     words = " or ".join(f"“{html.escape(word)}”" for word in steering["words"])
     clean_hits, steered_hits = steering["hits"]
@@ -202,9 +202,9 @@ def steering_section(path: Path) -> str:
         rows.append(f"<div class=pair>{cells}</div>")
     return (
         f"<section><h2>Steering with latent {steering['latent']}: {html.escape(steering['meaning'])}</h2>"
-        f"<p>Of {steering['n']} completions, <b>{clean_hits}</b> held {words} without steering and "
-        f"<b>{steered_hits}</b> with it, at strength {steering['strength']:g}{mode}: multiples of the latent's highest "
-        "activation. Same prompts and seeds. The first of them, underlined where they differ:</p>"
+        f"<p>Of {steering['n']} completions, <b>{clean_hits}</b> contained {words} without steering and "
+        f"<b>{steered_hits}</b> with it, at strength {steering['strength']:g}{mode}, in multiples of the latent's "
+        "highest activation. Same prompts and seeds. Here are the first, underlined where they differ:</p>"
         f"{''.join(rows)}</section>"
     )
 
@@ -237,17 +237,17 @@ def index_table(index: LatentIndex, addresses: dict[int, str]) -> str:
 
 
 class Pages(NamedTuple):
-    """Where the cards stand: all in the report, or, when there are too many, a part of them on each of its pages."""
+    """Where the cards are: all in the report or, if there are too many, spread over its pages."""
 
     report: Path
     folder: Path  # of the pages
-    pages: list[list[Card]]  # empty: all cards stand in the report
+    pages: list[list[Card]]  # empty: all cards are in the report
 
     def page_path(self, number: int) -> Path:
         return self.folder / f"latents-{number:03d}.html"
 
     def addresses(self) -> dict[int, str]:
-        """Each latent's card as seen from a page."""
+        """The address of each latent's card, for links from a page."""
         return {
             card.latent: f"{self.page_path(number).name}#latent-{card.latent}"
             for number, cards in enumerate(self.pages)
@@ -275,7 +275,7 @@ def cards_html(cards: Sequence[Card], addresses: dict[int, str]) -> str:
 
 
 def read_cards(index: LatentIndex, latents: list[int], n_sentences: int) -> list[Card]:
-    """In the order given; read in the order in which they lie on disk."""
+    """Cards in the given order, read in the order on disk."""
     bar = progress_bar(sorted(latents), unit="latent", desc="cards")
     cards = {latent: index.card(latent, n_sentences) for latent in bar}
     return [cards[latent] for latent in latents]
@@ -291,7 +291,7 @@ def write_pages(where: Pages, name: str) -> list[Path]:
     written = []
     for number, cards in enumerate(where.pages):
         links = [f'<a href="../{where.report.name}">Report</a>']
-        links += [f'<a href="{where.page_path(number - 1).name}">Page before</a>'] if number else []
+        links += [f'<a href="{where.page_path(number - 1).name}">Previous page</a>'] if number else []
         is_last = number + 1 == len(where.pages)
         links += [] if is_last else [f'<a href="{where.page_path(number + 1).name}">Next page</a>']
         nav = f"<nav>{''.join(links)}</nav>"
@@ -314,8 +314,9 @@ def latents_section(index: LatentIndex, cards: list[Card], where: Pages) -> str:
         nav = "".join(f'<a href="{folder}/{where.page_path(i).name}">Page {i + 1}</a>' for i in numbers)
         nav = f"<nav>{nav}</nav>"
     rule = (
-        f"{len(cards):,} of {index.n_latents:,} latents have a card. First come those with a certain meaning in plain "
-        "words that fire neither rarely nor everywhere, each about other words, best score first; then the others."
+        f"{len(cards):,} of {index.n_latents:,} latents have a card. First come those that fire neither rarely nor "
+        "everywhere and have a certain meaning in plain words, each about different words, best score first; then the "
+        "others."
     )
     lines = "".join(f"<p class=missing>{html.escape(line)}</p>" for line in index.missing)
     return (
@@ -325,7 +326,7 @@ def latents_section(index: LatentIndex, cards: list[Card], where: Pages) -> str:
 
 
 def write_report(sae_path: str | Path, n_latents: int, cards_a_page: int, n_sentences: int) -> list[Path]:
-    """Write the report and, for more latents than one page holds, its pages. Returns what was written, report first."""
+    """Write the report and, if there are too many latents for it, its pages. Returns their paths, report first."""
     index, files = LatentIndex(sae_path), SaeFiles(sae_path)
     name = Path(files.name).name
     cards = read_cards(index, chosen_latents(index, n_latents), n_sentences)

@@ -1,19 +1,19 @@
-"""Score meanings: can one tell, by the meaning alone, sentences in which the latent fires from others?
+"""Score meanings: can one tell by the meaning alone in which sentences the latent fires?
 
 Reads   MEANING_FILEPATH (latent -> {certainty, common_semantic}); NAME.examples.parquet, NAME.top.parquet and NAME.json
         beside MODEL_PATH; the tokenizer of the SAE's model
 Writes  beside MEANING.yaml: MEANING.scores.parquet (latent, balanced_accuracy, shuffled, sentences), a histogram in
-        MEANING.scores.png, and in MEANING.scores.rejected.jsonl answers that could not be read. What was sent to Claude
-        and what it answered is in MEANING.score_responses-*: keep it, it was paid for
+        MEANING.scores.png, answers that could not be read in MEANING.scores.rejected.jsonl, and what was sent to Claude
+        and what it answered in MEANING.score_responses-*: keep these, you paid for them
 Method  detection (Paulo et al. 2024, arXiv:2410.13928): up to SENTENCES sentences in which the latent fires, drawn from
-        all tenths of its range, and as many in which it is silent, shuffled. None of them is one by which the meaning
-        was found. The scorer picks those in which it fires. Balanced accuracy is the mean of two shares, of firing
-        sentences picked and of silent ones passed over: a guess has 0.5. The scorer is Claude, in batches (claude) or
-        one request at a time (direct), or no model at all (words): it picks sentences with a feature that is in the
-        name which interpret_top_sentences_distinctive_words.py gave. `shuffled` is then the score of another latent's
+        all tenths of its range, and as many in which it is silent, shuffled. The meaning was not found from any of
+        them. The scorer picks those in which the latent fires. Balanced accuracy is the mean of two shares, of firing
+        sentences picked and of silent ones not picked: guessing gives 0.5. The scorer is Claude, in batches (claude) or
+        one request at a time (direct), or no model at all (words), which picks the sentences that contain a feature of
+        the name from interpret_top_sentences_distinctive_words.py; `shuffled` is then the score of another latent's
         name
-Cost    words: half a minute for 4,096 latents. Claude: prints its price first and asks; waits for the answers; after a
-        kill, or when some requests failed, run it again: what has an answer is not asked again
+Cost    words: half a minute for 4,096 latents. Claude: prints its price and asks first; waits for the answers; after a
+        kill or failed requests run it again: only sentences without an answer are sent
 
     python score_interpretations.py --meaning_filepath data/sae.meaning_distinctive-words_max.yaml --scorer words
 """
@@ -59,21 +59,21 @@ MEANING_FILEPATH = "latent_index_meaning/latent_idx_meaning_mean-aggregated.yaml
 MODEL_PATH = "data/sae.pth"  # the SAE
 LLAMA_MODEL_DIR: str | None = None  # Llama folder, for its tokenizer; the one the SAE was trained on when not given
 SCORER: Literal["claude", "direct", "words"] = "claude"  # Claude in batches, Claude one request at a time, or no model
-SENTENCES: Count = 20  # firing ones, and as many silent ones, at most
+SENTENCES: Count = 20  # up to this many firing sentences per latent, and as many silent ones
 MIN_SENTENCES: CountOrZero = 5  # a latent with fewer firing or silent ones gets no score
-SHOWN_SENTENCES: CountOrZero = 50  # top sentences, of each aggregation, by which the meaning was found: left out here
-MODEL = "claude-haiku-5-5"  # who is asked
-EFFORT = "low"  # how much it thinks before it writes; empty for models and servers that do not know this option
-MAX_TOKENS: Count = 2000  # of an answer, thinking included
-OUTPUT_TOKENS: Count = 200  # of an answer on average, for the price
-REQUESTS_PER_BATCH: Count = 10_000  # the API allows 100,000, and 256 MB
-SETTLE_S: NotNegative = 120.0  # seconds after an unclear failure until an unlisted batch counts as not created
-POLL_S: NotNegative = 60.0  # seconds between two looks at the batches
+SHOWN_SENTENCES: CountOrZero = 50  # top sentences per aggregation that the meaning was found from: left out here
+MODEL = "claude-haiku-5-5"  # the model that is asked
+EFFORT = "low"  # how much it thinks before it writes; empty for models and servers without this option
+MAX_TOKENS: Count = 2000  # most tokens per answer, thinking included
+OUTPUT_TOKENS: Count = 200  # tokens assumed per answer for the price
+REQUESTS_PER_BATCH: Count = 10_000  # the API allows 100,000 and 256 MB
+SETTLE_S: NotNegative = 120.0  # after an unclear failure, seconds until an unlisted batch counts as not created
+POLL_S: NotNegative = 60.0  # seconds between polls of the batches
 YES = False  # send without asking
-DRY_RUN = False  # stop after the price
-SEED = 0  # of the sentences' order and the shuffled names
+DRY_RUN = False  # stop after printing the price
+SEED = 0  # seed of the sentences' order and the shuffled names
 
-_CONCURRENCY, _REQUESTS_PER_MINUTE, _RETRIES = 8, 1000.0, 6  # of the scorer `direct`
+_CONCURRENCY, _REQUESTS_PER_MINUTE, _RETRIES = 8, 1000.0, 6  # for the scorer `direct`
 
 _PROMPT = """\
 Inside a language model one direction was found, called a latent, that fires on some texts and is silent on others. \
@@ -118,7 +118,7 @@ class Draw(NamedTuple):
 def draw_examples(
     files: SaeFiles, wanted: Container[int], token_bytes: Callable[[int], bytes], draw: Draw
 ) -> Iterator[tuple[int, list[Example]]]:
-    """The wanted latents that have enough sentences, with these in the order in which they are shown."""
+    """The wanted latents that have enough sentences, each with its sentences in the order shown."""
     shown = top_texts(files.beside(TOP.suffix), draw.shown_sentences)
     shown_latent, shown_texts = -1, set()
     examples = example_sentences(files.beside(EXAMPLES.suffix))
@@ -159,7 +159,7 @@ class Verdict(NamedTuple):
 def by_words(
     questions: Iterator[tuple[int, list[Example]]], meanings: dict[int, Meaning], seed: int
 ) -> Iterator[Verdict]:
-    """Pick sentences in which a feature of the name stands. The other name is that of the next in a shuffled circle."""
+    """Pick sentences that contain a feature of the name. The other name is the next latent's in a shuffled circle."""
     circle = sorted(meanings)
     random.Random(seed).shuffle(circle)
     other = dict(zip(circle, [*circle[1:], circle[0]], strict=True))
@@ -177,7 +177,7 @@ def by_answers(
     answers: dict[str, Answer],
     rejected: dict[str, tuple[Rejection, str]],
 ) -> Iterator[Verdict]:
-    """What Claude picked. answers: by custom_id. Fills `rejected` with those that cannot be used."""
+    """What Claude picked. answers: by custom_id. Adds the answers that cannot be used to `rejected`."""
     for latent, examples in questions:
         answer = answers.get(str(latent))
         if answer is None:
@@ -200,7 +200,7 @@ def detection_prompt(meaning: str, examples: list[Example]) -> str:
 
 
 def numbers_in(answer: str, n: int) -> set[int] | None:
-    """The sentences that an answer names: its last JSON list, if that holds whole numbers from 1 to n alone."""
+    """The sentences that an answer names: its last JSON list, if that has only whole numbers from 1 to n."""
     for candidate in reversed(re.findall(r"\[[^\[\]]*\]", answer)):
         try:
             numbers = json.loads(candidate)
@@ -224,7 +224,7 @@ class Sending(NamedTuple):
 
 
 def ask_claude(requests: Iterator[dict[str, Any]], folder: Path, sending: Sending) -> bool:
-    """Send what has no answer yet, and wait for all answers, which come into `folder`. False when nothing was sent."""
+    """Send what has no answer yet and wait for all answers, stored in `folder`. False if sending was declined."""
     client = connect(_RETRIES)
     journal_path = folder.with_name(folder.name + ".ids.jsonl")
     with open_journal(journal_path, "scores") as journal, locked(folder), api_errors():
@@ -251,14 +251,14 @@ def ask_claude(requests: Iterator[dict[str, Any]], folder: Path, sending: Sendin
 
 
 def response_folder(meaning_path: Path, examples_path: Path, draw: Draw, model: str) -> Path:
-    """Where the answers go. Other meanings, sentences or models are other questions: their answers go elsewhere."""
+    """The folder for the answers: a different one for other meanings, sentences or models."""
     decides = [sha256(meaning_path), sha256(examples_path), draw.sentences, draw.shown_sentences, draw.seed, model]
     checksum = hashlib.sha256(json.dumps(decides).encode()).hexdigest()
     return meaning_path.with_suffix(f".score_responses-{checksum[:8]}")
 
 
 def read_answers(folder: Path) -> dict[str, Answer]:
-    """By custom_id; of several the one that succeeded."""
+    """Answers by custom_id; where there are several, one that succeeded."""
     answers = map(from_result, read_folder(folder))
     return {answer.custom_id: answer for answer in sorted(answers, key=lambda a: a.type == "succeeded")}
 
@@ -267,7 +267,7 @@ def read_answers(folder: Path) -> dict[str, Answer]:
 
 
 class Result(NamedTuple):
-    """All scores, and of the firing sentences in each tenth how many were shown and how many picked."""
+    """All scores, and for each tenth how many firing sentences were shown and how many were picked."""
 
     scores: list[Score]
     shown: list[int]
@@ -306,7 +306,7 @@ def draw_histogram(path: Path, scores: list[float], shuffled: list[float], title
     if shuffled:
         axes.hist(shuffled, bins, histtype="step", color="black", label="another latent's meaning")
     axes.axvline(0.5, color="grey", linewidth=1, linestyle=":")
-    axes.set(xlabel="balanced accuracy of detection (a guess: 0.5)", ylabel="latents", xlim=(0, 1), title=title)
+    axes.set(xlabel="balanced accuracy of detection (guessing: 0.5)", ylabel="latents", xlim=(0, 1), title=title)
     axes.legend(frameon=False)
     save_figure(figure, path, dpi=120)
 
@@ -337,8 +337,8 @@ def write_rejected(meaning_path: Path, rejected: dict[str, tuple[Rejection, str]
 
 
 def open_inputs(meaning_path: Path, files: SaeFiles) -> dict[int, Meaning]:
-    """The meanings, once the tables are known to be there. Raises InputError."""
-    fix = "name a file that a naming script wrote with --meaning_filepath."
+    """The meanings, after checking that the tables are there. Raises InputError if something is missing."""
+    fix = "give a file from a naming script with --meaning_filepath."
     meanings = read_meanings(meaning_path, fix)
     if not meanings:
         raise InputError(f"{meaning_path} holds no meanings; {fix}")
@@ -387,8 +387,8 @@ def main() -> None:
     write_rejected(meaning_path, rejected)
     if not result.scores:
         raise InputError(
-            f"No latent of {meaning_path} has an answer and {config.min_sentences} sentences by which its meaning was "
-            "not found; lower --min_sentences or --shown_sentences."
+            f"No latent of {meaning_path} has an answer and {config.min_sentences} sentences that its meaning was not "
+            "found from; lower --min_sentences or --shown_sentences."
         )
     write_scores(meaning_path, result.scores)
     report(result, meaning_path, len(meanings), config.scorer)

@@ -1,4 +1,4 @@
-"""Claude's answers in files: a line each, as the API returns it, BATCH_ID.jsonl for a batch or direct.jsonl."""
+"""Files of Claude's answers: BATCH_ID.jsonl for a batch, or direct.jsonl, a line per answer as the API returns it."""
 
 import json
 from collections import Counter
@@ -13,7 +13,7 @@ from pipeline.files import atomic_path
 
 
 class Answer(NamedTuple):
-    """An answer, wherever it comes from."""
+    """An answer from any kind of file."""
 
     custom_id: str
     text: str
@@ -44,7 +44,7 @@ def read_results(path: Path) -> Iterator[dict[str, Any]]:
                 if not line.endswith(b"\n"):
                     return
                 raise InputError(
-                    f"Line {number} of {path} is not an answer of the API; remove it, or the file to fetch it again."
+                    f"Line {number} of {path} is not an API answer; remove the line, or the file to fetch it again."
                 ) from None
             yield result
 
@@ -61,7 +61,7 @@ def answered(response_dir: str | Path) -> set[str]:
 
 
 def from_result(line: dict[str, Any]) -> Answer:
-    """An answer from a line of the API's results, whatever is odd about it."""
+    """An answer from a line of the API's results, however malformed."""
     custom_id, result = str(line["custom_id"]), line["result"]
     if result["type"] != "succeeded":
         detail = result.get("error")
@@ -88,13 +88,13 @@ def write_rejections(path: Path, rejected: dict[str, tuple[Rejection, str]]) -> 
 
 
 class Totals(NamedTuple):
-    """What answer files hold."""
+    """What answer files contain."""
 
     types: Counter[str]  # requests by type: succeeded, errored, expired, canceled
     tokens: dict[str, tuple[int, int]]  # input and output tokens by model
 
     def report(self, price_ratio: float) -> str:
-        """One line for people: requests by type, tokens, and what they cost."""
+        """One line to print: requests by type, tokens, and what they cost."""
         types = ", ".join(f"{n:,} {name}" for name, n in sorted(self.types.items())) or "no answers"
         n_input, n_output = (sum(tokens[side] for tokens in self.tokens.values()) for side in (0, 1))
         costs = [cost(model, *tokens, price_ratio) for model, tokens in self.tokens.items()]
@@ -119,7 +119,7 @@ def add_up(paths: Iterable[Path]) -> Totals:
 
 
 def mean_output_tokens(response_dir: Path, assumed: float) -> float:
-    """Output tokens per answer in a folder, or what is assumed where there are none."""
+    """Output tokens per answer in a folder, or `assumed` if it has no answers."""
     totals = add_up(response_dir.glob("*.jsonl"))
     if not totals.types["succeeded"]:
         return assumed

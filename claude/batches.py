@@ -1,17 +1,16 @@
-"""Send questions to Claude through its Message Batches API such that nothing is lost and nothing is paid twice.
+"""Send questions to Claude through its Message Batches API so that nothing is lost and nothing is paid for twice.
 
-The journal (claude/journal.py) says what was sent. Each batch's answers become one file BATCH_ID.jsonl, written when
-they are whole (claude/answers.py).
+The journal (claude/journal.py) says what was sent. Each batch's answers become one file BATCH_ID.jsonl, written once
+they are complete (claude/answers.py).
 
-The API cannot be told that a request to create a batch is a repetition, and it lists batches without their requests. So
-before a batch is created, the intent goes to disk, with the batches the API lists at that time. When the creation does
-not end clearly (a kill, a timeout, an error 500), nothing more is created until the API's list was read. The one batch
-that is new there, has as many requests, and has the same custom_ids where these can be read already, is ours. Only when
-none has turned up `settle_s` seconds after the intent does the batch count as not created. When two fit, the user must
-decide.
+The API cannot be told that a request to create a batch is a retry, and it lists batches without their requests. So
+before a batch is created, the intent goes to disk, with the batches the API lists at that time. If the outcome is
+unclear (a kill, a timeout, an error 500), nothing more is created until the API's list has been read. The one batch
+that is new there, has as many requests and, if they can be read already, the same custom_ids, is ours. The batch counts
+as not created only if none has turned up `settle_s` seconds after the intent. If two fit, the user must decide.
 
-Not covered: two journals that send batches of one size in one workspace within the same minutes, when one of them fails
-unclearly. Use a workspace for each then.
+Not covered: two journals that send batches of the same size in one workspace within the same minutes, when the outcome
+of one is unclear. Use a workspace for each.
 """
 
 import json
@@ -45,7 +44,7 @@ _REFUSED = (400, 401, 402, 403, 404, 405, 413, 422)  # errors after which no bat
 
 
 def send(client: "Anthropic", journal: Journal, requests: Requests, requests_per_batch: int, settle_s: float) -> None:
-    """Create batches of the requests. Call `reconcile` first; see the module's docstring for what may go wrong."""
+    """Create batches of the requests. Call `reconcile` first; the module's docstring says what may go wrong."""
     with progress_bar(total=requests.n, desc="sending", unit="request") as bar:
         for batch in requests.batches(min(max(requests_per_batch, 1), MAX_REQUESTS)):
             create_batch(client, journal, batch, settle_s)
@@ -53,9 +52,9 @@ def send(client: "Anthropic", journal: Journal, requests: Requests, requests_per
 
 
 def create_batch(client: "Anthropic", journal: Journal, requests: list[Any], settle_s: float) -> None:
-    """Create one batch, exactly one, and note its id in the journal.
+    """Create exactly one batch and note its id in the journal.
 
-    Raises the API's error when it refuses the batch, or when CREATE_ATTEMPTS have failed.
+    Raises the API's error if it refuses the batch, or after CREATE_ATTEMPTS failures.
     """
     import anthropic
 
@@ -63,7 +62,7 @@ def create_batch(client: "Anthropic", journal: Journal, requests: list[Any], set
         newest = client.messages.batches.list(limit=100)
         journal.intend([request["custom_id"] for request in requests], newest.data)
         try:
-            # The client's own retries would create a second batch after an error that comes late.
+            # The client's own retries would create a second batch if an error came late.
             batch = client.with_options(max_retries=0).messages.batches.create(requests=requests)
             journal.created(batch)
             return
@@ -88,9 +87,9 @@ def create_batch(client: "Anthropic", journal: Journal, requests: list[Any], set
 
 
 def reconcile(client: "Anthropic", journal: Journal, settle_s: float) -> bool:
-    """Find out whether the last batch was created, if the journal does not know. True when it was found.
+    """Find out whether the last batch was created, if the journal does not know. True if it was found.
 
-    Waits until settle_s seconds after the intent: the API may list a batch late. Raises InputError when several batches
+    Waits until settle_s seconds after the intent: the API may list a batch late. Raises InputError if several batches
     could be it.
     """
     intent = journal.unclear()
@@ -99,7 +98,7 @@ def reconcile(client: "Anthropic", journal: Journal, settle_s: float) -> bool:
     age = (datetime.now(UTC) - datetime.fromisoformat(intent["intended_at"])).total_seconds()
     until = time.monotonic() + min(max(settle_s - age, 0), settle_s)
     wait = duration(until - time.monotonic())
-    print(f"Looking for the last batch in the API's list, for {wait} if it is not there.", file=sys.stderr)
+    print(f"Looking for the last batch in the API's list, for up to {wait}.", file=sys.stderr)
     while True:
         left = until - time.monotonic()
         found = [batch for batch in new_batches(client, journal) if may_be(client, batch, intent["custom_ids"])]
@@ -110,7 +109,7 @@ def reconcile(client: "Anthropic", journal: Journal, settle_s: float) -> bool:
         if found:
             raise InputError(
                 f"Batches {', '.join(batch.id for batch in found)} could each be the last one in {journal.path}; run "
-                "again when they have ended, or write the right id there as batch_id, or delete that line if none is."
+                "again when they have ended, or write the right id there as batch_id, or delete that line if none fits."
             )
         if left <= 0:
             journal.forget()
@@ -120,7 +119,7 @@ def reconcile(client: "Anthropic", journal: Journal, settle_s: float) -> bool:
 
 
 def new_batches(client: "Anthropic", journal: Journal) -> "list[MessageBatch]":
-    """Batches in the API's list that were not there at the time of the journal's intent, and are not in the journal."""
+    """Batches in the API's list that were not there when the intent was written, and are not in the journal."""
     seen = journal.batches[-1]["seen"]
     oldest = min(map(datetime.fromisoformat, seen.values()), default=None)
     known = seen.keys() | {batch["batch_id"] for batch in journal.batches}
@@ -134,9 +133,9 @@ def new_batches(client: "Anthropic", journal: Journal) -> "list[MessageBatch]":
 
 
 def may_be(client: "Anthropic", batch: "MessageBatch", custom_ids: list[str]) -> bool:
-    """Whether a batch may hold these requests. Which ones it holds can be read only when it has ended."""
+    """Whether a batch may contain these requests. Its custom_ids can be read only once it has ended."""
     import anthropic
-    import httpx2  # the client's transport, whose errors it hands through in a stream
+    import httpx2  # the client's transport, whose errors it passes on while streaming
 
     if n_requests(batch) != len(custom_ids):
         return False
@@ -159,16 +158,16 @@ def n_requests(batch: "MessageBatch") -> int:
 def retrieve(
     client: "Anthropic", journal_path: str | Path, out_dir: str | Path, wait: bool, poll_s: float
 ) -> list[str]:
-    """Store the answers of each batch that has ended, whole, as out_dir/BATCH_ID.jsonl. Returns the ids still open.
+    """Store the complete answers of each batch that has ended as out_dir/BATCH_ID.jsonl. Returns the ids still open.
 
-    With `wait` it looks every poll_s seconds until all have ended. When the others are stored, raises Stop for a batch
-    whose answers are gone, or are not those of the journal, or do not come whole after RESULTS_ATTEMPTS.
+    With `wait`, polls every poll_s seconds until all have ended. Once the others are stored, raises Stop for a batch
+    whose answers are gone, do not match the journal, or are still incomplete after RESULTS_ATTEMPTS.
     """
     import anthropic
 
     faults: dict[str, str] = {}
     while True:
-        # Read at each look: more may have been sent meanwhile.
+        # Read at each poll: more may have been sent meanwhile.
         batches = {b["batch_id"]: b["custom_ids"] for b in read_batches(Path(journal_path)) if b["batch_id"]}
         stored = {path.stem for path in Path(out_dir).glob("*.jsonl")}
         open_ids = [batch_id for batch_id in batches if batch_id not in stored and batch_id not in faults]
@@ -186,10 +185,10 @@ def retrieve(
                 waiting.append(batch_id)
         if not (wait and waiting):
             break
-        print(f"{len(waiting)} of {len(batches)} batches have not ended; next look in {duration(poll_s)}.")
+        print(f"{len(waiting)} of {len(batches)} batches have not ended; next poll in {duration(poll_s)}.")
         time.sleep(poll_s)
     if faults:
-        others = f" ({len(faults) - 1} more batches have a fault.)" if len(faults) > 1 else ""
+        others = f" ({len(faults) - 1} more batches failed.)" if len(faults) > 1 else ""
         raise Stop(next(iter(faults.values())) + others)
     return waiting
 
@@ -210,13 +209,13 @@ def store_results(client: "Anthropic", batch_id: str, custom_ids: list[str], out
         return False
     if batch.archived_at or not batch.results_url:
         raise BatchFault(
-            f"The answers of batch {batch_id} are gone, the API keeps them {RESULTS_KEPT_DAYS} days; remove its line "
+            f"The answers of batch {batch_id} are gone (the API keeps them {RESULTS_KEPT_DAYS} days); remove its line "
             "from the journal to send its requests again."
         )
     if n_requests(batch) != len(custom_ids):
         raise BatchFault(
-            f"Batch {batch_id} has {n_requests(batch):,} requests, the journal says {len(custom_ids):,}; correct its "
-            "line there."
+            f"Batch {batch_id} has {n_requests(batch):,} requests, but the journal says {len(custom_ids):,}; correct "
+            "its line there."
         )
     for attempt in range(1, RESULTS_ATTEMPTS + 1):
         try:
@@ -227,19 +226,19 @@ def store_results(client: "Anthropic", batch_id: str, custom_ids: list[str], out
             reason = f"{error}; attempt {attempt} of {RESULTS_ATTEMPTS}"
             print(f"The answers of {batch_id} broke off ({reason}).", file=sys.stderr)
             time.sleep(min(2.0**attempt, LONGEST_WAIT_S) if attempt < RESULTS_ATTEMPTS else 0)
-    raise BatchFault(f"The answers of batch {batch_id} do not come whole; run again later to fetch them.")
+    raise BatchFault(f"The answers of batch {batch_id} arrive incomplete; run again later to fetch them.")
 
 
 class BatchFault(Stop):
-    """The answers of one batch cannot be fetched; those of others may."""
+    """The answers of one batch cannot be fetched; others may be fine."""
 
 
 class CutShort(Exception):
-    """Other answers came than the batch has."""
+    """The answers that arrived are not all that the batch has."""
 
 
 def write_results(client: "Anthropic", batch: "MessageBatch", custom_ids: list[str], path: Path) -> None:
-    """Write a batch's answers as they come. Raises CutShort, or what the connection raises, when they are not whole."""
+    """Write a batch's answers as they arrive. Raises CutShort, or the connection's error, if they are incomplete."""
     types: Counter[str] = Counter()
     missing = set(custom_ids)
     with open(path, "w", encoding="utf-8") as file:
@@ -247,12 +246,12 @@ def write_results(client: "Anthropic", batch: "MessageBatch", custom_ids: list[s
             line: dict[str, Any] = result.to_dict(mode="json")
             if line["custom_id"] not in missing:
                 raise BatchFault(
-                    f"Batch {batch.id} answers {line['custom_id']!r}, which its line in the journal does not have (or "
-                    "twice); correct that line."
+                    f"Batch {batch.id} answers {line['custom_id']!r} twice, or its line in the journal lacks it; "
+                    "correct that line."
                 )
             missing.remove(line["custom_id"])
             types[line["result"]["type"]] += 1
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     counts = {name: getattr(batch.request_counts, name) for name in ("succeeded", "errored", "canceled", "expired")}
     if missing or any(types[name] != n for name, n in counts.items()):
-        raise CutShort(f"{types.total():,} answers came, the batch has {counts}")
+        raise CutShort(f"{types.total():,} answers arrived, but the batch has {counts}")

@@ -1,4 +1,4 @@
-"""Requests to Claude one by one, answers as they come: for servers without batches."""
+"""Send requests to Claude one by one, with answers as they arrive: for servers without batches."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from pipeline.errors import InputError, Stop
 if TYPE_CHECKING:
     from anthropic import Anthropic
 
-_HOPELESS = 10  # errors before the first success, after which it stops: they will not end
+_HOPELESS = 10  # with so many errors and no success, it gives up
 
 
 def ask(client: "Anthropic", request: dict[str, Any]) -> dict[str, Any]:
-    """The answer to a request, in the form of a line of a batch's results.
+    """The answer to a request, in the format of a line of a batch's results.
 
     A request that the server refuses for its content gives an "errored" line. Raises the API's error for what would
-    befall the next request too: no connection, no credit, a wrong key, an unknown model.
+    hit the next request too: no connection, no credit, a wrong key, an unknown model.
     """
     import anthropic
 
@@ -38,9 +38,9 @@ def ask(client: "Anthropic", request: dict[str, Any]) -> dict[str, Any]:
 def ask_all(
     client: "Anthropic", requests: Iterator[dict[str, Any]], concurrency: int, per_minute: float
 ) -> Iterator[dict[str, Any]]:
-    """Answers in the order in which they come: `concurrency` requests at a time, at most `per_minute` started.
+    """Answers in order of arrival: `concurrency` requests at a time, at most `per_minute` started per minute.
 
-    When one raises, no more are started; its error is raised when the answers under way have come.
+    If one raises, no more are started, and its error is raised once the answers in flight have arrived.
     """
     running: set[Future] = set()
     failure: BaseException | None = None
@@ -71,7 +71,7 @@ def ask_all(
 
 
 def append_answers(path: Path, answers: Iterable[dict[str, Any]]) -> None:
-    """Write each answer to the end of the file as it comes. Raises InputError when the server refuses everything."""
+    """Append each answer to the file as it arrives. Raises InputError if the server refuses everything."""
     n_succeeded = n_errored = 0
     try:
         end_last_line(path)
@@ -90,7 +90,7 @@ def append_answers(path: Path, answers: Iterable[dict[str, Any]]) -> None:
 
 
 def end_last_line(path: Path) -> None:
-    """Let the file end with a whole line: a kill may have cut the last one short."""
+    """Make the file end with a complete line: a kill may have cut the last one short."""
     whole, newline, last = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
     if not last:
         return

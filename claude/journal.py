@@ -1,8 +1,8 @@
-"""The journal of batches: what was sent. It is the way to answers that were paid for.
+"""The journal of the batches that were sent: without it, answers that were paid for cannot be fetched.
 
 JSON lines, one per batch, rewritten atomically: {"batch_id", "purpose", "created_at", "custom_ids"}. The last line may
-be an intent: a batch of which it is not yet known whether it was created. It has no batch_id, but "intended_at" and
-"seen", the newest batches the API listed then.
+be an intent: a batch that may or may not have been created. It has no batch_id, but "intended_at" and "seen", the
+newest batches the API listed then.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class Journal:
             raise InputError(f"{path} holds batches for {sorted(others)[0]!r}, not for {purpose!r}; name another file.")
 
     def save(self) -> None:
-        """Write the file; it is on the disk when this returns."""
+        """Write the file; it is on disk when this returns."""
         with atomic_path(self.path) as temporary:
             lines = (json.dumps(batch, ensure_ascii=False) + "\n" for batch in self.batches)
             temporary.write_text("".join(lines), encoding="utf-8")
@@ -43,7 +43,7 @@ class Journal:
             os.close(folder)
 
     def intend(self, custom_ids: list[str], seen: "list[MessageBatch]") -> None:
-        """Write down that a batch will be created. seen: the newest batches the API lists now."""
+        """Record that a batch will be created. seen: the newest batches the API lists now."""
         self.batches.append(
             {
                 "batch_id": None,
@@ -56,7 +56,7 @@ class Journal:
         self.save()
 
     def created(self, batch: "MessageBatch") -> None:
-        """Write down the id of the batch that was intended."""
+        """Record the id of the intended batch."""
         intent = self.batches[-1]
         self.batches[-1] = {
             "batch_id": batch.id,
@@ -67,12 +67,12 @@ class Journal:
         self.save()
 
     def forget(self) -> None:
-        """Strike out the batch that was intended: it was not created."""
+        """Remove the intended batch: it was not created."""
         self.batches.pop()
         self.save()
 
     def unclear(self) -> dict[str, Any] | None:
-        """The batch of which it is not known whether it was created."""
+        """The intended batch, if it is unclear whether it was created."""
         return self.batches[-1] if self.batches and self.batches[-1]["batch_id"] is None else None
 
     def pending(self, response_dir: str | Path) -> set[str]:
@@ -82,7 +82,7 @@ class Journal:
 
 
 def read_batches(path: Path) -> list[dict[str, Any]]:
-    """The lines of a journal; none where there is no file. Raises InputError for a broken one."""
+    """The lines of a journal; none if there is no file. Raises InputError for a broken one."""
     if not path.exists():
         return []
     try:
@@ -91,17 +91,17 @@ def read_batches(path: Path) -> list[dict[str, Any]]:
             kinds = {"batch_id": str | None, "purpose": str | None, "custom_ids": list}
             for name, kind in kinds.items():
                 if name not in batch or not isinstance(batch[name], kind):
-                    raise ValueError(f"a line has no proper {name}")
+                    raise ValueError(f"a line has no valid {name}")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(
-            f"{path} is not a journal of batches ({error}); restore it from a copy; without it paid answers are lost."
+            f"{path} is not a journal of batches ({error}); restore it from a copy: without it, paid answers are lost."
         ) from None
     return batches
 
 
 @contextlib.contextmanager
 def open_journal(path: str | Path, purpose: str) -> Iterator[Journal]:
-    """A journal to write to, for this process alone. Raises InputError when another process holds it."""
+    """A journal to write to, for this process alone. Raises InputError if another process has it open."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "a") as lock:

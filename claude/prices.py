@@ -16,7 +16,7 @@ BATCH_PRICE = 0.5  # a request in a batch costs half
 
 
 def cost(model: str, n_input: float, n_output: float, price_ratio: float) -> float | None:
-    """USD for tokens of a model; None when PRICES does not have it. A dated name has the price of the plain one."""
+    """USD for a model's tokens; None if PRICES lacks the model. A dated name has the price of the plain one."""
     names = [name for name in PRICES if model == name or model.startswith(name + "-20")]
     if not names:
         return None

@@ -46,8 +46,8 @@ _MARKS = "; the tokens that activate it most are written <<like this>>"
 
 
 def with_marks(tokens: list[bytes], activations: list[float], share: float) -> str:
-    """The text of a sentence on one line, tokens of at least `share` of its highest activation <<marked>>."""
-    characters: list[tuple[bytes, float]] = []  # tokens, those joined that share the bytes of a character
+    """The text of a sentence on one line, with tokens of at least `share` of its highest activation <<marked>>."""
+    characters: list[tuple[bytes, float]] = []  # tokens, joined where they share a character's bytes
     for token, activation in zip(tokens, activations, strict=True):
         if characters and token and 0x80 <= token[0] < 0xC0:
             before, highest = characters.pop()
@@ -96,7 +96,7 @@ class Questions:
     respondent: Respondent
 
     def requests(self, token_bytes: Callable[[int], bytes], skip: set[str]) -> Iterator[dict[str, Any]]:
-        """The questions as requests, without those whose custom_id, the latent's number, is in `skip`."""
+        """The questions as requests, except those whose custom_id (the latent's number) is in `skip`."""
         token_bytes = functools.cache(token_bytes)
         by_latent = top_sentences(self.top_path, self.aggregation, self.n_sentences, self.latents)
         n_latents = 0

@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 MAX_REQUESTS = 100_000  # the API's limits on a batch
 MAX_BYTES = 256_000_000
 SAMPLE_REQUESTS = 200  # requests whose tokens are counted for the estimate
-BYTES_PER_TOKEN = 3.0  # where the server does not count tokens; English text has about 3.5
+BYTES_PER_TOKEN = 3.0  # assumed if the server does not count tokens; English text has about 3.5
 
 _EMPTY = b'{"requests":[]}'  # a batch's body without requests
 
 
 class Respondent(NamedTuple):
-    """Who is asked, and how it may answer."""
+    """The model that is asked, and how it may answer."""
 
     model: str
-    max_tokens: int  # of an answer, thinking included
-    effort: str  # how much it thinks; empty where this option is not known
+    max_tokens: int  # per answer, thinking included
+    effort: str  # how much it thinks; empty for models without this option
 
     def request(self, custom_id: str, content: str) -> dict[str, Any]:
         """One question."""
@@ -51,7 +51,7 @@ def as_json(request: dict[str, Any]) -> bytes:
 
 
 class Requests(NamedTuple):
-    """Requests in a file: a full run has a gigabyte of them."""
+    """Requests in a file, since a full run has a gigabyte of them."""
 
     file: BinaryIO  # a line of JSON per request, as it will be sent
     n: int
@@ -69,7 +69,7 @@ class Requests(NamedTuple):
         return [line for i, line in enumerate(self.lines()) if i in wanted]
 
     def batches(self, max_requests: int, max_bytes: int = MAX_BYTES) -> Iterator[list[dict[str, Any]]]:
-        """Batches within the API's limits; bytes are those of the body that is sent."""
+        """Batches within the API's limits; max_bytes limits the request body."""
         batch: list[dict[str, Any]] = []
         size = len(_EMPTY)
         for line in self.lines():
@@ -84,7 +84,7 @@ class Requests(NamedTuple):
 
 @contextlib.contextmanager
 def spooled(requests: Iterable[dict[str, Any]], folder: Path) -> Iterator[Requests]:
-    """Requests in a nameless temporary file in `folder`, gone with the process."""
+    """Requests in an unnamed temporary file in `folder`, which disappears with the process."""
     n = n_bytes = 0
     with tempfile.TemporaryFile(dir=folder) as file:
         for request in requests:
@@ -101,11 +101,11 @@ def spooled(requests: Iterable[dict[str, Any]], folder: Path) -> Iterator[Reques
 
 
 def estimate_input_tokens(client: "Anthropic", requests: Requests) -> tuple[float, str]:
-    """All requests' input tokens, and how they were found: counted by the API on a sample, in proportion to bytes."""
+    """All requests' input tokens, and how they were found: the API counts a sample, which is scaled up by bytes."""
     import anthropic
 
     n_tokens = n_bytes = n_counted = 0
-    patient = client.with_options(max_retries=6)  # counting has a rate limit of its own
+    patient = client.with_options(max_retries=6)  # counting has its own rate limit
     for line in progress_bar(requests.sample(SAMPLE_REQUESTS), desc="counting tokens", unit="request"):
         params = {k: v for k, v in json.loads(line)["params"].items() if k != "max_tokens"}
         try:
@@ -133,16 +133,16 @@ def announce(client: "Anthropic", requests: Requests, output_tokens: float, pric
     mode = "in batch mode" if price_ratio == BATCH_PRICE else "at the full price"
     print(f"{requests.n:,} requests to {model}, about {n_input:,.0f} input tokens ({how}).")
     if price is None or most is None:
-        print(f"The price is not known: claude/prices.py does not have {model}.")
+        print(f"The price is unknown: claude/prices.py does not list {model}.")
     else:
         print(
             f"About {price:,.2f} USD {mode}, assuming {output_tokens:,.0f} output tokens per answer; "
-            f"at most {most:,.2f} USD, if every answer had {max_tokens:,}."
+            f"at most {most:,.2f} USD, if every answer took {max_tokens:,}."
         )
 
 
 def require_consent_possible(yes: bool, dry_run: bool) -> None:
-    """Raise InputError when nobody is there to be asked."""
+    """Raise InputError if nobody is there to be asked."""
     if not (yes or dry_run or sys.stdin.isatty()):
         raise InputError("Nobody is at the keyboard to agree to the price; pass --yes, or --dry_run to see it.")
 

@@ -1,1 +1,1 @@
-"""What is known of an SAE's latents: their tables, names, cards."""
+"""What is known about an SAE's latents: their tables, names, cards."""

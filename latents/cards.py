@@ -1,4 +1,4 @@
-"""A latent's card and its HTML: what the page and the report show of it."""
+"""A latent's card and its HTML, as the page and the report show it."""
 
 import html
 import math
@@ -12,13 +12,13 @@ from latents.markup import visible_token
 class CardSentence(NamedTuple):
     """A sentence on a card, as the model read it."""
 
-    tokens: list[str]  # joined they are the text; a character of several tokens stands at its last one
+    tokens: list[str]  # joined they are the text; a character split over several tokens is with the last
     activations: list[float]  # of the latent, per token, normalised space
     activation: float  # the highest of them
 
 
 class Card(NamedTuple):
-    """A latent. None, nan or an empty list where a file is missing (LatentIndex.missing)."""
+    """What is known about a latent. None, nan or an empty list where a file is missing (LatentIndex.missing)."""
 
     latent: int
     meaning: str | None
@@ -26,9 +26,9 @@ class Card(NamedTuple):
     score: float  # balanced accuracy of the meaning
     frequency: float  # share of tokens it fires on
     mean: float  # activation where it fires, normalised space
-    highest: float  # observed activation
+    highest: float  # highest observed activation
     sentences_by_tenth: list[int]  # sentences by their highest activation, in tenths of the range, weakest first
-    sentences: list[CardSentence]  # strongest first, the same text once
+    sentences: list[CardSentence]  # strongest first, no text twice
     promoted: list[tuple[str, float]]  # tokens, and their logits in standard deviations over the vocabulary
     suppressed: list[tuple[str, float]]
     co_firing: list[tuple[int, str | None, float]]  # latent, meaning, Jaccard index
@@ -38,7 +38,7 @@ CARD_CSS = Path(__file__).with_name("card.css").read_text(encoding="utf-8")
 
 
 def tokens_html(tokens: Sequence[str], activations: Sequence[float], highest: float) -> str:
-    """A sentence coloured by activation: the deeper, the nearer to `highest`. CARD_CSS has the colours."""
+    """A sentence coloured by activation: the deeper, the closer to `highest`. CARD_CSS has the colours."""
     parts = []
     for token, activation in zip(tokens, activations, strict=True):
         if not (activation > 0 and token):
@@ -52,11 +52,11 @@ def tokens_html(tokens: Sequence[str], activations: Sequence[float], highest: fl
 
 
 def card_html(card: Card, href: Callable[[int], str | None] = lambda latent: None) -> str:
-    """A card as a fragment of a page that has CARD_CSS. href: a latent's address, for links from card to card."""
+    """A card as a fragment for a page with CARD_CSS. href: gives a latent's address, for links between cards."""
     facts = [
-        ("certainty", card.certainty, "{:.2f}", "of the meaning, stated by whoever gave it"),
-        ("score", card.score, "{:.2f}", "balanced accuracy of the meaning on other sentences; a guess has 0.50"),
-        ("fires on", 100 * card.frequency, "{:.3g} % of tokens", "among the tokens captured"),
+        ("certainty", card.certainty, "{:.2f}", "of the meaning, as stated by whoever gave it"),
+        ("score", card.score, "{:.2f}", "balanced accuracy of the meaning on other sentences; guessing gives 0.50"),
+        ("fires on", 100 * card.frequency, "{:.3g} % of tokens", "of the captured tokens"),
         ("mean", card.mean, "{:.2f}", "activation where it fires, normalised space"),
         ("highest", card.highest, "{:.2f}", "activation observed, normalised space"),
     ]

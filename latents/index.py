@@ -1,8 +1,8 @@
-"""What is known of an SAE's latents, found by name beside it: a list to search and sort, and a card for each latent.
+"""What is known about an SAE's latents, from the files beside it: a list to search and sort, and a card per latent.
 
 Reads   NAME.json, NAME.latents.parquet, NAME.top.parquet, NAME.promoted.parquet, NAME.meaning_*.yaml with their
-        .scores.parquet; each may be missing. The embedded SAE's meanings stand in latent_index_meaning/. Its top
-        sentences belong to other projects' documentation: NAME.top_places.parquet says where they stand in the packages
+        .scores.parquet; each may be missing. The embedded SAE's meanings are in latent_index_meaning/. Its top
+        sentences belong to other projects' documentation: NAME.top_places.parquet says where to find them in packages
         that every installation has, and the activations are computed when a card is opened
 """
 
@@ -30,16 +30,16 @@ from pipeline.errors import InputError
 from pipeline.sae_files import SaeFiles
 from sae import TopKSparseAutoencoder, load_sae_model
 
-Sort = Literal["certainty", "score", "frequency", "latent"]  # orders of the list; latent: lowest first, else highest
+Sort = Literal["certainty", "score", "frequency", "latent"]  # orders of the list; all but latent: highest first
 SORTS: tuple[Sort, ...] = get_args(Sort)
 
 _AGGREGATION: Aggregation = "max"  # whose top sentences a card shows
-_OPTION = "the page's --llama_model_dir"  # by which a user names the model's folder
+_OPTION = "the page's --llama_model_dir"  # with which a user gives the model's folder
 _PROMOTED = ("tokens", "scores"), ("suppressed_tokens", "suppressed_scores")
 
 
 class _Given(NamedTuple):
-    """What the caller has loaded already."""
+    """What the caller has already loaded."""
 
     tokenizer: Tokenizer | None
     model: Transformer | None
@@ -47,11 +47,11 @@ class _Given(NamedTuple):
 
 
 class LatentIndex:
-    """An SAE's latents. A missing file makes missing fields; `missing` says in a line each which script makes it.
+    """An SAE's latents. A missing file leaves fields empty; for each, `missing` names the script that writes it.
 
     Columns, numpy arrays of n_latents: meaning (None where there is none), certainty, score, frequency, mean, highest
-    (nan where unknown). The tokenizer, and for the embedded SAE the model, are loaded when not given, as NAME.json
-    says. Raises InputError where nothing tells how many latents there are, and for a broken file.
+    (nan where unknown). The tokenizer and, for the embedded SAE, the model are loaded as NAME.json says unless given.
+    Raises InputError if nothing tells how many latents there are, and for a broken file.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class LatentIndex:
         self.n_latents = self._count_latents()
         if meanings and max(meanings) >= self.n_latents:
             raise InputError(
-                f"A meaning file of {sae_path} names latent {max(meanings)} of {self.n_latents}; it belongs to another "
-                "SAE."
+                f"A meaning file of {sae_path} names latent {max(meanings)} of {self.n_latents}; remove it, it belongs "
+                "to another SAE."
             )
         self.meaning = np.full(self.n_latents, None, dtype=object)
         self.certainty, self.score = np.full(self.n_latents, np.nan), np.full(self.n_latents, np.nan)
@@ -92,7 +92,7 @@ class LatentIndex:
         path = self.files.beside(table.suffix)
         if path.is_file():
             return table.open(path, columns)
-        self.missing.append(f"No {path.name} ({table.holds}): {table.made_by} makes it.")
+        self.missing.append(f"No {path.name} ({table.holds}): {table.made_by} writes it.")
         return None
 
     def _read(self, table: Table, columns: list[str]) -> pa.Table | None:
@@ -109,11 +109,11 @@ class LatentIndex:
     def _note_missing_meanings(self, meanings: dict[int, Meaning]) -> None:
         if not meanings:
             self.missing.append(
-                f"No meanings beside {self.sae_path}: interpret_top_sentences_parse_responses.py (answers of Claude) "
-                "or interpret_top_sentences_distinctive_words.py (no model asked) makes them."
+                f"No meanings beside {self.sae_path}: interpret_top_sentences_parse_responses.py (Claude's answers) "
+                "or interpret_top_sentences_distinctive_words.py (without a model) writes them."
             )
         elif all(meaning.score is None for meaning in meanings.values()):
-            self.missing.append(f"No scores of the meanings of {self.sae_path}: score_interpretations.py makes them.")
+            self.missing.append(f"No scores of the meanings of {self.sae_path}: score_interpretations.py writes them.")
 
     def _count_latents(self) -> int:
         """By the SAE, else the table, else NAME.json; the table must agree."""
@@ -123,13 +123,13 @@ class LatentIndex:
             raise InputError(f"Nothing beside {self.sae_path} says how many latents it has; give its JSON or the SAE.")
         if in_table not in (None, n):
             raise InputError(
-                f"{self.files.beside(LATENTS.suffix)} has {in_table} latents, {self.sae_path} {n}; run "
+                f"{self.files.beside(LATENTS.suffix)} has {in_table} latents, but {self.sae_path} has {n}; run "
                 f"{LATENTS.made_by} again."
             )
         return n
 
     def _column(self, name: str) -> np.ndarray:
-        """A column of NAME.latents.parquet in float64; nan where there is no such file."""
+        """A column of NAME.latents.parquet in float64; nan if there is no such file."""
         if self._latents is None:
             return np.full(self.n_latents, np.nan)
         return self._latents[name].to_numpy().astype(np.float64)
@@ -139,10 +139,10 @@ class LatentIndex:
     def search(
         self, query: str = "", sort: Sort = "certainty", limit: int = 50, offset: int = 0, living_only: bool = True
     ) -> list[dict]:
-        """Latents whose meaning holds all words of the query, whatever the case; first the one whose number it is.
+        """Latents whose meaning contains all words of the query, ignoring case; a latent named by number comes first.
 
         Rows: latent, meaning, certainty, score, frequency, highest; None where unknown. A latent that fired on no
-        captured token is left out unless living_only is False or it is asked for by number.
+        captured token is left out unless living_only is False or the query is its number.
         """
         matches, number = self._matches(query, living_only)
         order = self._order(sort)
@@ -156,7 +156,7 @@ class LatentIndex:
         return int(self._matches(query, living_only)[0].sum())
 
     def _matches(self, query: str, living_only: bool) -> tuple[np.ndarray, int | None]:
-        """(n_latents,) bool, and the latent whose number the query is."""
+        """(n_latents,) bool; and the latent, if the query is its number."""
         matches = ~(self.frequency == 0) if living_only else np.ones(self.n_latents, dtype=bool)  # unknown is not dead
         for word in query.lower().split():
             matches &= np.fromiter((word in text for text in self._lower), bool, self.n_latents)
@@ -167,7 +167,7 @@ class LatentIndex:
         return matches, number
 
     def _order(self, sort: Sort) -> np.ndarray:
-        """Latents in this order; what is unknown comes last, ties go to the better score, then to the lower latent."""
+        """Latents in this order; unknown values come last, ties go to the better score, then to the lower latent."""
         if sort not in SORTS:
             raise ValueError(f"{sort!r} is not one of {SORTS}")
         if sort not in self._orders:
@@ -188,7 +188,7 @@ class LatentIndex:
     # ---- cards
 
     def card(self, latent: int, n_sentences: int = 10) -> Card:
-        """Everything known of a latent. Raises InputError when there is no such latent."""
+        """Everything known about a latent. Raises InputError if there is no such latent."""
         if not 0 <= latent < self.n_latents:
             raise InputError(f"There is no latent {latent}: {self.sae_path} has 0 to {self.n_latents - 1}.")
         tenths, co_firing = [], []
@@ -224,7 +224,7 @@ class LatentIndex:
         return [list(zip(row.get(tokens, []), row.get(scores, []), strict=True)) for tokens, scores in _PROMOTED]
 
     def _sentences(self, latent: int, n: int) -> list[CardSentence]:
-        """Its n strongest sentences, the same text once."""
+        """Its n strongest sentences, no text twice."""
         if self._tokenizer is None:
             return []
         if self._places is not None:
@@ -238,7 +238,7 @@ class LatentIndex:
         return list(found.values())
 
     def _sentences_at_places(self, places: pa.Table, tokenizer: Tokenizer, latent: int, n: int) -> list[CardSentence]:
-        """The sentences that NAME.top_places.parquet points at; those that differ in this installation are left out."""
+        """The sentences that NAME.top_places.parquet points to; those that differ in this installation are left out."""
         found = []
         model, sae = self._model_and_sae
         for row in places.filter(pc.field("latent") == latent).sort_by("rank").slice(0, n).to_pylist():
@@ -272,7 +272,7 @@ class LatentIndex:
 
 
 def pieces(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:
-    """The text of each token, in whole characters: one spread over several tokens stands at its last one."""
+    """The text of each token, in whole characters: one split over several tokens is with the last."""
     stream = TextStream(tokenizer)
     texts = [stream.add(token) for token in token_ids]
     if texts:

@@ -4,7 +4,7 @@ import re
 
 from latents.index import LatentIndex
 
-_CERTAIN = 0.9  # of an interesting latent's meaning, at least
+_CERTAIN = 0.9  # least certainty of an interesting latent's meaning
 _FREQUENCIES = (2e-4, 5e-3)  # of an interesting latent: neither rare nor everywhere
 
 
@@ -31,7 +31,7 @@ def best_first(index: LatentIndex) -> list[int]:
 
 
 def is_plain(meaning: str | None) -> bool:
-    """Whether a meaning is of whole words alone."""
+    """Whether a meaning has only whole words."""
     if meaning is None:
         return False
     words = meaning.split(", ")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 
-# Control characters could move a terminal's cursor or worse. Pictures of them are shown.
+# Control characters could move a terminal's cursor or worse, so Unicode's pictures of them are shown.
 _PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"} | dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
 _SIGNS = str.maketrans({" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5"})
 _WORD = re.compile(r"\s*(?:\w+|[^\w\s]+)|\s+$")  # with the space before it
@@ -18,13 +18,13 @@ def visible(text: str) -> str:
 
 
 def visible_token(token: str) -> str:
-    """A token that stands alone: its spaces, its line breaks and all that does not print are visible too."""
+    """A token shown by itself: spaces, line breaks and everything unprintable are visible too."""
     shown = visible(token.translate(_SIGNS))
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown) or "\u2205"
 
 
 def mark_differences(clean: str, steered: str, concept: Sequence[str] = ()) -> tuple[str, str]:
-    """Both texts as HTML: words that the other lacks in <del> (clean) and <ins> (steered), the concept's in <mark>."""
+    """Both texts as HTML: words the other lacks in <del> (clean) or <ins> (steered), words of the concept in <mark>."""
     texts = [_WORD.findall(visible(text)) for text in (clean, steered)]
     matcher = difflib.SequenceMatcher(None, *([word.strip() for word in words] for words in texts), autojunk=False)
     same: tuple[set[int], set[int]] = (set(), set())

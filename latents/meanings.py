@@ -1,6 +1,6 @@
 """What latents mean: files MEANING.yaml, latent -> {certainty, common_semantic}, most certain first.
 
-Beside each may lie MEANING.scores.parquet: how well one can tell by a meaning alone where its latent fires.
+Beside each there may be MEANING.scores.parquet: how well a meaning alone tells where its latent fires.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ _GUESS = 0.5  # balanced accuracy of a guess
 class Meaning(NamedTuple):
     text: str  # what the sentences have in common; `common_semantic` in the file
     certainty: float  # from 0 to 1, stated by whoever gave it
-    score: float | None = None  # balanced accuracy on sentences the name was not found by; None where not scored
+    score: float | None = None  # balanced accuracy on sentences it was not found from; None if not scored
 
 
 class Score(NamedTuple):
@@ -62,9 +62,9 @@ def write_meanings(path: Path, meanings: dict[int, Meaning]) -> None:
 
 
 def read_meanings(path: Path, fix: str = "make it again.") -> dict[int, Meaning]:
-    """The meanings of one file, with their scores where there are any.
+    """The meanings of one file, with their scores if there are any.
 
-    Raises InputError, ending in `fix`, for a file that is missing or holds no meanings.
+    Raises InputError, ending in `fix`, for a file that is missing or has no meanings.
     """
     try:
         entries = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
@@ -87,7 +87,7 @@ def write_scores(meaning_path: Path, scores: Sequence[Score]) -> None:
 
 
 def read_scores(meaning_path: Path) -> dict[int, float]:
-    """The balanced accuracy of each latent's meaning; empty where none is scored."""
+    """The balanced accuracy of each latent's meaning; empty if none is scored."""
     path = scores_path(meaning_path)
     if not path.is_file():
         return {}
@@ -97,9 +97,9 @@ def read_scores(meaning_path: Path) -> dict[int, float]:
 
 
 def best_meanings(sae_path: str | Path) -> dict[int, Meaning]:
-    """Each latent's best meaning of all that lie beside the SAE: the best scored, then the most certain.
+    """Each latent's best meaning in the files beside the SAE: by score, then by certainty.
 
-    A meaning without a score counts as a guess, so that a score below a guess ranks behind it. Raises InputError for a
+    A meaning without a score counts as a guess, so a score worse than guessing ranks below it. Raises InputError for a
     broken file.
     """
     if is_embedded(sae_path):

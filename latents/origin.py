@@ -1,4 +1,4 @@
-"""What NAME.json beside an SAE says of its origin: its activations, its model and that model's tokenizer."""
+"""Where an SAE comes from, as the NAME.json beside it says: its activations, its model and that model's tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from pipeline.source import Source
 
 
 def read_info(sae_path: str | Path) -> dict[str, Any]:
-    """NAME.json; empty where there is none. Raises InputError for a broken one."""
+    """NAME.json; empty if there is none. Raises InputError for a broken one."""
     path = Path(SaeFiles(sae_path).json)
     if not path.is_file():
         return {}
-    info = read_json(path, "train the SAE anew.")
+    info = read_json(path, "train the SAE again.")
     if not isinstance(info, dict):
-        raise InputError(f"{path} does not describe an SAE; train the SAE anew.")
+        raise InputError(f"{path} does not describe an SAE; train the SAE again.")
     return info
 
 
@@ -31,7 +31,7 @@ def source_of(sae_path: str | Path) -> Source:
 
 
 def tokenizer_of(source: Source, given: str | None, option: str) -> Tokenizer:
-    """The tokenizer of the model. Its folder may hold the tokenizer alone; weights beside it must be the model's."""
+    """The model's tokenizer. Its folder may contain nothing else, but any weights in it must be the model's."""
     folder = source.folder("model_dir", given, option)
     tokenizer = load_tokenizer(folder)
     try:

@@ -11,8 +11,8 @@ def promoted_logits(model: Transformer, site: str, directions: Tensor, base: Ten
     """What latents add to the logits of the next token, (n, vocab_size); only differences within a row mean anything.
 
     directions: (n, d_model) at `site`, in the SAE's space; base: (d_model,) the SAE's b_pre.
-    At the residual stream, and for what is added to it, a direction goes through the last norm's weights and the output
-    layer; what later layers make of it is left out. At attention_norm it goes through the layer's values and output
+    In the residual stream, and in what is added to it, a direction goes through the last norm's weights and the output
+    layer; what later layers do with it is left out. At attention_norm it goes through the layer's values and output
     first, as if every head attended to this token alone; its effect on where heads attend is left out. At ffn_norm it
     goes through the feed-forward layer, as the difference it makes there at `base`.
     """

@@ -1,4 +1,4 @@
-"""The tables beside an SAE, NAME.SUFFIX: what each holds, who writes it, how it is read. All are sorted by latent.
+"""The tables beside an SAE, NAME.SUFFIX: what each contains, what writes it, how it is read. All are sorted by latent.
 
 for latent, sentences in top_sentences(path, "max", n=20): ...       # one latent after another
 TopFile(path).sentences(latent, "max")                               # any latent
@@ -50,7 +50,7 @@ class Table(NamedTuple):
         return file
 
     def write(self, path: Path, columns: Mapping[str, Any]) -> None:
-        """Write all of it at once, atomically. columns: arrays or lists."""
+        """Write the whole table atomically. columns: arrays or lists."""
         with atomic_path(path) as temporary:
             pq.write_table(pa.table(dict(columns), schema=self.schema), temporary, compression="zstd")
 
@@ -119,14 +119,14 @@ PROMOTED = Table(
 
 
 class SentenceColumns(NamedTuple):
-    """Where the columns of a row's sentence are looked up: its text, its tokens, the latent's activations on them."""
+    """Looks up the sentence columns of a row: text, tokens, the latent's activations on them."""
 
     n_latents: int
     dataset: SentenceDataset
     captured: np.ndarray  # sentence_idx of each captured sentence, ascending
     token_ids: pa.LargeListArray  # of each captured sentence
     pair_keys: np.ndarray  # sentence_idx * n_latents + latent of each (sentence, latent) pair, ascending
-    pair_places: np.ndarray  # of each pair in `activations`
+    pair_places: np.ndarray  # position of each pair in `activations`
     activations: pa.LargeListArray  # per token
 
     def columns(self, sentence_idx: np.ndarray, latent: np.ndarray) -> dict[str, Any]:
@@ -177,7 +177,7 @@ def _write_rows(
     sentence_idx: np.ndarray,
     latent: np.ndarray,
 ) -> None:
-    """Write rows a part at a time: with their sentences, all at once would be too large."""
+    """Write rows in parts: with their sentences, all at once would take too much memory."""
     with atomic_path(path) as temporary, pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
         for start in range(0, len(latent), _ROW_GROUP):
             rows = slice(start, start + _ROW_GROUP)
@@ -187,7 +187,7 @@ def _write_rows(
 
 
 def lists(lengths: list[np.ndarray], values: list[np.ndarray]) -> pa.LargeListArray:
-    """A column of lists from parts of their lengths and of their values, one after another."""
+    """A column of lists, from the lists' lengths and their values, each in consecutive parts."""
     offsets = np.concatenate([[0], *lengths]).cumsum()
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(np.concatenate(values)))
 
@@ -252,7 +252,7 @@ def _by_latent(
     row_columns: list[str] | None = None,
     wanted: list[range] | None = None,
 ) -> Iterator[tuple[int, list[tuple]]]:
-    """(latent, its rows' columns), a row group in memory. rows: which ones to keep, an expression on row_columns."""
+    """(latent, its rows' columns), one row group in memory at a time. rows: a filter expression on row_columns."""
 
     def entries() -> Iterator[tuple]:
         for i in range(file.num_row_groups):
@@ -270,15 +270,15 @@ def _by_latent(
 
 
 class TopFile:
-    """NAME.top.parquet, read at any latent by any number of threads. Raises InputError as `open_top` does.
+    """NAME.top.parquet, for reading any latent from any number of threads. Raises InputError as `open_top` does.
 
-    The table is sorted by latent, so a latent's rows lie in one row group or in neighbours, found by their statistics.
+    The table is sorted by latent, so a latent's rows are in one row group or adjacent ones, found by their statistics.
     """
 
     def __init__(self, path: Path):
         self._file = open_top(path)
         self._lock = threading.Lock()
-        self._last: tuple[int, pa.Table | None] = (-1, None)  # the row group read last, and its number
+        self._last: tuple[int, pa.Table | None] = (-1, None)  # number and content of the row group read last
 
     def sentences(self, latent: int, aggregation: Aggregation) -> list[TopSentence]:
         """A latent's sentences, strongest first."""

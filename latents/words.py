@@ -12,8 +12,8 @@ def words_of(sentence: str) -> frozenset[str]:
 
 
 def features(tokens: list[bytes], strong: Sequence[bool]) -> set[str]:
-    """What stands in a sentence where its tokens are strong: words in lower case, sequences of two or three words, and
-    what `token_feature` makes of a token."""
+    """The features of a sentence's strong tokens: words in lower case, sequences of two or three words, and what
+    `token_feature` makes of a token."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character goes to the token that completes it
     pieces = [decoder.decode(token) for token in tokens]
     text = "".join(pieces)
@@ -35,7 +35,7 @@ def features(tokens: list[bytes], strong: Sequence[bool]) -> set[str]:
 
 
 def token_feature(text: str, start: int, end: int) -> str | None:
-    """The feature that the token text[start:end] is by itself; None when it is a whole word, or cuts a character."""
+    """The feature of the token text[start:end] by itself; None if it is a whole word or only part of a character."""
     token = text[start:end]
     core = token.strip()
     if not core:

@@ -204,16 +204,16 @@ class Intervention(NamedTuple):
 
     site: str
     fn: Callable[[Tensor], Tensor]  # activations at the site, (..., d_model) -> same
-    skip_tokens: Sequence[int] = ()  # positions that hold one of them keep their value
+    skip_tokens: Sequence[int] = ()  # positions with one of them keep their value
 
 
-# Those in force, each with its model. They belong to the thread (or asyncio task) that entered them: two requests
-# served at once do not meet.
+# The active ones, each with its model. They belong to the thread (or asyncio task) that entered them, so requests
+# served at the same time do not affect each other.
 _interventions: ContextVar[tuple[tuple["Transformer", Intervention], ...]] = ContextVar("interventions", default=())
 
 
 class _AllCaptured(Exception):
-    """Raised inside a forward pass when nothing beyond is wanted."""
+    """Raised inside a forward pass when nothing further is wanted."""
 
 
 class Transformer(nn.Module):
@@ -222,12 +222,12 @@ class Transformer(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
-        # Given its weight, it does not initialise one: on the meta device that would import all of torch._dynamo.
+        # With a given weight it does not initialise one, which on the meta device would import all of torch._dynamo.
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim, _weight=torch.empty(args.vocab_size, args.dim))
         self.layers = nn.ModuleList(TransformerBlock(i, args) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
-        self.to_pack: list[PackedLinear] = []  # until the first forward pass; the largest last
+        self.to_pack: list[PackedLinear] = []  # emptied by the first forward pass; the largest is last
 
     @property
     def device(self) -> torch.device:
@@ -250,9 +250,9 @@ class Transformer(nn.Module):
 
         tokens: (batch, seq). Padding on the right needs no mask: attention is causal.
         cache:  continues after cache.length positions and fills in the new ones.
-        n_pad:  (batch,) how many positions at the left of each row, counted from the very first, are padding;
-                rows of unequal length then end together. Their logits are meaningless.
-        last_only: logits of the last position alone, (batch, 1, vocab_size).
+        n_pad:  (batch,) how many positions at the left of each row, counted from the very first, are padding, so
+                that rows of unequal length end together. The padding's logits are meaningless.
+        last_only: logits of the last position only, (batch, 1, vocab_size).
         Raises ValueError when the cache is too short.
         """
         x = self._run(tokens, cache, n_pad, self._intervention_hook(tokens))
@@ -265,7 +265,7 @@ class Transformer(nn.Module):
     def activations(self, tokens: Tensor, sites: str | Sequence[str]) -> Tensor | dict[str, Tensor]:
         """Activations at one site, (batch, seq, d_model) in the model's dtype, or at several as a dict.
 
-        Nothing beyond the deepest site is computed, nor the output layer. Raises ValueError for an unknown site.
+        Nothing beyond the deepest site is computed. Raises ValueError for an unknown site.
         """
         wanted = [sites] if isinstance(sites, str) else list(sites)
         for site in wanted:
@@ -287,11 +287,11 @@ class Transformer(nn.Module):
 
     @contextlib.contextmanager
     def intervene(self, site: str, fn: Callable[[Tensor], Tensor], skip_tokens: Sequence[int] = ()) -> Iterator[None]:
-        """Replace the activations at `site` by fn of them, (..., d_model) -> same, inside the with block.
+        """Replace the activations at `site` by fn(activations), (..., d_model) -> same, inside the with block.
 
-        Positions that hold one of `skip_tokens` keep their value. Blocks nest: the outer function runs first. A
-        generator should enter the block around each forward pass, not around its `yield`: what runs between two of
-        its values shares its thread.
+        Positions with one of `skip_tokens` keep their value. Blocks nest: the outer function runs first. A
+        generator should enter the block around each forward pass, not around its `yield`: code that runs between two
+        of its values shares its thread.
         """
         check_site(site, self.args.n_layers)
         token = _interventions.set((*_interventions.get(), (self, Intervention(site, fn, tuple(skip_tokens)))))
@@ -343,10 +343,10 @@ class Transformer(nn.Module):
 
 
 def check_site(site: str, n_layers: int) -> int:
-    """The layer of a site such as layers.22.attention_norm. Raises ValueError, naming the fix, for anything else."""
+    """The layer of a site such as layers.22.attention_norm. Raises ValueError, with the fix, for anything else."""
     parts = site.split(".")
     if len(parts) != 3 or parts[0] != "layers" or not parts[1].isdecimal() or parts[2] not in SITES:
         raise ValueError(f"{site!r} is not a site; write layers.N.S with S one of {', '.join(SITES)}.")
     if int(parts[1]) >= n_layers:
-        raise ValueError(f"{site!r} is beyond the model's {n_layers} layers, counted from 0.")
+        raise ValueError(f"{site!r} is beyond the model's {n_layers} layers; they are counted from 0.")
     return int(parts[1])

@@ -1,4 +1,4 @@
-"""Sentences of similar length together, so that little of a batch is padding."""
+"""Batches of sentences of similar length, so that little of each is padding."""
 
 
 def make_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""What steering by a latent does to the words of its own name: demo.py and benchmarks/steering.py count them."""
+"""How steering by a latent affects the words of its own name: demo.py and benchmarks/steering.py count them."""
 
 from collections.abc import Collection, Iterable, Sequence
 
@@ -12,7 +12,7 @@ from sae import TopKSparseAutoencoder
 
 
 def count_hits(texts: Iterable[str], words: Collection[str]) -> int:
-    """Texts that hold one of the words."""
+    """Number of texts that contain one of the words."""
     return sum(bool(words_of(text) & set(words)) for text in texts)
 
 
@@ -24,11 +24,11 @@ def promotes_own_words(
     latent: int,
     words: Sequence[str],
 ) -> float:
-    """How much a latent at its highest, read and written by its layer's attention and unembedded, promotes its words:
+    """How much a latent at its highest, passed through its layer's attention and the output layer, promotes its words:
     the best word's logit above the vocabulary's mean, up to a factor; words of several tokens do not count.
 
-    Over the 24 latents of benchmarks/steering.py its rank correlation with what strength 8 gained was 0.71, that of the
-    logit in standard deviations 0.50.
+    Over the 24 latents of benchmarks/steering.py its rank correlation with the gain at strength 8 was 0.71; for the
+    logit in standard deviations it was 0.50.
     """
     direction = highest[latent] * sae.decoder.weight[:, latent][None]
     logits = promoted_logits(model, sae.info["site"], direction, sae.b_pre)[0]

@@ -1,4 +1,4 @@
-"""The HTML of the page: completions, lists of latents, a text looked into. Every address in it is "#action-number"."""
+"""The HTML of the page: completions, lists of latents, a text seen inside. Every link in it is "#action-number"."""
 
 import html
 import re
@@ -39,11 +39,11 @@ def status_html(text: str, is_error: bool = False) -> str:
 
 
 def completions_html(prompts: Sequence[str], texts: Mapping[str, Sequence[str]]) -> str:
-    """Each prompt with its completions beside each other; words that only one of them has are marked."""
+    """Each prompt with its completions side by side; words that only one of them has are marked."""
     heads = "".join(f"<div class='kind'>{kind}</div>" for kind in texts)
     rows = []
     for prompt, *row in zip(prompts, *texts.values(), strict=True):
-        row = [completion.rstrip("\ufffd") for completion in row]  # half a character waits
+        row = [completion.rstrip("\ufffd") for completion in row]  # half a character is held back
         marked = mark_differences(*row) if len(row) == 2 else [html.escape(visible(completion)) for completion in row]
         rows += [f"<div class='text'><b>{html.escape(visible(prompt))}</b>{completion}</div>" for completion in marked]
     return f"<div class='completions columns-{len(texts)}'>{heads}{''.join(rows)}</div>"
@@ -53,17 +53,17 @@ def completions_html(prompts: Sequence[str], texts: Mapping[str, Sequence[str]])
 
 
 def latent_link(index: LatentIndex, latent: int, action: str) -> str:
-    """What is clicked to choose a latent."""
+    """A link that chooses a latent."""
     meaning = index.meaning_of(latent)
     named = html.escape(meaning) if meaning else "<i>no meaning</i>"
     return f"<a href='#{action}-{latent}'><span class='latent-number'>{latent}</span> {named}</a>"
 
 
 def clicked(address: object) -> tuple[str, int]:
-    """What was clicked, "card" for example, and its number. Raises InputError for any other address."""
+    """What was clicked, such as "card", and its number. Raises InputError for any other address."""
     match = re.fullmatch(r"([a-z]+)-(\d{1,9})", str(address))
     if match is None:
-        raise InputError("That is nothing to click.")
+        raise InputError("That is not a link of this page; click a latent or a token.")
     return match[1], int(match[2])
 
 
@@ -85,7 +85,7 @@ def results_html(index: LatentIndex, query: str) -> str:
 def why_nothing_is_found(index: LatentIndex, query: str) -> str:
     if query.strip().isdigit():
         return f"There is no latent {query.strip()}; this SAE has latents 0 to {index.n_latents - 1}."
-    return f"No latent's meaning has {query.strip()!r}; try another word or a latent's number."
+    return f"No latent's meaning contains {query.strip()!r}; try another word or a latent's number."
 
 
 def slot_html(index: LatentIndex, latent: int) -> str:
@@ -93,7 +93,7 @@ def slot_html(index: LatentIndex, latent: int) -> str:
 
 
 def list_html(index: LatentIndex, query: str, sort: Sort, offset: int, n_rows: int) -> tuple[str, str]:
-    """A page of the list of latents, and which it is."""
+    """A page of the list of latents, and which page it is."""
     rows = index.search(query, sort=sort, limit=n_rows, offset=offset)
     if not rows:
         return "", status_html(why_nothing_is_found(index, query), is_error=True)
@@ -115,7 +115,7 @@ def steerable_card_html(index: LatentIndex, latent: int) -> str:
     return steer + card_html(index.card(latent), lambda other: f"#card-{other}")
 
 
-# ---- a text looked into
+# ---- a text seen inside
 
 
 def look_html(index: LatentIndex, highest: Tensor | None, look: Look) -> tuple[str, str]:
@@ -124,14 +124,14 @@ def look_html(index: LatentIndex, highest: Tensor | None, look: Look) -> tuple[s
 
 
 def coloured_text_html(index: LatentIndex, highest: Tensor | None, look: Look) -> str:
-    """The deeper the colour, the nearer to the latent's highest activation (to 1 where that is not known)."""
+    """The deeper the colour, the closer to the latent's highest activation (to 1 if that is unknown)."""
     strongest = 1.0 if highest is None or look.latent is None else highest[look.latent].item()
     links = []
     for i, (token, latents) in enumerate(zip(look.tokens, look.latents, strict=True)):
         activation = 0.0 if look.latent is None else dict(latents).get(look.latent, 0.0)
         depth = min(1.0, activation / strongest) if strongest > 0 else 1.0
         style = f" style='--a:{depth:.2f}' title='{activation:.2f}'" if activation > 0 else ""
-        shown = html.escape(visible(token)).replace("\n", "⏎\n") or "·"  # ·: a part of a character
+        shown = html.escape(visible(token)).replace("\n", "⏎\n") or "·"  # ·: part of a character
         links.append(f"<a href='#token-{i}' class='{'here' if i == look.token else ''}'{style}>{shown}</a>")
     text = f"<div class='look latent-tokens'>{''.join(links)}</div>"
     if look.latent is not None:

@@ -1,4 +1,4 @@
-"""Complete a file of prompts into a file of JSON lines, in batches; a run that was killed continues where it was."""
+"""Complete a file of prompts into a file of JSON lines, in batches; a killed run continues where it stopped."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ class Session:
 
 
 def check_prompts(session: Session, prompts: Sequence[list[int]], names: Iterable[str]) -> None:
-    """Raise InputError, with its name, for the first prompt that does not fit the model's context."""
+    """Raise InputError, with the prompt's name, for the first one that does not fit the model's context."""
     for prompt, name in zip(prompts, names, strict=True):
         try:
             check_context(session.opened.model, len(prompt), session.sampling.max_new_tokens)
@@ -43,7 +43,7 @@ def check_prompts(session: Session, prompts: Sequence[list[int]], names: Iterabl
 
 
 def add_step(rows: list[list[int]], step: list[int | None]) -> None:
-    """Add what `generate` gave to the tokens of each row."""
+    """Append a step of `generate` to the tokens of each row."""
     for row, token in zip(rows, step, strict=True):
         if token is not None:
             row.append(token)
@@ -55,10 +55,10 @@ def add_step(rows: list[list[int]], step: list[int | None]) -> None:
 def read_prompts(path: str, command: Command) -> list[tuple[int, dict[str, Any]]]:
     """The requests of a file by line number: prompts, or JSON objects with "prompt" or, for chat, "messages".
 
-    Empty lines are no requests.
+    Empty lines are skipped.
     """
     try:
-        # Not splitlines: the line separators of Unicode may stand inside a prompt.
+        # Not splitlines: a prompt may contain Unicode's line separators.
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise InputError(f"There is no {path}; name a file of prompts.") from None
@@ -74,7 +74,7 @@ def read_prompts(path: str, command: Command) -> list[tuple[int, dict[str, Any]]
             continue
         try:
             row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+            json.dumps(row, ensure_ascii=False).encode()  # fails for half a surrogate pair
             if command == "chat" and "messages" in row:
                 is_right = all(m["role"] in ROLES and isinstance(m["content"], str) for m in row["messages"])
                 is_right &= len(row["messages"]) > 0
@@ -91,7 +91,7 @@ def read_prompts(path: str, command: Command) -> list[tuple[int, dict[str, Any]]
 
 
 def encode_request(opened: SteeredModel, row: dict[str, Any], command: Command, system: str) -> list[int]:
-    """Token ids of a request. system: the message of a chat that has none of its own."""
+    """Token ids of a request. system: the system message for chats without one."""
     if command == "text":
         return encode_text(opened.tokenizer, row["prompt"])
     turns = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
@@ -113,7 +113,7 @@ def complete_file(
     output_path: str,
     decides: dict[str, Any],
 ) -> None:
-    """Complete every request into `output_path`. What a killed run has done waits in a folder beside it.
+    """Complete every request into `output_path`. A folder beside it keeps what a killed run has done.
 
     decides: the options that the completions depend on; a run that was begun with others is not continued.
     """
@@ -132,12 +132,12 @@ def complete_file(
                 shutil.copyfile(folder / "completions.jsonl", temporary)
             shutil.rmtree(folder)
     except OSError as error:
-        raise InputError(f"{output} cannot be written ({error}); name another file or correct that.") from None
+        raise InputError(f"{output} cannot be written ({error}); correct that or name another --output_path.") from None
     print(f"{len(rows):,} completions: {output}")
 
 
 def complete_rows(session: Session, rows: list[dict[str, Any]], prompts: list[list[int]], path: Path) -> None:
-    """Write the lines of the completions that `path` does not hold yet."""
+    """Append the completions that `path` does not have yet."""
     whole = path.read_bytes() if path.exists() else b""
     whole = whole[: whole.rfind(b"\n") + 1]  # a killed process may leave half a line
     path.write_bytes(whole)
@@ -156,7 +156,7 @@ def complete_rows(session: Session, rows: list[dict[str, Any]], prompts: list[li
 
 
 def complete_requests(session: Session, prompts: list[list[int]], first: int) -> list[dict[str, Any]]:
-    """Completions of requests `first` and following, with what is needed to repeat them."""
+    """Complete the requests from number `first` on, and say what is needed to repeat each."""
     opened, sampling = session.opened, session.sampling
     completions: list[list[int]] = [[] for _ in prompts]
     for step in opened.generate(prompts, sampling, first, session.intervention):

@@ -1,4 +1,4 @@
-"""What a request asks of a model that many share: checked against the limits, and carried out in turns."""
+"""Requests to a shared model: checked against the limits, and served in turns."""
 
 import itertools
 import threading
@@ -28,19 +28,19 @@ class Limits:
 
 @dataclass(frozen=True)
 class Served:
-    """What all requests share; nobody changes it."""
+    """What all requests share, read-only."""
 
     opened: SteeredModel
     limits: Limits
     index: LatentIndex | None  # None without an SAE
-    lock: threading.Lock  # held for one step of the model: requests take turns, torch works on one at a time
+    lock: threading.Lock  # held for one step of the model: requests take turns, so torch serves one at a time
 
 
 # ---- checks
 
 
 def check_sampling(served: Served, sampling: Sampling) -> None:
-    """Raise InputError for what no slider allows: a number box is empty, or a program sent something else."""
+    """Raise InputError for what no slider allows: an empty number box, or values that a program sent."""
     bounds = {
         "Tokens": (sampling.max_new_tokens, 1, served.limits.max_new_tokens),
         "Temperature": (sampling.temperature, 0, 10),
@@ -48,29 +48,31 @@ def check_sampling(served: Served, sampling: Sampling) -> None:
     }
     for name, (number, least, most) in bounds.items():
         if not isinstance(number, (int, float)) or not least <= number <= most:
-            raise InputError(f"{name} is a number from {least} to {most}; correct it.")
+            raise InputError(f"{name} must be a number from {least} to {most}; correct it.")
     if not isinstance(sampling.seed, int) or not 0 <= sampling.seed < 2**32:
-        raise InputError(f"The seed is a whole number from 0 to {2**32 - 1}; correct it.")
+        raise InputError(f"The seed must be a whole number from 0 to {2**32 - 1}; correct it.")
 
 
 def check_length(served: Served, text: str, what: str) -> None:
     most = served.limits.max_prompt_chars
     if len(text) > most:
-        raise InputError(f"{what} has {len(text):,} characters; {most:,} is the limit here. Shorten it.")
+        raise InputError(f"{what} has {len(text):,} characters, but the limit is {most:,}; shorten it.")
 
 
 def prompts_in(lines: Iterable[str]) -> list[str]:
-    """The lines that are not empty, without their ends."""
+    """The lines that are not empty, without line ends."""
     return [prompt for line in lines if (prompt := line.rstrip("\r\n")).strip()]
 
 
 def prompts_of(served: Served, text: str) -> list[str]:
-    """The prompts, one per line. Raises InputError where there are none, too many, or too long ones."""
+    """The prompts, one per line. Raises InputError if there are none, too many, or too long ones."""
     prompts = prompts_in(text.split("\n"))
     if not prompts:
         raise InputError("There is no prompt; write at least one line.")
     if len(prompts) > served.limits.max_prompts:
-        raise InputError(f"These are {len(prompts)} prompts; {served.limits.max_prompts} is the limit here.")
+        raise InputError(
+            f"There are {len(prompts)} prompts, but the limit is {served.limits.max_prompts}; remove some."
+        )
     for number, prompt in enumerate(prompts, 1):
         check_length(served, prompt, f"Prompt {number}")
     return prompts
@@ -80,7 +82,7 @@ def prompts_of(served: Served, text: str) -> list[str]:
 
 
 def by_turns(served: Served, steps: Iterator[T]) -> Iterator[T]:
-    """Each step computed while no other request's is."""
+    """Compute each step while no other request computes one."""
     while True:
         with served.lock:
             step = next(steps, None)
@@ -90,7 +92,7 @@ def by_turns(served: Served, steps: Iterator[T]) -> Iterator[T]:
 
 
 def at_most_every(seconds: float, values: Iterable[T]) -> Iterator[T]:
-    """The first value at once, later ones no faster than this, and the last."""
+    """The first value at once, later ones no more often than this, and always the last."""
     shown_at, waiting = 0.0, []
     for value in values:
         if time.monotonic() - shown_at > seconds:
@@ -109,7 +111,7 @@ def completions(
 ) -> Iterator[dict[str, list[str]]]:
     """The growing completions of every prompt, clean and, with latents, steered, from the same seeds.
 
-    Raises InputError, before the first, for what cannot be completed.
+    Raises InputError before the first step if something cannot be completed.
     """
     model, tokenizer = served.opened.model, served.opened.tokenizer
     check_sampling(served, sampling)
@@ -131,8 +133,8 @@ def completions(
 
 
 class Answer(NamedTuple):
-    dialogue: list[Message]  # with the message and as much of its answer as there is
-    n_forgotten: int  # messages, the oldest, that no longer fit the context
+    dialogue: list[Message]  # with the message and its answer so far
+    n_forgotten: int  # oldest messages that no longer fit the context
 
 
 def chat(
@@ -143,7 +145,7 @@ def chat(
     steering: Steering,
     sampling: Sampling,
 ) -> Iterator[Answer]:
-    """The dialogue with the message and its growing answer. Raises InputError, before the first, for bad input."""
+    """The dialogue with the message and its growing answer. Raises InputError before the first step for bad input."""
     if not message.strip():
         raise InputError("There is no message; write one.")
     check_length(served, message, "The message")
@@ -154,7 +156,7 @@ def chat(
     length = lambda messages: len(encode_dialogue(tokenizer, [*first, *messages], date))
     question = Message("user", message)
     check_context(model, length([question]), sampling.max_new_tokens)
-    read = [*dialogue, question]  # what the model reads of it
+    read = [*dialogue, question]  # the part that the model reads
     while length(read) + sampling.max_new_tokens > model.args.max_seq_len:
         del read[:2]
     n_forgotten = len(dialogue) + 1 - len(read)
@@ -164,7 +166,7 @@ def chat(
         [[*first, *read]],
         date,
         steering=served.opened.intervention(steering),
-        **sampling.options(1, first=len(dialogue) // 2),  # each answer is another sample
+        **sampling.options(1, first=len(dialogue) // 2),  # each answer has another seed
     )
     text = ""
     for (piece,) in by_turns(served, stream):
@@ -177,12 +179,12 @@ class Look(NamedTuple):
 
     tokens: list[str]
     latents: list[list[tuple[int, float]]]  # of each token, with activations, strongest first
-    token: int | None = None  # whose latents are listed
-    latent: int | None = None  # that colours the text
+    token: int | None = None  # the one whose latents are listed
+    latent: int | None = None  # the one that colours the text
 
 
 def look_at(served: Served, text: str) -> Look:
-    """A text as it is looked at first. Raises InputError for an empty or too long one."""
+    """The first look at a text. Raises InputError if it is empty or too long."""
     if not text.strip():
         raise InputError("There is no text; write something to look at.")
     check_length(served, text, "The text")

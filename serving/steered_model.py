@@ -1,4 +1,4 @@
-"""A model with its tokenizer and its SAE, opened by what a user names; what the terminal and the page share."""
+"""A model with its tokenizer and its SAE, opened as a user's options say; shared by the terminal and the page."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,25 +22,25 @@ from serving.steering import Steering, known_highest, make_steering
 
 TINY_SAE_PATH = str(Path(TINY_LLAMA_DIR) / "sae.pth")  # the embedded model's SAE
 
-_DATE_OF_THE_TEMPLATE = "26 Jul 2024"  # what Llama 3.1's published template writes when nobody names a date
+_DATE_OF_THE_TEMPLATE = "26 Jul 2024"  # what Llama 3.1's published template writes if no date is given
 
 
-# ---- what a user names
+# ---- a user's options
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What to open, named as the options of the terminal and the page; their comments explain each."""
+    """What to open. The fields are options of the terminal and the page, whose comments explain each."""
 
     llama_model_dir: str | None = None  # None: the embedded tiny Llama
     device: str = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     date: str = "auto"  # of a chat, "none", or "auto"
     sae_model_path: str | None = None
-    sae_layer_idx: int | None = None  # this and the next three: of an SAE without a JSON
+    sae_layer_idx: int | None = None  # this and the next three: for an SAE without a JSON
     k: int | None = None
     normalize_eps: float | None = None
-    rope_scaling_factor: float | None = None  # of the model, too, where there is no SAE
+    rope_scaling_factor: float | None = None  # also the model's, if there is no SAE
 
     @property
     def is_embedded(self) -> bool:
@@ -51,7 +51,7 @@ class ModelChoice:
         return self.llama_model_dir or TINY_LLAMA_DIR
 
     def about_sae(self) -> dict[str, Any]:
-        """What the options state of the SAE: it must not contradict its JSON, and replaces a missing one."""
+        """What the options say about the SAE: it must not contradict its JSON, and replaces a missing one."""
         facts = {name: getattr(self, name) for name in ("k", "normalize_eps", "rope_scaling_factor")}
         if self.sae_layer_idx is not None:
             facts["site"] = f"layers.{self.sae_layer_idx}.attention_norm"
@@ -68,7 +68,7 @@ class Sampling:
     seed: int
 
     def options(self, n: int, first: int = 0) -> dict[str, Any]:
-        """Arguments of `generate` for prompts `first` to first + n: each one has a seed of its own."""
+        """Arguments of `generate` for n prompts from number `first` on, each with its own seed."""
         limits = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "top_p": self.top_p}
         return limits | {"seeds": self.seeds(n, first)}
 
@@ -80,7 +80,7 @@ Job = TypeVar("Job", ModelChoice, Sampling)
 
 
 def taken_from(options: Mapping[str, Any], job: type[Job]) -> Job:
-    """A job whose fields are options of the same names."""
+    """A job, its fields filled from the options of the same names."""
     return job(**{field.name: options[field.name] for field in dataclasses.fields(job)})
 
 
@@ -89,7 +89,7 @@ def taken_from(options: Mapping[str, Any], job: type[Job]) -> Job:
 
 @dataclass(frozen=True)
 class SteeredModel:
-    """A model with its tokenizer and, where there is one, its SAE. Requests may share it; nobody changes it."""
+    """A model with its tokenizer and, if there is one, its SAE. Requests may share it: it is read-only."""
 
     choice: ModelChoice
     model: Transformer
@@ -97,7 +97,7 @@ class SteeredModel:
     date: str | None  # of a chat; None: without the date header
     sae: TopKSparseAutoencoder | None = None
     sae_path: str = ""  # empty without an SAE
-    meanings: Mapping[int, str] = dataclasses.field(default_factory=dict)  # the best one of each latent that has any
+    meanings: Mapping[int, str] = dataclasses.field(default_factory=dict)  # the best one of each latent that has one
 
     def need_sae(self) -> TopKSparseAutoencoder:
         if self.sae is None:
@@ -106,11 +106,11 @@ class SteeredModel:
 
     @cached_property
     def highest(self) -> Tensor | None:
-        """(n_latents,) each latent's highest observed activation; None, with a printed sentence, where not known."""
+        """(n_latents,) each latent's highest observed activation; None, with a printed sentence, if unknown."""
         return known_highest(self.sae_path)
 
     def intervention(self, steering: Steering) -> Intervention | None:
-        """`steering` of `generate`; None where nothing is steered. Raises InputError for what cannot be."""
+        """`steering` for `generate`; None if nothing is steered. Raises InputError for impossible steering."""
         if not steering.strengths:
             return None
         return make_steering(self.need_sae(), steering, self.highest, self.tokenizer.bos_id)
@@ -118,7 +118,7 @@ class SteeredModel:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, first: int, steering: Intervention | None
     ) -> Iterator[list[int | None]]:
-        """`llama_3.generation.generate` for prompts `first` and following, until the model's own stop tokens."""
+        """`llama_3.generation.generate` for prompts from number `first` on, until the model's own stop tokens."""
         options = sampling.options(len(prompts), first)
         return generate(self.model, prompts, stop_tokens=self.tokenizer.stop_ids, steering=steering, **options)
 
@@ -128,9 +128,9 @@ class SteeredModel:
 
 
 def open_model(choice: ModelChoice, needs_sae: bool = False) -> SteeredModel:
-    """Open what is named. needs_sae: with the embedded model its SAE too, where none is named.
+    """Open what is named. needs_sae: if no SAE is named, open the embedded model's own.
 
-    Raises InputError for what is missing, broken, or does not fit together.
+    Raises InputError for anything missing, broken, or mismatched.
     """
     device = pick_device(choice.device)
     sae_path = choice.sae_model_path
@@ -151,7 +151,7 @@ def open_model(choice: ModelChoice, needs_sae: bool = False) -> SteeredModel:
 
 
 def pick_device(name: str) -> str:
-    """auto: a GPU where there is one. Raises InputError for one that cannot be used."""
+    """auto: a GPU if there is one. Raises InputError for a device that cannot be used."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         torch.zeros(1, device=device)
@@ -169,7 +169,7 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
 
 
 def open_sae(path: str, device: str, choice: ModelChoice) -> TopKSparseAutoencoder:
-    """The SAE, once its site is known. Raises InputError."""
+    """The SAE. Raises InputError if its site is unknown."""
     sae = load_sae_model(path, device, **choice.about_sae())
     if "site" not in sae.info:
         raise InputError(f"{path} has no JSON that names its site; name its layer with --sae_layer_idx.")
@@ -180,7 +180,7 @@ def check_fits(sae: TopKSparseAutoencoder, sae_path: str, model: Transformer, mo
     """Raise InputError unless the model has the SAE's width and site."""
     if sae.d_model != model.args.dim:
         raise InputError(
-            f"{sae_path} has d_model {sae.d_model}, {model_dir} has {model.args.dim}; they do not belong together."
+            f"{sae_path} has d_model {sae.d_model}, but {model_dir} has {model.args.dim}; name an SAE of this model."
         )
     try:
         check_site(sae.info["site"], model.args.n_layers)

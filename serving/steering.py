@@ -3,7 +3,7 @@
 With z the normalised activation, v_i the value of latent i where TopK keeps it (else 0), d_i its direction, s_i its
 strength and m_i its highest observed activation, each mode changes the reconstruction z_hat = sum v_i d_i + b_pre by
 
-    h_bias  what encoding again gives with s_i m_i added to the latent's pre-activation (the published way)
+    h_bias  to what encoding gives with s_i m_i added to the latent's pre-activation (the published way)
     add     s_i m_i d_i
     clamp   (s_i m_i - v_i) d_i
     scale   (s_i - 1) v_i d_i
@@ -11,7 +11,7 @@ strength and m_i its highest observed activation, each mode changes the reconstr
 
 times the activation's std. With `keep_error` the change is added to the activation itself, so what the SAE does not
 reconstruct stays; without, the changed reconstruction replaces the activation. benchmarks/steering.py compares them.
-Clamping is that of Templeton et al. 2024, "Scaling Monosemanticity", under "Influence on Behavior".
+Clamping follows Templeton et al. 2024, "Scaling Monosemanticity", under "Influence on Behavior".
 """
 
 import math
@@ -44,7 +44,7 @@ def make_steering(
 ) -> Intervention:
     """For `generate(steering=...)` and `model.intervene(*...)`: `steering_function` at the SAE's site.
 
-    bos_id: begin-of-text keeps its activations, since no SAE here was trained on it; None where a model has none.
+    bos_id: begin-of-text keeps its activations, since no SAE here was trained on it; None if the model has none.
     """
     function = steering_function(sae, steering.strengths, highest, steering.mode, steering.keep_error)
     return Intervention(sae.info["site"], function, () if bos_id is None else (bos_id,))
@@ -61,9 +61,9 @@ def steering_function(
 
     strengths: latent -> strength, in multiples of `highest`; in mode scale the factor itself.
     highest: (n_latents,), each latent's highest observed activation, normalised space (`highest_activations`); None
-    where it is not known: a strength then counts in plain activation.
+    if unknown: strengths are then plain activations.
     With keep_error, strength 0 (h_bias, add) and factor 1 (scale) return x bit for bit. The function holds all its
-    state and changes none: requests share nothing but the SAE. Raises InputError as `check_latents`.
+    state and changes none: requests share only the SAE. Raises InputError as `check_latents` does.
     """
     if highest is None:
         highest = torch.ones(sae.n_latents)
@@ -101,8 +101,8 @@ def steering_function(
 
 
 def check_latents(strengths: Mapping[int, float], highest: Tensor, mode: str = DEFAULT_MODE) -> None:
-    """Raise InputError for an unknown mode, a latent outside range(n_latents) or one that never fired, and a strength
-    that is not finite. highest: (n_latents,)."""
+    """Raise InputError for an unknown mode, a latent outside range(n_latents), one that never fired, or a strength that
+    is not finite. highest: (n_latents,)."""
     if mode not in MODES:
         raise InputError(f"There is no steering mode {mode!r}; choose one of {', '.join(MODES)}.")
     for latent, strength in strengths.items():
@@ -123,25 +123,25 @@ def highest_activations(sae_path: str | Path) -> Tensor:
 
 
 def known_highest(sae_path: str | Path) -> Tensor | None:
-    """`highest_activations`; None, with a printed sentence, where a published SAE comes without them."""
+    """`highest_activations`; None, with a printed sentence, if a published SAE comes without them."""
     try:
         return highest_activations(sae_path)
     except InputError as error:
-        print(f"{error} Until then a strength counts in plain activation.", file=sys.stderr)
+        print(f"{error} Until then strengths are plain activations.", file=sys.stderr)
         return None
 
 
 def strength_of_each(latents: Sequence[int], strengths: Sequence[float]) -> dict[int, float]:
-    """Latent -> strength, from the options --latents and --strengths. A single strength counts for all.
+    """Latent -> strength, from the options --latents and --strengths. A single strength applies to all.
 
-    Raises InputError where they do not fit together.
+    Raises InputError if they do not fit together.
     """
     if len(strengths) == 1:
         strengths = [*strengths] * len(latents)
     if len(strengths) != len(latents):
         raise InputError(
-            f"--latents names {len(latents)}, --strengths {len(strengths)}; give one strength for each or one for all."
+            f"--latents names {len(latents)}, --strengths {len(strengths)}; give one for each or one for all."
         )
     if len(set(latents)) < len(latents):
-        raise InputError("--latents names a latent twice; name it once, with the strength it shall have.")
+        raise InputError("--latents names a latent twice; name it once, with one strength.")
     return dict(zip(latents, strengths, strict=True))

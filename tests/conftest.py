@@ -1,4 +1,4 @@
-"""What several test files share: a tiny checkpoint in Meta's format, and hypothesis without time limits.
+"""Shared by test files: a tiny checkpoint in Meta's format, and hypothesis without time limits.
 
 .venv/bin/python -m pytest tests
 """
@@ -24,7 +24,7 @@ TINY_MERGES = (
 )  # fmt: skip
 TINY_VOCAB_SIZE = 256 + len(TINY_MERGES) + 256  # bytes, merges, special tokens
 
-# Dimensions that all differ: head_dim 6, two query heads a key head, 120 in the feed-forward layer.
+# All dimensions differ: head_dim 6, two query heads per key head, 120 in the feed-forward layer.
 TINY_PARAMS = {
     "dim": 36,
     "n_layers": 3,
@@ -47,7 +47,7 @@ def tiny_ranks() -> dict[bytes, int]:
 def write_tiny_model(folder: Path | str, seed: int = 0, tied: bool = False, dtype: str = "float32", **overrides: Any):
     """Write a checkpoint in Meta's format with random weights into `folder`, and return the folder.
 
-    overrides: entries of params.json. Weights are wide enough for attention to be sharp, norms are not 1, so that
+    overrides: entries of params.json. Weights are large enough for attention to be sharp and norms are not 1, so that
     errors show.
     """
     import torch
@@ -79,5 +79,5 @@ def write_tiny_model(folder: Path | str, seed: int = 0, tied: bool = False, dtyp
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny checkpoint that the tests of a session share; write your own to change it."""
+    """A tiny checkpoint shared by the tests of a session; to change one, write your own."""
     return write_tiny_model(tmp_path_factory.mktemp("tiny_model"))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import PROJECT_DIR
 
-# Each imports only from those before it, and from itself.
+# Each imports only from itself and those before it.
 ORDER = ["pipeline.errors", "llama_3", "pipeline", "sae", "autoencoder", "embedded", "latents", "claude", "serving"]
 ROOMS = [name for name in ORDER if (PROJECT_DIR / name).is_dir()]
 SCRIPTS = sorted(path.stem for path in PROJECT_DIR.glob("*.py") if path.stem != "sae")
@@ -23,7 +23,7 @@ def modules(folder: str = "") -> Iterator[Path]:
 
 
 def imports(path: Path) -> set[str]:
-    """Modules of this project that a file imports, anywhere in it, as dotted names."""
+    """Modules of this project imported anywhere in a file, as dotted names."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -40,7 +40,7 @@ def is_room(module: str | None) -> bool:
 
 
 def place(module: str) -> int:
-    """Where a module stands in ORDER; scripts come last."""
+    """A module's position in ORDER; scripts come last."""
     if module in ORDER:
         return ORDER.index(module)
     room = module.split(".")[0]

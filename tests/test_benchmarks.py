@@ -1,4 +1,4 @@
-"""Every benchmark starts as its docstring shows, from any folder; what they share.
+"""Every benchmark starts as its docstring shows, from any folder; and tests of what they share.
 
 .venv/bin/python -m pytest tests/test_benchmarks.py
 """

@@ -1,8 +1,8 @@
-"""Captured activations against `model.activations` of each sentence alone, and the rest of the stage's promises.
+"""Captured activations against `model.activations` of each sentence alone, and the stage's other guarantees.
 
-Float32 rounds differently in batches of other shapes, so a stored bfloat16 may be its neighbour (one ulp). Shards of a
-killed run that was continued must be byte-identical: the batches are the same ones. So must those of two processes be:
-see test_faults.py.
+Float32 rounds differently in batches of other shapes, so a stored bfloat16 may be off by one ulp. Shards of a run that
+was killed and continued must be byte-identical, since the batches are the same. So must those of two processes: see
+test_faults.py.
 
     .venv/bin/python -m pytest tests/test_capture.py
 """
@@ -74,7 +74,7 @@ def token_ids(tiny_model_dir):
 
 
 def assert_within_an_ulp(stored, expected):
-    """stored: bfloat16; expected: float32. Equal to the rounded value or its neighbour, and almost always equal."""
+    """stored: bfloat16; expected: float32. At most one ulp from the rounded value, and almost always equal to it."""
     rounded = expected.to(torch.bfloat16)
     _, exponent = torch.frexp(rounded.float())
     ulp = 2.0 ** (exponent - 8)  # frexp's mantissa is in [0.5, 1), bfloat16 has 8 bits of it
@@ -121,11 +121,11 @@ def test_counts(captured, tiny_model_dir, token_ids):
         "empty_sentences": lengths.count(0),
         "cut_sentences": sum(n > MAX_TOKENS for n in lengths),
     }
-    assert lengths.count(0) > 0 and max(lengths) > MAX_TOKENS  # the data has what this is about
+    assert lengths.count(0) > 0 and max(lengths) > MAX_TOKENS  # the data covers this case
 
 
 def test_the_manifest_states_where_the_activations_come_from(options, captured, tiny_model_dir, tmp_path, monkeypatch):
-    """Another working directory reads the same; the same run twice is the same run, another one is not."""
+    """It reads the same from another working directory; a repeated run counts as the same, a different one does not."""
     stores = {site: ActivationStore(captured / site) for site in SITES}
     monkeypatch.chdir(tmp_path)
     for site, store in stores.items():
@@ -238,7 +238,7 @@ def test_batches_hold_every_index_once_within_the_budget(lengths, batch_tokens):
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= batch_tokens
     for batch, after in zip(batches, batches[1:], strict=False):
-        assert (len(batch) + 1) * lengths[batch[0]] > batch_tokens and after  # none could take one more
+        assert (len(batch) + 1) * lengths[batch[0]] > batch_tokens and after  # no batch had room for one more
 
 
 # ---- processes and interruptions
@@ -281,7 +281,7 @@ def test_interrupted_run_continues(options, captured, tmp_path, monkeypatch):
 
 
 def test_a_lost_window_is_captured_again(options, captured, tmp_path):
-    """The state a kill leaves: no complete manifest, no notes but of finished windows, half of a window's shards."""
+    """The state after a kill: no complete manifest, notes of finished windows only, half of a window's shards."""
     out = tmp_path / "out"
     call(capture, **options, sites=[SITE], output_dir=out)
     manifest = json.loads((out / SITE / MANIFEST).read_text())
@@ -300,7 +300,7 @@ def test_a_lost_window_is_captured_again(options, captured, tmp_path):
 
 @pytest.mark.parametrize("damage", ["gone", "truncated"])
 def test_a_noted_window_whose_shard_is_lost_is_captured_again(options, captured, tmp_path, monkeypatch, damage):
-    """What a careless `rm`, or a crash of the machine, leaves of an unfinished run."""
+    """What a careless `rm` or a machine crash leaves of an unfinished run."""
     out = tmp_path / "out"
 
     def interrupted(folder, name, complete, **fields):
@@ -332,7 +332,7 @@ def test_killed_between_the_manifest_and_the_tidying_up(options, captured, tmp_p
 
 
 def small_memory(monkeypatch, n_tokens):
-    """A device whose memory holds batches of n_tokens; returns the sizes of the batches that were tried."""
+    """A device with memory for batches of n_tokens; returns the sizes of the batches that were tried."""
     tried = []
     activations = Transformer.activations
 
@@ -350,7 +350,7 @@ def test_a_batch_that_does_not_fit_the_gpu_is_halved(options, tiny_model_dir, to
     with monkeypatch.context() as patch:
         tried = small_memory(patch, 60)
         call(capture, **options, sites=SITES, output_dir=tmp_path / "out")
-    assert max(tried) > 120 and sum(n > 60 for n in tried) <= 3  # it halves what follows too, and does not try again
+    assert max(tried) > 120 and sum(n > 60 for n in tried) <= 3  # later batches are halved without another try
     assert "A batch did not fit the GPU's memory" in capsys.readouterr().out
     model = load_model(tiny_model_dir)
     for site in SITES:
@@ -411,7 +411,7 @@ def test_another_site_later_in_the_same_folder(options, captured, tmp_path):
 
 
 def test_killed_between_the_manifests_of_two_sites(options, captured, tmp_path, monkeypatch):
-    """Every window is written by then: continuing must compute nothing."""
+    """By then every window is written, so continuing must compute nothing."""
 
     def interrupted(folder, name, complete, **fields):
         if complete and folder.name == SITES[1]:
@@ -493,7 +493,7 @@ def test_refuses_a_folder_begun_with_another_constant(options, captured, tmp_pat
 
 
 def test_refuses_other_published_sentences_in_the_same_folder(options, tmp_path, capsys):
-    """They come without checksums: size and time of change must do."""
+    """They have no checksums, so size and modification time must do."""
     published = tmp_path / "published"
     published.mkdir()
     write = lambda text: pq.write_table(pa.table({"text": [text] * 9}), published / "train.parquet")
@@ -506,7 +506,7 @@ def test_refuses_other_published_sentences_in_the_same_folder(options, tmp_path,
 
 
 def test_sentences_of_a_single_file(options, tmp_path):
-    """What lies beside it does not count, neither here nor for those who read the activations."""
+    """Other files beside it are ignored, here and by whoever reads the activations."""
     for name in ("a", "b"):
         pq.write_table(pa.table({"text": [f"{name} {i}" for i in range(5)]}), tmp_path / f"{name}.parquet")
     chosen = options | {"sentences_dir": tmp_path / "b.parquet", "num_samples": 0}
@@ -532,7 +532,7 @@ def test_refuses_numbers_out_of_range(options, tmp_path, capsys, name, value, sa
 
 
 def test_too_small_a_disk_leaves_nothing(options, tmp_path, capsys, monkeypatch):
-    """Not even a manifest that would refuse other options later."""
+    """Not even a manifest, which would later refuse other options."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     chosen = options | {"sites": [SITE], "output_dir": tmp_path / "out"}
     assert "free some or write elsewhere" in refusal(capsys, capture, **chosen)
@@ -570,7 +570,7 @@ def test_nan_names_the_sentence(options, tiny_model_dir, tmp_path, capsys, where
 
 
 def test_nan_names_the_sentence_of_a_large_set(options, tiny_model_dir, tmp_path, capsys):
-    """From 2,000 sentences on, every second or fewer measure the rate."""
+    """From 2,000 sentences on, at most every second one is used to measure the rate."""
     model_dir = with_nan_for("#", tiny_model_dir, tmp_path / "model")
     sentences_dir = write_sentences_to(tmp_path / "sentences", ["the #" if i == 10 else "aaaa" for i in range(2000)])
     changed = {"model_dir": model_dir, "sentences_dir": sentences_dir, "sites": [SITE]}

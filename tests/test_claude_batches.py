@@ -34,7 +34,7 @@ def server(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_long_waits(monkeypatch):
-    """Waits last a hundredth, so that a second of backoff does not make the tests slow."""
+    """Waits are a hundred times shorter, so that backoff does not slow the tests."""
     monkeypatch.setattr(mb, "LONGEST_WAIT_S", 0.01)
 
 
@@ -44,7 +44,7 @@ def a_request(custom_id: str, text: str = "What is this?") -> dict:
 
 
 def send(path: Path, ids: list[str], per_batch: int = 4, settle_s: float = 0.2) -> None:
-    """What a script does: reconcile, leave out what is under way, send the rest."""
+    """As a script does: reconcile, leave out what is in flight, send the rest."""
     client = connect()
     with open_journal(path, "testing") as journal, api_errors():
         reconcile(client, journal, settle_s)
@@ -101,8 +101,8 @@ def test_the_intent_is_on_disk_before_the_call_and_the_id_after_it(server, tmp_p
 def test_an_unclear_failure_stays_unclear_until_the_list_was_read(server, tmp_path):
     path = tmp_path / "ids.jsonl"
     server.plan["create"] += ["create then 500"]
-    server.plan["list"] += [None, Fail(500), Fail(500), Fail(500)]  # the client asks thrice
-    with pytest.raises(Stop, match="out of order"):
+    server.plan["list"] += [None, Fail(500), Fail(500), Fail(500)]  # the client tries three times
+    with pytest.raises(Stop, match="busy or failing"):
         send(path, ids(3))
     assert Journal(path).unclear()
     send(path, ids(3))
@@ -143,7 +143,7 @@ def test_two_batches_that_both_fit_are_left_to_the_user(server, tmp_path):
     with pytest.raises(InputError, match="could each be"):
         send(path, ids(3))
     assert len(server.batches) == 2
-    for batch in server.batches:  # when they have ended, their custom_ids tell them apart
+    for batch in server.batches:  # once they have ended, their custom_ids tell them apart
         server.end(batch)
     send(path, ids(3))
     (batch,) = Journal(path).batches
@@ -156,7 +156,7 @@ def test_two_batches_that_both_fit_are_left_to_the_user(server, tmp_path):
         (Fail(401, "invalid x-api-key"), "refuses the key"),
         (Fail(400, NO_CREDIT), "no credit"),
         (Fail(402, "billing"), "no credit"),
-        (Fail(403, "not for you"), "may not do this"),
+        (Fail(403, "not for you"), "not allowed to do this"),
         (Fail(400, "requests.0.params.max_tokens: Field required"), "max_tokens"),
         (Fail(413, "too large"), "too large"),
     ],
@@ -222,7 +222,7 @@ def test_batches_keep_order_and_limits(tmp_path_factory, texts, most, max_bytes)
     assert [r for batch in batches for r in batch] == requests
     body = lambda batch: len(as_json({"requests": batch}))
     assert all(len(batch) <= most and (len(batch) == 1 or body(batch) <= max_bytes) for batch in batches)
-    for batch, after in zip(batches, batches[1:], strict=False):  # none is smaller than it must be
+    for batch, after in zip(batches, batches[1:], strict=False):  # none is smaller than necessary
         assert len(batch) == most or body([*batch, after[0]]) > max_bytes
 
 
@@ -314,7 +314,7 @@ def test_answers_are_stored_whole_and_as_the_api_gives_them(server, tmp_path, pl
 def test_a_batch_that_never_comes_whole_leaves_no_file_and_the_others_are_stored(server, tmp_path):
     sent(server, tmp_path / "ids.jsonl")
     server.plan["results"] += ["cut at a line end"] * mb.RESULTS_ATTEMPTS
-    with pytest.raises(Stop, match="msgbatch_0001 do not come whole"):
+    with pytest.raises(Stop, match="msgbatch_0001 arrive incomplete"):
         retrieve(connect(), tmp_path / "ids.jsonl", tmp_path / "answers", wait=False, poll_s=0)
     assert sorted(results_on_disk(tmp_path / "answers")) == ["3", "4", "5"]
     retrieve(connect(), tmp_path / "ids.jsonl", tmp_path / "answers", wait=False, poll_s=0)

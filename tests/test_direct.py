@@ -49,7 +49,7 @@ def answers(options: dict) -> list[dict]:
 
 
 def test_the_scripts_that_ask_have_the_same_defaults():
-    """What both have, they have with the same value and the same help text."""
+    """Options that both have, have the same value and the same help text."""
     lines = [
         {line.partition(":")[0].partition(" =")[0]: line for line in Path(asking.__file__).read_text().splitlines()}
         for asking in (script, send_script)
@@ -137,7 +137,7 @@ def test_when_one_request_fails_for_good_the_answers_under_way_are_kept(server, 
     [
         (Fail(401, "invalid x-api-key"), "refuses the key"),
         (Fail(400, NO_CREDIT), "no credit"),
-        (Fail(403, "not for you"), "may not do this"),
+        (Fail(403, "not for you"), "not allowed to do this"),
         (Fail(404, "model: claude-haiku-5-5"), "check the model's name"),
     ],
     ids=str,

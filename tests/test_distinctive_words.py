@@ -1,5 +1,5 @@
 """Names of latents by their distinctive words: planted words must be found, scores must equal the published formula,
-features must be those that one reads off the marked text.
+and features must be those one reads off the marked text.
 
 .venv/bin/python -m pytest tests/test_distinctive_words.py
 """
@@ -39,7 +39,7 @@ def sentence(rng: random.Random, *words: str) -> str:
 
 
 def top_rows(latent: int, aggregation: str, texts: list[str], word: str | None = None) -> list[dict]:
-    """Rows of sentences; the latent fires on all their tokens, or on those of one word of theirs."""
+    """Rows of sentences; the latent fires on all their tokens, or on those of one word."""
     rows = []
     for rank, text in enumerate(texts):
         ids = TOKENIZER.encode(text)
@@ -72,7 +72,7 @@ def sae_path(tmp_path):
     rows += top_rows(24, "mean", [f"{i} + {i}" for i in range(10)])
     # Latent 25 fires on the word, not on the rarer one beside it.
     rows += top_rows(25, "mean", [f"The quokka reads a file and then {i} more." for i in range(30)], "file")
-    # By last token latent 3 means something else; only the first 50 ranks count.
+    # By last token, latent 3 has another meaning; only the first 50 ranks count.
     rows += top_rows(3, "last", [sentence(rng, "tail" if i < 50 else "beyond") for i in range(100)])
     rows.sort(key=lambda row: row["latent"])
     table = pa.Table.from_pylist(rows)
@@ -173,13 +173,13 @@ words = st.sampled_from("abcdefgh")
     st.floats(0.1, 500),
 )
 def test_z_scores_equal_the_published_formula(top, corpus, more, n_corpus, prior):
-    """Monroe, Colaresi and Quinn (2008), equations 16, 20 and 22, with "word w stands in the sentence" as the event:
+    """Monroe, Colaresi and Quinn (2008), equations 16, 20 and 22, with "the sentence contains word w" as the event:
 
     delta_w = log((y_w + a_w) / (n + a_0 - y_w - a_w)) - log((Y_w + a_w) / (N + a_0 - Y_w - a_w))
     var_w   = 1 / (y_w + a_w) + 1 / (Y_w + a_w)
     z_w     = delta_w / sqrt(var_w)
 
-    y of the n top sentences and Y of the N corpus sentences hold w; the prior's a_0 sentences are like the corpus.
+    y of the n top sentences and Y of the N corpus sentences contain w; the prior's a_0 sentences are like the corpus.
     """
     n_top = max(top.values()) + more + 1
     scores = distinctive.z_scores(Counter(top), n_top, Corpus(Counter(corpus), n_corpus), prior)
@@ -202,7 +202,7 @@ def test_scores_order_words_as_one_would():
 
 
 def test_a_word_unseen_in_the_sample_of_the_corpus_beats_a_common_one():
-    """The corpus is known by a sample: of 25 million sentences, a word in 300 of them is usually not in it."""
+    """The corpus is only sampled: a word in 300 of 25 million sentences is usually not in the sample."""
     corpus = Counter({"the": 30_000, "llama": 0})
     scores = distinctive.z_scores(Counter({"the": 45, "llama": 50}), 50, Corpus(corpus, 50_000), 20.0)
     assert scores["llama"] > scores["the"]
@@ -224,7 +224,7 @@ def test_a_word_comes_before_parts_and_sequences_that_add_nothing():
 
 
 def held(*marked: str) -> set[str]:
-    """The features of tokens, those between * being strong."""
+    """The features of tokens; those between * are strong."""
     tokens = [token.strip("*").encode() for token in marked]
     return features(tokens, [token.startswith("*") for token in marked])
 

@@ -1,7 +1,7 @@
 """README, CONTRIBUTING and docs/ against the code: commands and their options, links, the tree, names, fields of files.
 
-A command is parsed with the options of the script it names, so that an option or value that is no longer right fails
-here. Of a script only what stands above its first function is run: its cheap imports and its constants.
+A command is parsed with the options of the script it names, so an outdated option or value fails here. Of a script only
+the part above its first function is run: its cheap imports and its constants.
 
     .venv/bin/python -m pytest tests/test_docs.py
 """
@@ -59,7 +59,7 @@ def code_blocks(page: str, language: str) -> list[str]:
 
 
 def commands(code: str) -> Iterator[list[str]]:
-    """The command lines of shell code, in words; without comments and the assignments before a command."""
+    """The command lines of shell code, split into words, without comments and the assignments before a command."""
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         while words and _ASSIGNMENT.fullmatch(words[0]):
@@ -69,7 +69,7 @@ def commands(code: str) -> Iterator[list[str]]:
 
 
 def examples_in(docstring: str) -> str:
-    """The indented command lines of a docstring as shell code. A remark behind one stands after # or several spaces."""
+    """The indented command lines of a docstring as shell code. Remarks follow after # or several spaces."""
     joined = re.sub(r"\\\n *", " ", docstring)
     lines = re.findall(r"^ {4}((?:[A-Z_]+=\S+ )*(?:\S*python|torchrun|make) .*)$", joined, re.M)
     return "\n".join(re.split(" {4,}", line)[0] for line in lines)
@@ -110,7 +110,7 @@ def what_stands_above_the_functions(script: Path) -> dict:
     first = next(i for i, node in enumerate(tree.body) if isinstance(node, end) and not is_check(node))
     body = [node for node in tree.body[:first] if not isinstance(node, ast.Expr)]
     module_globals = {"__file__": str(script), "__doc__": ast.get_docstring(tree), "__name__": script.stem}
-    sys.path.insert(0, str(script.parent))  # as for a script that is run
+    sys.path.insert(0, str(script.parent))  # as when a script is run
     try:
         exec(compile(ast.Module(body, []), script, "exec"), module_globals)
     finally:
@@ -176,7 +176,7 @@ def test_the_readme_trains_as_the_demo_does():
 
 
 def prose(page: str) -> str:
-    """A page without its blocks of code."""
+    """A page without its code blocks."""
     return re.sub(r"^```.*?^```", "", page, flags=re.M | re.S)
 
 
@@ -214,7 +214,7 @@ def test_the_readme_is_short():
 
 def test_the_readme_says_early_what_it_has_not_run_on():
     first_screen = (PROJECT_DIR / "README.md").read_text(encoding="utf-8")[:1500]
-    assert "has run on a real Llama 3.2 nor on a GPU" in first_screen
+    assert "has run on a real Llama 3.2 or on a GPU" in first_screen
 
 
 @each([page for page in PAGES if page.name != "CHANGELOG.md"])

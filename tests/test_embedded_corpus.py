@@ -1,4 +1,4 @@
-"""Prose out of docstrings written by hand: sentences stay, code, tables and markup go.
+"""Prose from docstrings written for the tests: sentences stay; code, tables and markup go.
 
 .venv/bin/python -m pytest tests/test_embedded_corpus.py
 """
@@ -236,7 +236,7 @@ def test_a_real_file(sources):
 
 
 def test_documents(tmp_path, monkeypatch, capsys):
-    """Held-out documents come first and keep what they share with others; a paragraph is there once."""
+    """Held-out documents come first and keep paragraphs they share with others; no paragraph occurs twice."""
     shared = "This very sentence stands in two of the files."
     files = {
         "zz.py": f'"""{shared}\n\nThe last of the files has this to say."""',

@@ -69,7 +69,7 @@ def run(model, sae, sentences, batch_tokens=40, bos_id=None) -> dict:
 
 
 def log_probs(model, tokens: list[int], replace=None, n_kept: int = 0) -> torch.Tensor:
-    """Of every position but the last, float64. replace: function of the site's activations, not of the first n_kept."""
+    """At every position but the last, float64. replace: maps the site's activations, except the first n_kept."""
 
     def hook(_module, _inputs, x):
         return torch.cat([x[:, :n_kept], replace(x[:, n_kept:])], dim=1)
@@ -154,7 +154,7 @@ def naive(model, sae, sentences, bos_id=None) -> dict:
 
 
 def check(found: dict, expected: dict) -> None:
-    """Everything equal; found and expected are used up."""
+    """Everything must be equal; consumes found and expected."""
     for name in ("loss_recovered", "loss_recovered_mean"):
         # Ratios of small differences between losses in float32: their rounding shows in its fourth digit.
         assert found.pop(name) == pytest.approx(expected.pop(name), rel=2e-3, abs=1e-4)
@@ -165,7 +165,7 @@ def check(found: dict, expected: dict) -> None:
 
 
 def check_histogram(histogram: dict, counts: list[int], n_tokens: int) -> None:
-    """Every latent that fires is in the bin above whose lower end, and up to whose upper end, its frequency lies."""
+    """Every firing latent is in the bin whose lower end is below its frequency and whose upper end is not."""
     edges = histogram["log10_edges"]
     where = [math.log10(n / n_tokens) for n in counts if n]
     expected = [sum(left < x <= right for x in where) for left, right in zip(edges, edges[1:], strict=False)]
@@ -181,7 +181,7 @@ def check_histogram(histogram: dict, counts: list[int], n_tokens: int) -> None:
 @pytest.mark.parametrize("bos_id", [None, BOS_ID])
 def test_equals_the_naive_computation(model, sae, sentences, batch_tokens, bos_id):
     expected = naive(model, sae, sentences, bos_id)
-    # The data has what this is about: latents below k, silent and dense ones, four different losses.
+    # The data covers these cases: latents below k, silent and dense ones, four different losses.
     assert 0 < expected["l0"] < K and 20 / N_LATENTS <= expected["silent_frac"] < 1
     assert 2 / N_LATENTS <= expected["dense_frac"] < 1
     assert len({round(expected[f"loss_{name}"], 3) for name in ("clean", "spliced", "zeroed", "mean")}) == 4
@@ -242,7 +242,7 @@ def test_zero_recovers_nothing(model, sentences, bos_id):
 
 
 def test_a_function_is_measured_as_the_sae_it_is(model, sae, sentences):
-    """As a peer's SAE is: a function of raw activations."""
+    """As a peer's SAE is, a function of raw activations."""
     expected = run(model, sae, sentences)
     found = run(model, lambda x: sae(x), sentences)
     for name in ("l0", "n_latents", "silent_frac", "dense_frac"):
@@ -309,7 +309,7 @@ TEXTS = some_texts(80)
 
 @pytest.fixture
 def info(tiny_model_dir, tmp_path):
-    """What sae_training.py writes beside an SAE, as far as the evaluation reads it."""
+    """The fields that sae_training.py writes beside an SAE and the evaluation reads."""
     return {
         "site": SITE,
         "begin_of_text": False,
@@ -345,7 +345,7 @@ def forms() -> dict[str, str]:
 
 @pytest.mark.parametrize(("n", "begin_of_text"), [(2000, False), (7, True)])
 def test_script_takes_the_held_out_sentences(sae_path, sae, info, model, tiny_model_dir, capsys, n, begin_of_text):
-    """begin_of_text: also with other sentences than those of the training, which then have to be named."""
+    """begin_of_text: also with sentences other than those of the training, which then must be named."""
     trained_on = info["dataset"] | {"shards": [], "sentences_in_all": 80}
     if begin_of_text:
         trained_on |= {"shards": ["other sentences"], "sentences_in_all": 81}
@@ -401,7 +401,7 @@ def test_script_puts_several_side_by_side(sae_path, sae, info, tmp_path, capsys)
     for name in ("fvu", "l0", "loss_clean", "kl_spliced", "loss_recovered_mean"):
         assert rows[name] == [forms()[name].format(result[name]) for result in results]
     heading = next(line for line in out.splitlines() if line.startswith("  "))
-    assert heading.split() == list(map(str, paths))  # two are called sae: the columns have their paths
+    assert heading.split() == list(map(str, paths))  # two are called sae, so the columns have their paths
     assert [result["site"] for result in results] == [SITE, SITE, other_site]
     assert results[0]["loss_clean"] == results[1]["loss_clean"] == results[2]["loss_clean"]
     assert results[0]["loss_zeroed"] == results[1]["loss_zeroed"] != results[2]["loss_zeroed"]

@@ -1,8 +1,8 @@
-"""The data stages under kill -9 and on a full disk: what comes out equals an uninterrupted run's, byte for byte.
+"""The data stages under kill -9 and on a full disk: the output equals an uninterrupted run's, byte for byte.
 
-A stage is killed with all its processes when its output folder holds a random number of files, and started again. The
-manifest's time of writing, and the commit should one be made meanwhile, are all that may differ. A few kills of each
-stage by default; FAULT_KILLS=10 for ten.
+A stage is killed with all its processes once its output folder has a random number of files, and started again. Only
+the manifest's time of writing, and the commit if one is made meanwhile, may differ. A few kills per stage by default;
+FAULT_KILLS=10 for ten.
 
     FAULT_KILLS=10 .venv/bin/python -m pytest tests/test_faults.py
 """
@@ -45,7 +45,7 @@ WIDTH = 240  # of the activations that are preprocessed
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but locks, by name; manifests without when, and at which commit, they were written."""
+    """Every file except locks, by name; manifests without their time and commit of writing."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".lock")):
         data = path.read_bytes()
@@ -59,7 +59,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def n_files(folder: Path) -> int:
-    """Files in the folder; it may be changing."""
+    """Number of files in the folder, which may be changing."""
     return sum(len(files) for _, _, files in os.walk(folder))
 
 
@@ -67,7 +67,7 @@ def n_files(folder: Path) -> int:
 
 
 def family(pid: int) -> list[int]:
-    """The process and all its descendants: torchrun's workers are in groups of their own."""
+    """The process and all its descendants: torchrun's workers have their own process groups."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
@@ -95,8 +95,8 @@ def family_state(pid: int) -> str:
 
 
 def survives_kills(command: list[str], out: Path, expected: dict[str, bytes], n_kills: int, most_files: int) -> None:
-    """Kill the command n_kills times, when `out` holds a random number of files up to most_files; compare each time it
-    comes to an end, and at last let it."""
+    """Kill the command n_kills times, once `out` has a random number of files up to most_files, then let it finish;
+    compare whenever it finishes."""
     rng = random.Random(n_kills)
     start = lambda: subprocess.Popen(
         command, cwd=PROJECT_DIR, env=without_ranks(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -164,12 +164,12 @@ def activations(tmp_path_factory) -> Path:
 
 
 def preprocessing_options(activations: Path, out: Path) -> dict:
-    options = {"batch_size": 16, "shard_gb": 17 * 2 * WIDTH / 1e9, "num_processes": 1}  # a batch a shard
+    options = {"batch_size": 16, "shard_gb": 17 * 2 * WIDTH / 1e9, "num_processes": 1}  # one batch per shard
     return {"input_dir": activations, "output_dir": out, **options}
 
 
 def uninterrupted(script, options: dict) -> dict[str, bytes]:
-    """What the stage writes in one go; the folder is emptied again, for another run at the same place."""
+    """What the stage writes without interruption; the folder is emptied again, for another run in the same place."""
     out = Path(options["output_dir"])
     call(script, **options)
     expected = contents(out)
@@ -188,7 +188,7 @@ def test_sentences_survive_kills(documents, tmp_path):
 
 @pytest.mark.slow
 def test_capture_survives_kills_under_torchrun(tiny_model_dir, sentences_dir, tmp_path):
-    """Two processes, against one."""
+    """Two processes against one."""
     options = capture_options(tiny_model_dir, sentences_dir, tmp_path / "out")
     expected = uninterrupted(capture_activations, options)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -198,7 +198,7 @@ def test_capture_survives_kills_under_torchrun(tiny_model_dir, sentences_dir, tm
 
 @pytest.mark.slow
 def test_workers_end_with_a_killed_torchrun(tiny_model_dir, sentences_dir, tmp_path):
-    """kill -9 of torchrun alone: its workers do not go on holding the folder, and the command continues."""
+    """kill -9 of torchrun alone: its workers do not keep the folder locked, and the command can continue."""
     options = capture_options(tiny_model_dir, sentences_dir, tmp_path / "out")
     expected = uninterrupted(capture_activations, options)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -243,7 +243,7 @@ def test_preprocessing_survives_kills(activations, tmp_path, n_processes):
 
 @contextlib.contextmanager
 def files_of_at_most(n_bytes: int) -> Iterator[None]:
-    """Writing beyond that fails with an OSError, as on a full disk."""
+    """Writing more fails with an OSError, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
     try:
@@ -287,7 +287,7 @@ def test_a_full_disk_while_the_sentences_are_made_ready(tiny_model_dir, tmp_path
 
 @pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounting needs root")
 def test_a_disk_that_is_really_full(activations, tmp_path, capsys):
-    """A tmpfs with room for the first pass, 1.1 MB, and a part of the second."""
+    """A tmpfs with room for the first pass, 1.1 MB, and part of the second."""
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", tmp_path / "."], capture_output=True, text=True
     )
@@ -295,7 +295,7 @@ def test_a_disk_that_is_really_full(activations, tmp_path, capsys):
         pytest.skip(mounted.stderr)
     try:
         options = preprocessing_options(activations, tmp_path / "out")
-        with_room: Callable[..., None] = lambda folder, needed: None  # it would say so beforehand
+        with_room: Callable[..., None] = lambda folder, needed: None  # it would notice beforehand
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(manifests, "require_disk", with_room)
             said = refusal(capsys, sae_preprocessing, **options)

@@ -1,6 +1,6 @@
-"""fetch_model.py against a local server that speaks the hub's protocol (fake_hub.py), by the real command line.
+"""fetch_model.py against a local server that speaks the hub's protocol (fake_hub.py), through the real command line.
 
-What arrives is compared with what the server holds, what was asked for with the server's own list of requests.
+Downloads are compared with the server's files, requests with the server's own list of them.
 
 .venv/bin/python -m pytest tests/test_fetch_model.py
 """
@@ -35,8 +35,8 @@ from pipeline.progress import gb
 
 LLAMA, LLAMA_REPO = "llama_3.2-1B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"
 SMOL, SMOL_REPO = "smollm2-135M", "HuggingFaceTB/SmolLM2-135M"
-CHUNK = 10 * 2**20  # huggingface_hub writes to the disk in pieces of this size
-BIG = b"".join(i.to_bytes(4, "big") for i in range(6 * 2**20))  # 24 MiB in which every place is another
+CHUNK = 10 * 2**20  # huggingface_hub writes to disk in pieces of this size
+BIG = b"".join(i.to_bytes(4, "big") for i in range(6 * 2**20))  # 24 MiB in which no two places are alike
 SMOL_FILES = {
     "config.json": b'{"model_type": "llama"}',
     "generation_config.json": b"{}",
@@ -90,14 +90,14 @@ def run(
 
 
 def fetch(*args, **extra) -> str:
-    """Run to a good end and return what it printed; arguments as of `run`."""
+    """Run successfully and return what it printed; arguments as for `run`."""
     done = run(*args, **extra)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def refusal(*args, **extra) -> str:
-    """The one sentence with which it refuses, with exit code 2 and no traceback; arguments as of `run`."""
+    """The one sentence with which it refuses, with exit code 2 and no traceback; arguments as for `run`."""
     done = run(*args, **extra)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -105,7 +105,7 @@ def refusal(*args, **extra) -> str:
 
 
 def start_and_kill(hub: FakeHub, tmp_path: Path, folder: Path, part: Path, at_least: int) -> None:
-    """Start a fetch of SMOL and kill -9 it when `part` has grown to `at_least` bytes."""
+    """Start a fetch of SMOL and kill -9 it once `part` has grown to `at_least` bytes."""
     process = subprocess.Popen(
         command(SMOL, folder), cwd=PROJECT_DIR, env=environment(hub, tmp_path), stdout=subprocess.DEVNULL
     )
@@ -206,7 +206,7 @@ def test_a_killed_download_continues_at_its_commit(hub: FakeHub, tmp_path: Path)
     assert f"{gb(len(BIG) - CHUNK)} of it not yet here" in printed
     assert json.loads((folder / MANIFEST).read_text())["decides"]["revision"] == commit
     first, second = hub.sent("model.safetensors")
-    assert second.range == f"bytes={CHUNK}-" and first.sent + second.sent == len(BIG) + 2**20  # what was not written
+    assert second.range == f"bytes={CHUNK}-" and first.sent + second.sent == len(BIG) + 2**20  # only what was missing
     assert all(len(hub.sent(name)) == 1 for name in SMOL_FILES if name != "model.safetensors")
 
 
@@ -222,7 +222,7 @@ def test_a_full_disk_keeps_what_is_written(hub: FakeHub, tmp_path: Path):
     hub.repos[SMOL_REPO].commit(files := SMOL_FILES | {"model.safetensors": BIG})
     limit = CHUNK + 4096
 
-    def limit_file_size() -> None:  # the closest a test comes to a disk that is full
+    def limit_file_size() -> None:  # the closest a test comes to a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     said = refusal(hub, tmp_path, SMOL, tmp_path / "smol", preexec_fn=limit_file_size)

@@ -55,7 +55,7 @@ def sae():
 
 
 def rows_of(steps) -> list[list[int]]:
-    """The tokens of each row. A row that has stopped gives None and nothing more."""
+    """The tokens of each row. Once a row has stopped it gives only None."""
     rows = [list(row) for row in zip(*steps, strict=True)]
     for row in rows:
         n = row.index(None) if None in row else len(row)
@@ -64,7 +64,7 @@ def rows_of(steps) -> list[list[int]]:
 
 
 def greedy(model, prompt: list[int], n: int, *steering) -> list[int]:
-    """By full forward passes without a cache."""
+    """Greedy decoding by full forward passes without a cache."""
     tokens = list(prompt)
     for _ in range(n):
         if steering:
@@ -177,7 +177,7 @@ def test_stop_tokens_end_a_row(model):
     stop = free[0][3]
     expected = [row[: row.index(stop)] if stop in row else row for row in free]
     assert rows_of(generate(model, PROMPTS, n, stop_tokens=[stop])) == expected
-    assert len({len(row) for row in expected}) > 1  # one goes on after another has stopped
+    assert len({len(row) for row in expected}) > 1  # one continues after another has stopped
     alone = list(generate(model, PROMPTS[:1], n, stop_tokens=[stop, 531]))
     assert alone == [[token] for token in expected[0]]  # and the stream ends
     assert list(generate(model, PROMPTS, n, stop_tokens=[row[0] for row in free])) == []
@@ -214,7 +214,7 @@ DIALOGUES = [
 @pytest.mark.parametrize("date", [None, "26 Jul 2024"])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "top_p": 0.95}])
 def test_chats_of_unequal_length_equal_each_alone(model, tokenizer, sampling, date):
-    """Stop tokens stand inside the longer ones' prompts and must not end their answers."""
+    """The longer ones' prompts contain stop tokens, which must not end their answers."""
     options = {"max_new_tokens": 25, "date": date, **sampling}
     together = stream_chat(model, tokenizer, DIALOGUES, seeds=[4, 5, 6], **options)
     answers = ["".join(pieces) for pieces in zip(*together, strict=True)]
@@ -382,7 +382,7 @@ def test_refuses_a_latent_that_never_fired(tiny_model_dir, sae_path, capsys):
 
 
 def test_published_sae(tiny_model_dir, sae, sae_path, tokenizer, capsys, monkeypatch):
-    """A state dict and nothing else: the options tell what it is, and a strength counts in plain activation."""
+    """A state dict and nothing else: the options say what it is, and strengths are plain activations."""
     for name in ("sae.json", "sae.latents.parquet"):
         (sae_path.parent / name).unlink()
     options = {"llama_model_dir": tiny_model_dir, "sae_model_path": sae_path, "prompts": "the", "max_new_tokens": 8}

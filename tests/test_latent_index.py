@@ -151,7 +151,7 @@ def test_a_card_holds_what_the_files_say(index, sae_path, tokenizer, latent):
 
 
 def test_a_latents_rows_lie_in_several_row_groups(sae_path):
-    """Else the test above would not see a card that reads one group only."""
+    """Otherwise the test above would not notice a card that reads only one group."""
     file = pq.ParquetFile(sae_path.with_suffix(".top.parquet"))
     groups = [set(file.read_row_group(i, ["latent"])["latent"].to_pylist()) for i in range(file.num_row_groups)]
     assert any(len(a & b) for a, b in zip(groups, groups[1:], strict=False))
@@ -342,7 +342,7 @@ def reference():
 
 
 def test_the_reference_saes_sentences_come_from_the_installed_documentation(reference):
-    """Texts stand in the packages, and a latent computed densely from the model's activations is what is shown."""
+    """The texts are in the packages, and the activations shown equal a dense computation from the model's."""
     import torch
 
     from llama_3 import load_model
@@ -404,7 +404,7 @@ def test_sources_by_name():
 
 
 def test_places_lead_back_to_the_sentences(tmp_path):
-    """Documents of which some paragraphs were dropped, split by the real script; every place gives its sentence."""
+    """Documents with some paragraphs dropped, split by the real script; every place gives its sentence."""
     names = ["textwrap.py", "topics:with", "csv.py"]
     documents = {name: documentation_corpus.read_source(name) for name in names}
     kept = {name: [p for i, p in enumerate(paragraphs) if i % 5 != 1] for name, paragraphs in documents.items()}

@@ -2,8 +2,8 @@
 
 Compared in float32 to 1e-4, on scaled-down shapes of the released models with random weights: the logits and all seven
 sites of every layer, whole and with a cache; RoPE frequencies out to position 131072; padded rows against each row
-alone. Then what `activations` leaves uncomputed, what `intervene` changes and when it stops, and what the loader says
-of broken checkpoints.
+alone. Then what `activations` leaves uncomputed, what `intervene` changes and when it stops, and the loader's errors
+for broken checkpoints.
 
     .venv/bin/python -m pytest tests/test_llama.py
 """
@@ -26,8 +26,8 @@ from pipeline.errors import InputError
 
 BOS = 7  # any id serves as the token to skip
 
-# Scaled-down shapes: heads, ratio of query to key heads, tied output, scaling and depth after the released models.
-# hidden_size is written out, so that the width params.json implies is checked too.
+# Scaled-down shapes: heads, ratio of query to key heads, tied output, scaling and depth follow the released models.
+# hidden_size is explicit, so that the width params.json implies is checked too.
 SHAPES = {
     "3.2-1B": dict(dim=96, n_layers=2, n_heads=8, n_kv_heads=2, multiple_of=16, ffn_dim_multiplier=1.5, hidden=384),
     "3.2-3B": dict(dim=60, n_layers=3, n_heads=6, n_kv_heads=2, multiple_of=14, ffn_dim_multiplier=1.0, hidden=168),
@@ -134,7 +134,7 @@ def hf_run(hf, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tens
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-rope{case[1]:g}")
 def pair(request, tmp_path_factory):
-    """Our model with the weights of transformers' model, tokens, what that makes of them, and whether it is tied."""
+    """Our model with the weights of transformers' model, tokens, that model's results, and whether it is tied."""
     name, factor, tied = request.param
     shape = SHAPES[name]
     hf = hf_model(shape, factor, tied)
@@ -177,7 +177,7 @@ def test_cache_in_chunks_then_single_tokens_equals_transformers(pair):
 
 
 def test_a_wrong_rope_factor_would_show(pair):
-    """The comparisons above have teeth: their positions reach far enough for the scaling to matter."""
+    """The comparisons above would catch it: their positions reach far enough for the scaling to matter."""
     model, tokens, logits, _, _ = pair
     other = Transformer(ModelArgs(**{**vars(model.args), "rope_scaling_factor": 4.0}))
     other.load_state_dict(model.state_dict())
@@ -318,7 +318,7 @@ def test_unknown_sites_are_refused_by_name(model):
 
 
 class Recorder:
-    """A function for `intervene` that changes nothing and keeps what it saw."""
+    """A function for `intervene` that changes nothing and records what it saw."""
 
     def __init__(self):
         self.seen: list[torch.Tensor] = []
@@ -411,7 +411,7 @@ def test_intervention_ends_with_an_exception_inside_or_in_its_function(model):
 
 
 def test_intervention_is_not_seen_from_another_thread(model):
-    """Two threads inside their blocks at the same time, and the main thread inside neither."""
+    """Two threads inside their blocks at the same time, the main thread inside neither."""
     tokens, site = random_tokens(1, 5), "layers.1.resid_mid"
     clean = model.activations(tokens, site)
     barrier, found = threading.Barrier(3), {}

@@ -1,4 +1,4 @@
-"""Hugging Face folders as transformers writes them, against transformers; and what the loader says of broken ones.
+"""Hugging Face folders as transformers writes them, against transformers; and the loader's errors for broken ones.
 
 The models are random, scaled-down shapes of every family that should load. Also here: Meta folders inside `original/`,
 how much private memory loading takes, and tokenizers that do not fit.
@@ -29,7 +29,7 @@ from llama_3.packed import PackedLinear
 from pipeline.errors import InputError
 
 LLAMA_3 = dict(rope_type="llama3", low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
-# Scaled down from the released models: heads, ties and rope are theirs.
+# Scaled down from the released models, with their heads, ties and rope.
 FAMILIES = {
     "llama_3.2-1B": dict(heads=(8, 2), tied=True, rope=dict(LLAMA_3, rope_theta=500000.0, factor=32.0)),
     "llama_3.2-3B": dict(heads=(6, 2), tied=True, rope=dict(LLAMA_3, rope_theta=500000.0, factor=32.0)),
@@ -68,7 +68,7 @@ def hf_model(heads, tied, rope, head_dim=10, dtype=torch.float32, seed=0):
         if weight.dim() == 1:
             weight.uniform_(0.5, 1.5)
         else:
-            # A tied model with large embeddings would only repeat itself.
+            # A tied model with large embeddings would only repeat its input.
             embedding = 0.15 if tied else 1.0
             weight.normal_(std=embedding if "embed" in name else 1.5 / weight.shape[1] ** 0.5)
     return model.to(dtype)
@@ -76,7 +76,7 @@ def hf_model(heads, tied, rope, head_dim=10, dtype=torch.float32, seed=0):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request, tmp_path_factory):
-    """transformers' model and the folder that it saved, in several files with an index."""
+    """transformers' model and the folder it saved, in several files with an index."""
     hf = hf_model(**FAMILIES[request.param])
     folder = tmp_path_factory.mktemp("hf")
     hf.save_pretrained(folder, max_shard_size="40KB")
@@ -205,7 +205,7 @@ for folder in sys.argv[1:]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_loading_takes_little_more_private_memory_than_the_weights(tmp_path):
-    """Of a checkpoint in bfloat16, 19 million parameters, in both formats."""
+    """A bfloat16 checkpoint with 19 million parameters, in both formats."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = dict(dim=512, n_layers=6, n_heads=8, n_kv_heads=4, vocab_size=TINY_VOCAB_SIZE)

@@ -72,7 +72,7 @@ class Alone:
         return self.index.search(word, sort="score", limit=1)[0]["latent"]
 
     def example(self) -> int:
-        """The latent that steers the embedded model at first."""
+        """The latent that steers the embedded model when the page opens."""
         found = self.index.search(page_script._EXAMPLE_WORD, sort="score", limit=100)
         return next(row["latent"] for row in found if row["meaning"] == page_script._EXAMPLE_WORD)
 
@@ -117,8 +117,8 @@ def chromium():
 
 @pytest.fixture
 def visit(chromium, request, tmp_path):
-    """visit(address): a new user's window. Nothing but the page's own server may be asked for anything; a picture of
-    every window of a test that fails is left in tmp_path."""
+    """visit(address): a new user's window, which may request nothing except from the page's own server. If the test
+    fails, a picture of every window is left in tmp_path."""
     windows, asked, failed_before = [], [], request.session.testsfailed
 
     def open_window(address: str):
@@ -236,7 +236,7 @@ def test_first_visit(visit, address, alone):
 
 @needs_browser
 def test_complete_and_steer(visit, address, alone):
-    """Two latents at strengths of their own, sampled; text that looks like HTML or a template stays text."""
+    """Two latents, each with its own strength, sampled; text that looks like HTML or a template stays text."""
     window = visit(address)
     prompts = ["The file is", "<b>${1+1}</b> {{value}} &amp;", "再见 é"]
     latents = [alone.first("matrix"), alone.first("number")]
@@ -253,9 +253,9 @@ def test_complete_and_steer(visit, address, alone):
     assert table["steered"] == alone.complete(prompts, **sampling, steering=steering)
     assert table["clean"] != table["steered"]
     cells = window.locator(".completions .text")
-    for row in range(3):  # what is not marked is the same on both sides
+    for row in range(3):  # unmarked words are the same on both sides
         sides = (cells.nth(2 * row + side) for side in (0, 1))
-        # A sign is marked apart from the word before it, so the space between them tells nothing.
+        # A sign is marked apart from the word before it, so the space between them is ignored.
         clean, steered = ("".join(side.evaluate(_UNMARKED).split()) for side in sides)
         assert clean == steered
     assert cells.locator("ins").count() and cells.locator("del").count()
@@ -289,7 +289,7 @@ def test_modes(visit, address, alone):
 
 @needs_browser
 def test_look_inside(visit, address, alone):
-    """Tokens, the latents of one, the text coloured by a latent, its card, and steering with it."""
+    """Tokens, the latents of one token, the text coloured by a latent, its card, and steering with it."""
     window = visit(address)
     text = "Read the file, é, and\nopen the file."
     ids = alone.tokenizer.encode(text, bos=True)
@@ -334,10 +334,10 @@ def test_latents(visit, address, alone):
     number_of = lambda row: int(row.locator(".latent-number").text_content())
     playwright.expect(rows).to_have_count(50, timeout=SECONDS)
     first_page = rows.all_text_contents()
-    press(window, "After")
+    press(window, "Next")
     status(window, "^51 to 100 of 4,0")
     assert not set(first_page) & set(rows.all_text_contents())
-    press(window, "Before")
+    press(window, "Previous")
     status(window, "^1 to 50 of 4,0")
     assert rows.all_text_contents() == first_page
 
@@ -374,7 +374,7 @@ def test_latents(visit, address, alone):
 
 @needs_browser
 def test_chat(visit, address, alone):
-    """Two turns with a latent steering, as the model alone would answer; then a new dialogue."""
+    """Two turns with a latent steering, answered as outside the page; then a new dialogue."""
     window = visit(address)
     steering = alone.steering({alone.example(): DEFAULT_STRENGTH})
     tab(window, "Chat")
@@ -402,7 +402,7 @@ def test_chat(visit, address, alone):
 
 @needs_browser
 def test_two_users_at_once(visit, address, alone):
-    """Each gets what the same request gives alone, though both are served by turns."""
+    """Each gets what the same request gives alone, though they are served in turns."""
     requests = [
         {"latent": alone.first("matrix"), "prompts": ["The file", "A list"], "seed": 3},
         {"latent": alone.first("function"), "prompts": ["If the argument is", "The", "Note that"], "seed": 4},
@@ -427,17 +427,17 @@ def test_two_users_at_once(visit, address, alone):
 
 @needs_browser
 def test_wrong_input(visit, address, alone):
-    """A sentence each, in the page; afterwards everything still works."""
+    """Each gives a sentence in the page; afterwards everything still works."""
     window = visit(address)
     complete(window, [f"Prompt {i}" for i in range(9)], 8)
-    assert error_of(window) == "These are 9 prompts; 8 is the limit here."
+    assert error_of(window) == "There are 9 prompts, but the limit is 8; remove some."
     complete(window, ["one", "x" * 4001], 8)
-    assert error_of(window) == "Prompt 2 has 4,001 characters; 4,000 is the limit here. Shorten it."
+    assert error_of(window) == "Prompt 2 has 4,001 characters, but the limit is 4,000; shorten it."
     complete(window, [" "], 8)
     assert error_of(window) == "There is no prompt; write at least one line."
     field(window, "Seed").fill("")
     complete(window, ["The file"], 8)
-    assert error_of(window) == "The seed is a whole number from 0 to 4294967295; correct it."
+    assert error_of(window) == "The seed must be a whole number from 0 to 4294967295; correct it."
     field(window, "Seed").fill("0")
     complete(window, ["word " * 60], 255)
     assert "exceed the model's context of 256" in error_of(window)
@@ -446,13 +446,13 @@ def test_wrong_input(visit, address, alone):
     search_box.fill("4096")
     status(window, "^There is no latent 4096; this SAE has latents 0 to 4095.$")
     search_box.fill("<i>zzz")
-    status(window, "^No latent's meaning has '<i>zzz'; try another word")
+    status(window, "^No latent's meaning contains '<i>zzz'; try another word")
     remove_all(window)
     for latent in range(4):
         choose(window, latent)
     for latent, sentence in (
-        (55, "4 latents at once are the limit here; remove one first."),
-        (3, "Latent 3 is chosen already."),
+        (55, "At most 4 latents can steer at once; remove one first."),
+        (3, "Latent 3 is already chosen."),
     ):
         search(window, str(latent))
         window.locator(f".results a[href='#steer-{latent}']").click()
@@ -472,7 +472,7 @@ def test_wrong_input(visit, address, alone):
 
 @needs_browser
 def test_stop(visit, address):
-    """What is there stays, nothing more comes, and the next request is served."""
+    """The text so far stays, nothing more comes, and the next request is served."""
     window = visit(address)
     complete(window, ["The file is"] * 8, 250)
     window.locator(".completions .text").first.wait_for()
@@ -511,18 +511,18 @@ def test_plain_page_with_a_password(visit, tmp_path):
 
 
 def test_refusals(capsys, tmp_path):
-    """Said before anything is loaded."""
+    """They come before anything is loaded."""
     refused = lambda **options: refusal(capsys, page_script, **options)
-    assert refused(share=True) == "--share lets anyone in; name a password with --auth user:password."
+    assert refused(share=True) == "--share lets anyone in; set a password with --auth user:password."
     assert refused(auth="ann") == "--auth has no user and password; write it as user:password."
     assert refused(max_prompts=0) == "--max_prompts 0 is too small; it must be at least 1."
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"127.0.0.1:{port} cannot be listened on" in refused(port=port)
+        assert f"Cannot listen on 127.0.0.1:{port}" in refused(port=port)
 
 
 def test_sae_without_a_json(capsys, tmp_path):
-    """A published file: the options tell what it is; what contradicts a JSON or the model is refused."""
+    """A published file: the options say what it is; options that contradict a JSON or the model are refused."""
     path = shutil.copy(SAE_PATH, tmp_path / "published.pth")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -540,4 +540,4 @@ def test_sae_without_a_json(capsys, tmp_path):
     served = page_script.open_served(taken_from(vars(config), ModelChoice), Limits(8, 4000, 256))
     assert served.opened.sae.info["site"] == "layers.6.attention_norm"
     assert served.opened.sae.k == 32 and served.index.n_latents == 4096
-    assert served.opened.highest is None  # nothing beside it says how high they get
+    assert served.opened.highest is None  # no file beside it has the highest activations

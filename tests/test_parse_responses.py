@@ -1,7 +1,6 @@
 """The parse script: every well-formed meaning is read, however it is wrapped; the rest is listed with its reason.
 
-Compares with meanings that were put into the answers, on answers by hand of every shape that was seen, and on arbitrary
-ones.
+Compares with the meanings put into the answers: handwritten answers of every shape seen so far, and arbitrary ones.
 
 .venv/bin/python -m pytest tests/test_parse_responses.py
 """

@@ -1,6 +1,6 @@
 """All stages through their real command lines, on a random Llama even smaller than the embedded one.
 
-What one stage writes is what the next reads, up to a steered completion. Then the demo's own steps on what came out.
+Each stage reads what the one before wrote, up to a steered completion. Then the demo's own steps on the results.
 
     python -m pytest tests/test_pipeline.py
 """
@@ -109,7 +109,7 @@ def test_training_left_curves_metrics_and_quality(run):
     lines = [json.loads(line) for line in (run / "sae" / "sae.metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["train_main"] < lines[0]["train_main"]
     quality = json.loads((run / "sae" / "sae.evaluation.json").read_text())
-    # Training measured the bfloat16 file, the evaluation computes anew on the same held-out sentences.
+    # Training measured the bfloat16 file, the evaluation recomputes on the same held-out sentences.
     assert quality["fvu"] == pytest.approx(lines[-1]["val_fvu"], rel=0.02)
     assert quality["loss_clean"] > 0 and quality["l0"] <= 6
 

@@ -187,13 +187,13 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
             ".a.txt.1.tmp",
             ".lock",
             ".workers.lock",
-        ]  # the refused left the holder's files alone
+        ]  # the refused run left the holder's files alone
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         holder.stdout.close()
     with locked(tmp_path):
-        assert names(tmp_path) == [".lock", ".workers.lock"]  # and the killed one's half file is cleared away
+        assert names(tmp_path) == [".lock", ".workers.lock"]  # and the killed run's half file is removed
     with locked(tmp_path):
         pass
 
@@ -307,7 +307,7 @@ def test_an_output_folder_is_held_begun_continued_and_complete(tmp_path, capsys,
             pass
         (folder / "s.bin").write_bytes(bytes(10))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with output_folder(folder, "a.py", DECIDES, 1010) as complete:  # 10 bytes are there, and the manifest
+    with output_folder(folder, "a.py", DECIDES, 1010) as complete:  # 10 bytes are on disk, and the manifest
         assert complete is False
         write_manifest(folder, "a.py", complete=True, decides=DECIDES, shards=[shard])
     assert "already complete" not in capsys.readouterr().out
@@ -383,7 +383,7 @@ def test_verifying_lets_the_caller_work_and_tells_when_asked(tmp_path, shards):
 
 
 def test_verifying_does_not_hold_up_an_error(tmp_path, shards, monkeypatch):
-    """What is left to be read is left: a terabyte may wait."""
+    """Files not read yet are left unread: there may be a terabyte of them."""
     seen = []
     monkeypatch.setattr("pipeline.manifests.check_sum", lambda *args: seen.append(args) or time.sleep(0.1))
     with pytest.raises(KeyError), verifying(tmp_path, shards * 100, "a.py"):
@@ -402,7 +402,7 @@ def test_ahead_keeps_order_and_is_bounded():
     found = []
     for value in ahead(work, range(50), 4):
         found.append(value)
-        assert len(begun) <= len(found) + 5  # 4 ahead, and the one that is handed out
+        assert len(begun) <= len(found) + 5  # 4 ahead, and the one handed out
     assert found == [2 * i for i in range(50)]
 
 

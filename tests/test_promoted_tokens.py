@@ -28,8 +28,8 @@ def model(tiny_model_dir):
 
 @pytest.mark.parametrize("kind", SITES)
 def test_logits_are_what_the_sublayer_adds(model, kind):
-    """The last layer, one token (heads can attend to it alone): the change of the sublayer's output, which the model
-    computes itself, through the final norm's weights and the output layer."""
+    """The last layer, one token (heads can attend only to it): the change in the sublayer's output, computed by the
+    model itself, through the final norm's weights and the output layer."""
     generator = torch.Generator().manual_seed(0)
     site, tokens = f"layers.2.{kind}", torch.tensor([[7]])
     base, directions = torch.randn(36, generator=generator), torch.randn(5, 36, generator=generator)

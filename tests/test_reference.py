@@ -1,4 +1,4 @@
-"""The reference SAE's files, made from a little SAE as from the demo's: its JSON has no path of this machine.
+"""The reference SAE's files, made from a small SAE as from the demo's: its JSON has no path of this machine.
 
 .venv/bin/python -m pytest tests/test_reference.py
 """
@@ -22,7 +22,7 @@ COPIED = ("promoted.parquet", "curves.png", "frequencies.png", "metrics.jsonl")
 
 @pytest.fixture
 def made(tmp_path, monkeypatch) -> SaeFiles:
-    """A reference SAE in a project of its own, made from a run that lies inside."""
+    """A reference SAE in its own project, made from a run inside it."""
     project = tmp_path / "project"
     run, model_dir = project / "demo_run", project / recipe.MODEL_DIR
     for folder in (run / "sae", run / "sentences", model_dir):

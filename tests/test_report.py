@@ -1,4 +1,4 @@
-"""The HTML report: every section from its file, links that lead somewhere, nothing from elsewhere; read in a browser.
+"""The HTML report: every section from its file, working links, nothing loaded from elsewhere; read in a browser.
 
 .venv/bin/python -m pytest tests/test_report.py
 """
@@ -107,7 +107,7 @@ def test_one_file_with_every_section(sae_path, capsys):
         and "loss recovered" not in page.text
     )
     assert "5,000 tokens of 70 held-out sentences" in page.text
-    assert "Steering with latent 3: Dogs in fiction" in page.text and "7 held “dog” without" in page.text
+    assert "Steering with latent 3: Dogs in fiction" in page.text and "7 contained “dog” without" in page.text
     assert "This is a cat & a house." in page.text and "The <b> dogs" in page.text
     assert sorted(latents_of(page)) == [i for i in range(N_LATENTS) if i not in DEAD]
     assert not sae_path.with_suffix(".report").exists()
@@ -116,7 +116,7 @@ def test_one_file_with_every_section(sae_path, capsys):
 
 
 def test_the_page_stands_alone(sae_path):
-    """No address but those of its own cards, and pictures inside."""
+    """No links except to its own cards, and pictures are embedded."""
     page = write(sae_path)
     outside = [a for a in page.addresses if not a.startswith(("#", "data:image/png;base64,"))]
     assert outside == [] and not re.search(r"url\(|@import|https?:", page.source)
@@ -139,7 +139,7 @@ def test_many_latents_stand_on_pages(sae_path, capsys):
         15,
         LIVING - 30,
     ]
-    assert latents_of(page) == shown[:12]  # the most interesting ones stand in the report too
+    assert latents_of(page) == shown[:12]  # the most interesting ones are in the report too
     pages[sae_path.with_suffix(".report.html")] = page
     for path, one in pages.items():
         for address in one.addresses:
@@ -151,7 +151,7 @@ def test_many_latents_stand_on_pages(sae_path, capsys):
     assert len([a for a in page.addresses if "report/latents-002" in a]) >= LIVING - 30
     assert "2 pages" not in capsys.readouterr().out
     write(sae_path, cards_a_page=25)
-    assert len(list(folder.iterdir())) == 2  # what an earlier report left is gone
+    assert len(list(folder.iterdir())) == 2  # leftovers of an earlier report are gone
     write(sae_path, latents=9)
     assert list(folder.iterdir()) == []
 
@@ -177,11 +177,11 @@ def test_bad_options_and_files_are_refused(sae_path, tmp_path, capsys):
 
 
 def test_interesting_latents_by_hand(tmp_path):
-    """latent: meaning, certainty, frequency, score; what keeps it out."""
+    """latent: meaning, certainty, frequency, score; the reason it is left out."""
     rows = [
         ("error", 1.0, 1e-3, 0.7),
         ("rate", 1.0, 1e-3, 0.9),
-        ("rates, prices", 1.0, 1e-3, 0.8),  # half its words are known
+        ("rates, prices", 1.0, 1e-3, 0.8),  # half its words are already in the list
         ("…ing", 1.0, 1e-3, 0.95),  # part of a word
         ("“,”", 1.0, 1e-3, 0.95),  # a sign
         ("number, zero", 1.0, 1e-3, 0.95),

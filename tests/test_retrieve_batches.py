@@ -1,4 +1,4 @@
-"""The retrieve script against a local server: whole batches only, whatever kills it; what it says of them.
+"""The retrieve script against a local server: complete batches only, whatever kills it; and what it prints.
 
 Compares the answer files with the server's results. The machinery itself is tested in test_claude_batches.py.
 

@@ -1,6 +1,6 @@
 """The SAE against slow, obvious references: the spec's formulas in float64, and the losses dense, through autograd.
 
-Also: the interface that other programs call, what training keeps true of the decoder, the files, and refusals.
+Also: the interface that other programs call, what training guarantees about the decoder, the files, and refusals.
 
     .venv/bin/python -m pytest tests/test_sae.py
 """
@@ -30,7 +30,7 @@ KEYS = {"b_pre": (D,), "encoder.weight": (N, D), "encoder.bias": (N,), "decoder.
 
 
 def inputs(*shape: int, seed: int = 1) -> torch.Tensor:
-    """Raw activations, each position with a mean and a scale of its own."""
+    """Raw activations, each position with its own mean and scale."""
     generator = torch.Generator().manual_seed(seed)
     rand = lambda *s: torch.randn(*s, generator=generator)
     return rand(*shape) * (0.2 + rand(*shape[:-1], 1).abs()) + 3 * rand(*shape[:-1], 1)
@@ -57,7 +57,7 @@ def reference_forward(state: dict, x: torch.Tensor, k: int, eps: float) -> tuple
 
 
 def reference_losses(sae: TopKSparseAutoencoder, z, dead: list[int], k_aux: int):
-    """Dense, in float64, through autograd. Returns main, aux, the parameters they hang on, how often
+    """Dense, in float64, through autograd. Returns main, aux, the parameters they depend on, how often
     each latent fired, and how close a choice was.
 
     The auxiliary pre-activations take b_pre as given: b_pre's gradient comes from the main loss alone.
@@ -91,7 +91,7 @@ def reference_losses(sae: TopKSparseAutoencoder, z, dead: list[int], k_aux: int)
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    """To `tolerance`, of the largest entry where that is above 1."""
+    """Within `tolerance`, relative to the largest entry if that is above 1."""
     scale = expected.abs().max().item()
     torch.testing.assert_close(got.double(), expected.double(), rtol=0, atol=tolerance * max(scale, 1.0))
 
@@ -146,7 +146,7 @@ def test_losses_and_gradients_equal_a_dense_reference(shape):
 
 
 def test_kept_pre_activations_below_zero_give_nothing():
-    """n_latents == k keeps everything: what is negative adds nothing and gets no gradient."""
+    """n_latents == k keeps everything: negative values add nothing and get no gradient."""
     sae, sums = check_losses(d_model=5, n_latents=13, k=13, batch=3, dead=[], k_aux=4, seed=0)
     assert 0 < sums.fired.sum() < 3 * 13
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_no_dead_latents_or_none_to_keep_no_auxiliary_loss(dead, k_aux):
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.integers(0, 1000))
 @settings(max_examples=20)
 def test_losses_of_parts_add_up(parts, seed):
-    """What several processes rely on: sums and gradients of parts of a batch are those of the whole."""
+    """Several processes rely on it: sums and gradients of parts of a batch add up to the whole's."""
     z = torch.randn(sum(parts), 5, generator=torch.Generator().manual_seed(seed))
     whole, split = random_sae(5, 13, 2, seed=seed), random_sae(5, 13, 2, seed=seed)
     dead = dead_of([2, 7], 13, k_aux=3)
@@ -208,7 +208,7 @@ def test_losses_of_parts_add_up(parts, seed):
 @given(shapes())
 @settings(max_examples=30)
 def test_blocks_change_nothing(shape):
-    """Blocks of three rows: what fits no memory at once is the same sum."""
+    """Blocks of three rows: a sum too large for memory at once stays the same."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sae_module, "_LEAST_ROWS", 3)
         patch.setattr(sae_module, "_BLOCK_BYTES", {"cpu": 1})
@@ -233,7 +233,7 @@ def test_top_k_in_two_rounds(n_latents, k, batch, ties, seed):
 
 
 def test_encoder_in_bfloat16():
-    """bfloat16 chooses; the values, and so the loss and every gradient, are float32's of the chosen."""
+    """bfloat16 chooses; the values of the chosen, and so the loss and every gradient, are float32's."""
     sae = random_sae(16, 200, 5)
     z = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
     shift = sae.encoder.bias - sae.encoder.weight @ sae.b_pre
@@ -416,7 +416,7 @@ def test_steering_raises_the_chosen_latent_and_zero_changes_nothing():
     assert (sae.encode(x, h_bias)[1] != 11).all()
 
 
-# ---- what training keeps true
+# ---- what training guarantees
 
 
 def test_decoder_columns_have_unit_norm_after_normalizing():
@@ -463,7 +463,7 @@ def test_initialize():
 
 
 def test_orthogonal_start():
-    sae = TopKSparseAutoencoder(D, N, K)  # 20 latents: three bases of 6 and two directions more
+    sae = TopKSparseAutoencoder(D, N, K)  # 20 latents: three bases of 6 and two more directions
     sae.initialize(torch.zeros(D), torch.Generator().manual_seed(3), orthogonal=True)
     directions = sae.decoder.weight.t()
     for basis in directions.split(D):
@@ -512,7 +512,7 @@ def test_weights_kept_in_bfloat16_reconstruct(tmp_path):
 
 @pytest.fixture
 def published(tmp_path):
-    """A plain torch.save of a state dict, without a JSON, as the author published his."""
+    """A plain torch.save of a state dict, without a JSON, as the original author published his."""
     state = {name: tensor.contiguous() for name, tensor in random_sae(D, N, K).state_dict().items()}
     torch.save(state, tmp_path / "published.pth")
     return tmp_path / "published.pth"

@@ -26,9 +26,9 @@ SIZE = Size(d_model=7, n_latents=20, k=3, batch_size=11)
 
 
 def dense_step(state: dict[str, np.ndarray], x: np.ndarray, k: int, aux: bool, lr=5e-5, decay=0.01):
-    """The first step of the original's way by its formulas, in float64: parameters after it, and gradients.
+    """The first step of the original's method by its formulas, in float64: parameters after it, and gradients.
 
-    aux: every latent counts as dead and is kept by the auxiliary loss, in which living latents stand as zeros.
+    aux: every latent counts as dead and is kept by the auxiliary loss, in which living latents are zeros.
     """
     w_enc, b_enc, w_dec, b_pre = (
         state[name].astype(np.float64) for name in ("encoder.weight", "encoder.bias", "decoder.weight", "b_pre")
@@ -64,7 +64,7 @@ def dense_step(state: dict[str, np.ndarray], x: np.ndarray, k: int, aux: bool, l
 def test_original_step_follows_the_formulas(aux):
     torch.manual_seed(0)
     x = torch.randn(SIZE.batch_size, SIZE.d_model) * 3 + 1
-    if aux:  # counted as dead from the first step on, all of them
+    if aux:  # all of them count as dead from the first step on
         way = sae_step.original(SIZE, "cpu", dead_after_steps=0, k_aux=SIZE.n_latents)
     else:
         way = sae_step.original(SIZE, "cpu")

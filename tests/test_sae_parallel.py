@@ -1,8 +1,8 @@
-"""Training in several processes and through mishaps, against one unbroken process and to the last bit.
+"""Training in several processes and through mishaps, equal to one uninterrupted process to the last bit.
 
 Data x latent grids of 2 x 1, 1 x 2 and 2 x 2 processes follow the run of one process; so does a run that was killed,
-stopped or that lost a process, continued on the same or on another number of them. Real processes, by torchrun and gloo
-or forked from this one. KILLS=200 kills a run at so many random moments instead of a few.
+stopped or lost a process and continued on the same or another number of processes. These are real processes, from
+torchrun and gloo or forked from this one. KILLS=200 kills a run at that many random moments instead of a few.
 
     .venv/bin/python -m pytest tests/test_sae_parallel.py
 """
@@ -55,7 +55,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory) -> Path:
-    """One unbroken run in one process."""
+    """One uninterrupted run in one process."""
     return train(data, tmp_path_factory.mktemp("trained"))
 
 
@@ -92,7 +92,7 @@ def run_in(n_processes: int, *runs: dict) -> subprocess.CompletedProcess:
 
 
 class Pairs(NamedTuple):
-    """What two processes did: `folder`/GRID, and a copy of what each mishap left behind, `folder`/left/GRID."""
+    """Results of two processes: `folder`/GRID, and a copy of what each mishap left behind, `folder`/left/GRID."""
 
     folder: Path
     stopped: subprocess.CompletedProcess
@@ -147,7 +147,7 @@ def test_a_stopped_pair_leaves_its_last_step_and_continues(data, trained, pairs)
 
 
 def test_a_process_left_alone_saves_its_last_step_and_continues(data, trained, pairs):
-    """kill -9 of the process that writes the checkpoints; the other one writes, and ends."""
+    """kill -9 of the process that writes the checkpoints; the other writes one and ends."""
     left, done = pairs.folder / "left" / "alone", pairs.alone
     assert done.returncode != 0 and "another process of this run has ended" in done.stderr
     assert checkpoints_of(left / "x") == ["step-000000025.0-of-1.pt", "step-000000040.0-of-1.pt"]
@@ -166,7 +166,7 @@ def test_replicas_that_differ_stop_the_run(pairs):
 
 
 def test_four_processes_train_like_one_and_send_what_is_said(data, trained, tmp_path):
-    """2 x 2, and the bytes that one run without dead latents sends in each step."""
+    """2 x 2 processes, and the bytes that a run without dead latents sends in each step."""
     grid = {"latent_parallel": 2, "micro_batch_size": 20}
     alive = {"dead_after_tokens": 10**9, "num_epochs": 1}
     done = run_in(
@@ -199,7 +199,7 @@ def test_missing_data_under_torchrun(tmp_path):
 
 
 def test_slices_are_cut_anew(pairs):
-    """A checkpoint of two slices, read in one and in three."""
+    """A checkpoint of two slices, read as one and as three."""
     paths = whole_checkpoints(pairs.folder / "1x2" / "checkpoints")[-1]
     assert len(paths) == 2
     halves = [torch.load(path, weights_only=True) for path in paths]
@@ -218,7 +218,7 @@ def test_slices_are_cut_anew(pairs):
 
 
 def forked(data: Path, folder: Path, mishap: dict | None = None, limit: int | None = None, **options) -> int:
-    """Train in a process forked from this one; returns its exit code. limit: of the files it may write, in bytes."""
+    """Train in a process forked from this one; returns its exit code. limit: largest file it may write, in bytes."""
 
     def child() -> None:
         if limit:
@@ -233,7 +233,7 @@ def forked(data: Path, folder: Path, mishap: dict | None = None, limit: int | No
 
 
 def test_killed_at_random_and_run_again_ends_like_an_unbroken_run(data, trained, tmp_path):
-    """kill -9 before or within a step, or on the way to or from a checkpoint; until it once comes to the end."""
+    """kill -9 before or during a step, or while a checkpoint is written or read, until a run reaches the end."""
     rng = random.Random(0)
     for kill in range(int(os.environ.get("KILLS", 4))):
         folder = tmp_path / str(kill)
@@ -265,7 +265,7 @@ def test_a_signal_is_answered_with_a_checkpoint(data, trained, tmp_path, capfd, 
 
 
 def test_a_full_disk_is_said_in_a_sentence(data, trained, tmp_path, capfd):
-    """No file may grow beyond 20,000 bytes, a checkpoint has more."""
+    """No file may grow beyond 20,000 bytes, but a checkpoint is larger."""
     assert forked(data, tmp_path, limit=20_000) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if "Could not write" in line]
     assert len(said) == 1 and said[0].startswith("error: Could not write ") and "step-000000025.0-of-1.pt (" in said[0]
@@ -275,7 +275,7 @@ def test_a_full_disk_is_said_in_a_sentence(data, trained, tmp_path, capfd):
 
 
 def test_wandb_offline_without_asking_and_one_run_for_both_parts(data, tmp_path):
-    """The default mode with no key, by the real command line, ended by SIGTERM and begun again: run folders of one id,
+    """The default mode with no key, on the real command line, ended by SIGTERM and restarted: run folders with one id,
     nothing read from the terminal."""
     hidden = ("WANDB_", "RANK", "WORLD_SIZE")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}

@@ -1,4 +1,4 @@
-"""Shuffled batches against the captured activations they come from: the same rows in another order, numpy's statistics.
+"""Shuffled batches against the captured activations they come from: the same rows reordered, and numpy's statistics.
 
 Also: the split by sentence, any number of processes, the same bytes after an interruption, refusals.
 
@@ -81,7 +81,7 @@ def keys(acts: torch.Tensor) -> list[bytes]:
 
 
 def where_from() -> dict[bytes, tuple[int, int, int]]:
-    """Row -> (sentence, input shard, number of the row); every row is another one."""
+    """Row -> (sentence, input shard, number of the row); all rows differ."""
     origin, number = {}, 0
     for position, (i, acts) in enumerate(sentences().items()):
         shard = sum(position >= start for start in SHARD_STARTS) - 1
@@ -185,7 +185,7 @@ def test_two_processes_write_the_same_bytes(store, batches, tmp_path):
 
 @pytest.mark.parametrize(("n_sentences", "fraction", "validation"), [(1, 0.05, 0), (9, 0.05, 0), (4, 0.25, 1)])
 def test_small_inputs(tmp_path, n_sentences, fraction, validation):
-    """Any size runs: a single sentence, none held out, one row a batch."""
+    """Any size works: a single sentence, none held out, one row per batch."""
     few = dict(list(sentences().items())[:n_sentences])
     few = dict(enumerate(few.values()))
     write_store(tmp_path / "in", few, [0], n_sentences)
@@ -323,7 +323,7 @@ def test_statistics_equal_numpy(batches):
 
 
 def test_statistics_of_real_activations_equal_numpy(tmp_path):
-    """The embedded Llama's activations: means far from 0 beside small spreads, unlike random numbers."""
+    """The embedded Llama's activations: means far from 0 with small spreads, unlike random numbers."""
     model = load_model()
     tokens = torch.arange(3000).view(30, 100)
     acts = dict(enumerate(model.activations(tokens, "layers.6.resid_pre").to(torch.bfloat16)))
@@ -332,7 +332,7 @@ def test_statistics_of_real_activations_equal_numpy(tmp_path):
     run_script(sae_preprocessing, input_dir=tmp_path / "in", output_dir=tmp_path / "out", **options)
     got = load_file(tmp_path / "out" / "statistics.safetensors")
     x = torch.cat(list(acts.values())).double().numpy()
-    assert (np.abs(x.mean(0)) / x.std(0)).max() > 1  # the data has what this is about
+    assert (np.abs(x.mean(0)) / x.std(0)).max() > 1  # the data covers this case
     np.testing.assert_allclose(got["mean_raw"], x.mean(0), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(got["var_raw"], x.var(0), rtol=1e-9)
     z = (x - x.mean(1, keepdims=True)) / (x.std(1, ddof=1, keepdims=True) + 1e-5)
@@ -347,9 +347,9 @@ def sum_of_distances(x, point) -> float:
 def test_geometric_median_has_the_least_sum_of_distances():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((400, 3))
-    x[:80] += 30  # outliers, which draw the mean
+    x[:80] += 30  # outliers, which pull the mean
     found = geometric_median(x)
-    # Convex: where the gradient, the sum of unit vectors towards the rows, is zero lies the least sum.
+    # Convex: the sum is least where the gradient, the sum of unit vectors towards the rows, is zero.
     towards = (x - found) / np.linalg.norm(x - found, axis=1, keepdims=True)
     assert np.linalg.norm(towards.sum(0)) < 1e-5
     assert np.linalg.norm(found - x.mean(0)) > 3
@@ -429,7 +429,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize(("function", "calls"), [("scatter_shard", 1), ("gather_shard", 2), ("write_statistics", 0)])
 def test_continues_after_an_interruption(store, batches, tmp_path, monkeypatch, function, calls):
-    """What a kill leaves: finished files, temporary ones, an incomplete manifest."""
+    """The state after a kill: finished files, temporary ones, an incomplete manifest."""
     out = tmp_path / "out"
     real, n_calls = getattr(sae_preprocessing, function), 0
 
@@ -500,7 +500,7 @@ def test_a_second_process_on_the_same_folder_is_refused(store, tmp_path, capsys)
 
 @pytest.fixture
 def own_store(tmp_path) -> Path:
-    """Captured activations that a test may damage."""
+    """A copy of the captured activations that the test may damage."""
     return write_store(tmp_path / "site", sentences(), SHARD_STARTS, N_SENTENCES)
 
 
@@ -547,7 +547,7 @@ def flip(path: Path, position: int, bit: int = 0x40) -> None:
 
 
 def data_start(path: Path) -> int:
-    """Where a safetensors file's tensors begin: first the int64 ones, activations last."""
+    """Where a safetensors file's tensors begin: the int64 ones first, activations last."""
     return 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
 
@@ -575,7 +575,7 @@ def test_altered_offset_where_validation_begins(own_store, tmp_path, capsys):
     start = data_start(path)
     header = json.loads(path.read_bytes()[8:start])
     n_train = sum(i < FIRST_VALIDATION_SENTENCE for i in list(sentences())[SHARD_STARTS[2] :])
-    # Made negative. A bit lower, and the list of planned shards takes all memory.
+    # Made negative. With a lower bit the list of planned shards would take all memory.
     flip(path, start + header["offsets"]["data_offsets"][0] + 8 * n_train + 7, 0x80)
     said = said_and_wrote_nothing(capsys, own_store, tmp_path / "out")
     assert str(path) in said
@@ -596,7 +596,7 @@ def test_truncated_shard(own_store, tmp_path, capsys):
 
 
 def test_a_shard_of_another_run(own_store, tmp_path, capsys):
-    """The same names and sizes, other activations."""
+    """Same names and sizes, other activations."""
     write_store(tmp_path / "other", {i: x * 2 for i, x in sentences().items()}, SHARD_STARTS, N_SENTENCES)
     path = own_store / "acts-00001-00.safetensors"
     path.write_bytes((tmp_path / "other" / path.name).read_bytes())
@@ -622,7 +622,7 @@ def test_numbers_out_of_range(own_store, tmp_path, capsys, name, value):
 
 
 def test_too_small_a_disk_leaves_nothing(own_store, tmp_path, capsys, monkeypatch):
-    """Not even a manifest that would refuse other options later."""
+    """Not even a manifest, which would later refuse other options."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     assert "free some or write elsewhere" in said_and_wrote_nothing(capsys, own_store, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -648,9 +648,9 @@ def test_missing_shard(own_store, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-@pytest.mark.parametrize("sentence", [1, 62, 148])  # the first row of all, the middle, the last
+@pytest.mark.parametrize("sentence", [1, 62, 148])  # the very first row, a middle one, the last
 def test_nan_in_activations_names_the_sentence(tmp_path, capsys, value, sentence):
-    """The checksum is that of the file: the model itself gave the value."""
+    """The checksum matches the file: the model itself produced the value."""
     rows = sentences()
     rows[sentence][0 if sentence == 1 else -1, D - 1] = value
     write_store(tmp_path / "site", rows, SHARD_STARTS, N_SENTENCES)

@@ -1,4 +1,4 @@
-"""Training in one process: the result against plain numpy, what is read and written, other ways to the same result.
+"""Training in one process: the result against plain numpy, what is read and written, other routes to the same result.
 
 Also: the schedule, what metrics.jsonl holds, that a sparse dictionary is learnt and dead latents return, refusals.
 The batches come from sae_preprocessing.py. Several processes and interruptions: test_sae_parallel.py.
@@ -58,7 +58,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory) -> Path:
-    """One unbroken run in one process."""
+    """One uninterrupted run in one process."""
     return train(data, tmp_path_factory.mktemp("trained"))
 
 
@@ -97,7 +97,7 @@ def test_every_stored_batch_is_read_once_an_epoch(data, world_size):
 
 
 def test_reader_gives_the_steps_in_order(data):
-    """Each step's rows stay until the next are asked for, though buffers are used again."""
+    """Each step's rows stay valid until the next are requested, though buffers are reused."""
     batches = Batches(str(data), manifest_of(data), BATCH, seed=3)
     per_epoch = batches.steps_per_epoch
     with Reader(batches, range(7, per_epoch + 9), 1, 2, torch.device("cpu")) as reader:
@@ -196,7 +196,7 @@ def test_quality_equals_numpy_on_the_held_out_rows(data, trained):
 
 
 def test_starts_at_the_mean_of_what_the_sae_sees(data, tmp_path):
-    """With a learning rate of 0 the result is the start."""
+    """With a learning rate of 0 the result equals the start."""
     start = load_sae_model(train(data, tmp_path, num_epochs=1, learning_rate=0.0))
     mean = load_file(data / "statistics.safetensors")["mean_normalized"]
     torch.testing.assert_close(start.b_pre, mean.float())
@@ -212,7 +212,7 @@ def test_starts_from_a_given_sae(data, trained, tmp_path):
 
 
 def test_auxiliary_loss_revives_dead_latents(data, tmp_path):
-    """Half of the latents start too weak to be kept: they stay dead without the auxiliary loss, and return with it."""
+    """Half of the latents start too weak to be kept: without the auxiliary loss they stay dead, with it they return."""
     n = 96
     start = TopKSparseAutoencoder(D, n, K)
     mean = load_file(data / "statistics.safetensors")["mean_normalized"]
@@ -233,7 +233,7 @@ def test_auxiliary_loss_revives_dead_latents(data, tmp_path):
 
 
 def test_k_aux_of_zero_is_no_auxiliary_loss(data, tmp_path):
-    """As a weight of zero: the same weights to the last bit, while latents are dead."""
+    """Like a weight of zero: the same weights to the last bit, while latents are dead."""
     without, weightless = (
         train(data, tmp_path / name, num_epochs=2, **options)
         for name, options in (("without", {"k_aux": 0}), ("weightless", {"aux_loss_coeff": 0.0}))
@@ -290,7 +290,7 @@ def test_a_complete_run_is_saved_elsewhere_with_all_that_belongs_to_it(data, tra
 
 
 def test_counters_of_the_last_checkpoint(data, trained):
-    """Counted since the checkpoint before: what never fired there has been silent for at least as long."""
+    """Counted since the previous checkpoint: what never fired since then has been silent for at least as long."""
     state = torch.load(trained.parent / "checkpoints" / checkpoints_of(trained)[-1], weights_only=True)
     firing, silent_tokens = state["counters"]["firing"], state["counters"]["silent_tokens"]
     n_activations = (state["progress"]["step"] - state["progress"]["counting_since"]) * BATCH
@@ -300,7 +300,7 @@ def test_counters_of_the_last_checkpoint(data, trained):
     assert int(silent_tokens.max()) == metrics_of(trained)[-1]["longest_silence_tokens"]
 
 
-# ---- other ways to the same result
+# ---- other routes to the same result
 
 
 @pytest.mark.parametrize("size", [20, 96])
@@ -331,7 +331,7 @@ def test_gradients_are_clipped(data, tmp_path, monkeypatch):
 
 
 def test_steps_are_those_of_adamw(data, tmp_path, monkeypatch):
-    """Against torch's class, which gets the same gradients; weight decay included."""
+    """Against torch's class on the same gradients, weight decay included."""
     real, copies, states = Step.apply, [], []
 
     def compared(self, pending, agreed, rate, n_before):
@@ -356,7 +356,7 @@ def test_steps_are_those_of_adamw(data, tmp_path, monkeypatch):
 
 
 def test_the_step_by_itself_does_what_the_run_does(data, trained):
-    """As benchmarks call it: to the last bit."""
+    """As benchmarks call it, equal to the last bit."""
     source = sae_training.open_data(str(data), None)
     sae = TopKSparseAutoencoder(D, N_LATENTS, K)
     sae.initialize(source.b_pre, torch.Generator().manual_seed(TRAINING["seed"]))
@@ -420,11 +420,11 @@ def test_bad_options(data, tmp_path, capsys, changed, words):
     said = refusal(sae_training, capsys, **{"data_dir": data, **places(tmp_path), **TRAINING, **changed})
     assert words in said
     assert not (tmp_path / "sae.pth").exists()
-    assert not (tmp_path / "checkpoints" / "manifest.json").exists()  # so that the mended command is not refused
+    assert not (tmp_path / "checkpoints" / "manifest.json").exists()  # so that the corrected command is not refused
 
 
 def test_altered_batches(data, tmp_path, capsys):
-    """One byte: found before the first checkpoint."""
+    """A changed byte is found before the first checkpoint."""
     copy = tmp_path / "batches"
     shutil.copytree(data, copy)
     path = copy / manifest_of(data)["shards"][1]["file"]
@@ -452,8 +452,8 @@ def test_truncated_batches(data, tmp_path, capsys):
     ("value", "call", "words"), [(math.nan, 0, "The loss is nan at step 2"), (30.0, 26, "at step 28 (activations of ")]
 )
 def test_a_bad_loss_stops_the_run(data, tmp_path, capsys, monkeypatch, value, call, words):
-    """Weights that become NaN in step 1, or thirty times as large in step 27: noticed in the step after, whose batch's
-    shards are named; checkpoints hold only what was before."""
+    """Weights become NaN in step 1, or thirty times as large in step 27: noticed in the next step, whose batch's shards
+    are named; checkpoints hold only what came before."""
     real, calls = Step.apply, []
 
     def goes_wrong(self, *args):

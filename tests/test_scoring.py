@@ -1,5 +1,5 @@
 """Detection scoring: perfect, constant and shuffled predictors, by words and through the real client against a local
-server; what is shown is held out and half of it silent.
+server; the sentences shown are held out and half of them silent.
 
 .venv/bin/python -m pytest tests/test_scoring.py
 """
@@ -38,7 +38,7 @@ def rows_of(latent: int, texts: list[str], **more) -> list[dict]:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Files of an SAE: every firing sentence holds "llama", no silent one does, and "of" stands in all."""
+    """Files of an SAE: every firing sentence contains "llama", no silent one does, and all contain "of"."""
     examples, top = [], []
     for latent in NAMES:
         n_silent = 2 if latent == 11 else 9
@@ -93,7 +93,7 @@ def test_sentences_are_held_out_balanced_and_from_all_tenths(folder):
         assert SHOWN_TEXT not in texts and len(set(texts)) == 2 * N
         assert all(("llama" in text) == (e.tenth >= 0) for text, e in zip(texts, examples, strict=True))
     orders = [[e.tenth for e in examples] for examples in asked.values()]
-    assert len({tuple(order) for order in orders}) > 1  # each latent has an order of its own
+    assert len({tuple(order) for order in orders}) > 1  # each latent has its own order
     assert dict(scoring.draw_examples(files, NAMES, token_bytes, draw)) == asked
     few = dict(scoring.draw_examples(files, NAMES, token_bytes, draw._replace(sentences=4)))
     assert [len(examples) for examples in few.values()] == [8] * 3
@@ -114,7 +114,7 @@ def test_moved_files_and_another_working_directory(folder, tmp_path, monkeypatch
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_balanced_accuracy(pairs):
-    """(fires, said to fire) of each sentence, against the mean of sensitivity and specificity."""
+    """(fires, picked) for each sentence, against the mean of sensitivity and specificity."""
     pairs = [*pairs, (True, True), (False, True)]
     examples = [scoring.Example([], 5 if fires else -1) for fires, _ in pairs]
     said = {number for number, (_, s) in enumerate(pairs, 1) if s}
@@ -175,7 +175,7 @@ def server(monkeypatch):
 
 
 def detect(custom_id: str, params: dict) -> dict:
-    """Knows what the word in the description means and reads the sentences."""
+    """A scorer that picks the sentences containing the word in the description."""
     text = params["messages"][0]["content"]
     word = text.split(":\n\n")[1].split("\n")[0]
     lines = re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The send script against a local server: what it asks, whom it leaves out, and that no kill makes it pay twice.
+"""The send script against a local server: what it asks, what it leaves out, and that no kill makes it pay twice.
 
 Compares the requests the server received with the sentences in the file, and marked text with the text itself.
 
@@ -111,7 +111,7 @@ def test_latents_with_few_sentences_are_not_asked(server, tmp_path):
 
 
 def test_moved_files_and_another_working_directory(server, options, tmp_path, monkeypatch):
-    """The model's folder is found beside the SAE, wherever both are now."""
+    """The model's folder is found relative to the SAE, wherever both are now."""
     before = tmp_path / "before"
     (tmp_path / "sae.json").write_text(json.dumps({"model_dir": ".", "absolute": {"model_dir": str(before)}}))
     monkeypatch.chdir("/")
@@ -194,7 +194,7 @@ def test_what_has_an_answer_or_is_under_way_is_left_out_and_what_failed_is_sent_
 
     server.answer = fail_at_first
     call(script, **options)
-    call(script, **options)  # all are under way
+    call(script, **options)  # all are in flight
     assert len(server.batches) == 1
     retrieve(options)
     call(script, **options)

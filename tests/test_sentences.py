@@ -138,7 +138,7 @@ def test_sentences_end_where_a_reader_ends_them(splitter):
 
 
 def test_a_long_document_is_split_whatever_limit_nltk_sets(punkt_fields, monkeypatch):
-    """NLTK gives a search 5 seconds, and counts all that is done between its matches: 12 MB of text on this machine."""
+    """NLTK allows a search 5 seconds, including all work between its matches: 12 MB of text on this machine."""
     from nltk import redos
 
     monkeypatch.setattr(redos, "DEFAULT_TIMEOUT", 0.2)
@@ -166,14 +166,14 @@ def script_command(input_path: Path | str, output_dir: Path, *options: str) -> l
 
 
 def run(input_path: Path | str, output_dir: Path, *options: str, **extra: str) -> subprocess.CompletedProcess:
-    """Run the script in a process of its own; extra: its environment."""
+    """Run the script in its own process; extra: its environment."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     command = script_command(input_path, output_dir, *options)
     return subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, timeout=120, env=kept | extra)
 
 
 def write_documents(folder: Path, documents: list, name: str = "a.parquet") -> Path:
-    """One parquet file whose column `text` has the type of text but holds the given bytes."""
+    """A parquet file whose column `text` has the type of text but contains the given bytes."""
     raw = [d.encode() if isinstance(d, str) else d for d in documents]
     column = pa.Array.from_buffers(pa.string(), len(raw), pa.array(raw, pa.binary()).buffers())
     folder.mkdir(exist_ok=True, parents=True)
@@ -183,7 +183,7 @@ def write_documents(folder: Path, documents: list, name: str = "a.parquet") -> P
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[Path, Path]:
-    """The folder of documents, in two files, and the sentences of them by two processes."""
+    """A folder of documents, in two files, and their sentences as split by two processes."""
     folder = tmp_path_factory.mktemp("sentences")
     write_documents(folder / "documents", DOCUMENTS[:5], "a.parquet")
     write_documents(folder / "documents", DOCUMENTS[5:], "b.parquet")
@@ -223,7 +223,7 @@ def test_the_manifest_tells_what_is_there(made):
     assert sum(s["n_sentences"] for s in shards) == found["counts"]["sentences"]
 
 
-MANY_SHARDS = {"punkt": "corpus", "punkt_train_mb": 0.01, "shard_mb": 0.0001, "num_processes": 1}  # a document a shard
+MANY_SHARDS = {"punkt": "corpus", "punkt_train_mb": 0.01, "shard_mb": 0.0001, "num_processes": 1}  # 1 doc per shard
 
 
 def test_shards_do_not_depend_on_processes_or_interruptions(made, tmp_path, capsys):
@@ -255,7 +255,7 @@ def test_shards_do_not_depend_on_processes_or_interruptions(made, tmp_path, caps
 
 
 def test_a_lost_shard_of_a_complete_folder_is_said(made, tmp_path, capsys):
-    """Running again does not say that all is well, nor does a folder without its manifest pass for a published one."""
+    """Running again does not report success, and a folder without its manifest does not pass for a published one."""
     inputs, _ = made
     options = MANY_SHARDS | {"input_path": inputs, "output_dir": tmp_path / "out"}
     call(sentences, **options)
@@ -268,7 +268,7 @@ def test_a_lost_shard_of_a_complete_folder_is_said(made, tmp_path, capsys):
 
 
 def test_documents_that_changed_in_a_run_are_refused(tmp_path, capsys):
-    """Others of the same size under the same name."""
+    """Other documents of the same size under the same name."""
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "One is here."}\n' * 50)
     options = MANY_SHARDS | {"input_path": path, "output_dir": tmp_path / "out"}
@@ -279,7 +279,7 @@ def test_documents_that_changed_in_a_run_are_refused(tmp_path, capsys):
 
 
 def test_links_to_documents_are_followed(tmp_path, capsys):
-    """Also round in circles; what points to nothing is said, not left out."""
+    """Also links in circles; a link to nothing is reported, not skipped."""
     elsewhere = write_documents(tmp_path / "elsewhere", ["Far away."], "b.parquet")
     inputs = write_documents(tmp_path / "in", ["Right here."])
     (inputs / "more").symlink_to(elsewhere)
@@ -306,7 +306,7 @@ FEW_SHARDS = MANY_SHARDS | {"shard_mb": 0.001}
 
 
 def as_json_line(document) -> bytes:
-    """An object with the document; broken bytes stay broken in the line."""
+    """An object with the document; invalid bytes stay invalid in the line."""
     if isinstance(document, bytes):
         return b'{"text": "' + document + b'"}'
     return json.dumps({"id": 1, "text": document}, ensure_ascii=False).encode()
@@ -320,7 +320,7 @@ def zstd(content: bytes) -> bytes:
 
 
 def in_frames(compress, content: bytes) -> bytes:
-    """Compressed in two parts put together, as parallel compressors write them; cut inside a line."""
+    """Compressed as two concatenated parts, as parallel compressors write them, split inside a line."""
     return compress(content[:1000]) + compress(content[1000:])
 
 
@@ -482,7 +482,7 @@ def test_an_unknown_punkt_is_refused(tmp_path, capsys):
 
 
 def test_the_english_model_is_used_where_nltk_has_it(tmp_path, monkeypatch):
-    """Its files by hand, with an abbreviation that no training would find."""
+    """Handmade model files, with an abbreviation that no training would find."""
     import nltk.data
 
     folder = tmp_path / "nltk_data" / "tokenizers" / "punkt_tab" / "english"
@@ -535,7 +535,7 @@ def dataset_files(tmp_path: Path, folder: str = "data/") -> dict[str, bytes]:
 
 
 def from_hub(hub: FakeHub, tmp_path: Path, out: str, dataset: str = DATASET, **extra: str):
-    """Run the script on a dataset, in a process of its own: the hub's client reads its settings when imported."""
+    """Run the script on a dataset, in its own process: the hub's client reads its settings when imported."""
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
     return run(dataset, tmp_path / out, "--num_processes", "1", **(settings | extra))
 
@@ -551,7 +551,7 @@ def test_a_dataset_of_the_hub_gives_what_its_files_give(hub, made, tmp_path):
     assert documents["dataset"] == DATASET and documents["revision"] == commit and documents["bytes"] == size
     assert {r.path for r in hub.requests if r.sent} == {"data/train-0.parquet", "data/train-1.parquet"}
 
-    # The hub has a newer commit; the folder goes on with its own, from the cache.
+    # The hub has a newer commit; the folder continues with its own, from the cache.
     hub.repos[f"datasets/{DATASET}"].commit({"data/other.parquet": b"x"})
     (tmp_path / "out" / manifest(made[1])["shards"][1]["file"]).unlink()
     broken = manifest(tmp_path / "out") | {"complete": False}
@@ -611,7 +611,7 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tmp_path):
-    """The main process is killed; its workers must end by themselves, and no half file may be taken for a whole one."""
+    """The main process is killed: its workers must end by themselves, and no partial file may pass for a whole one."""
     rng = random.Random()
     texts = [PROSE * rng.randint(1, 60) for _ in range(120)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -638,7 +638,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(tmp_path):
             assert time.monotonic() < deadline, "workers outlive the main process"
             time.sleep(0.05)
         if (tmp_path / "out" / "manifest.json").exists() and manifest(tmp_path / "out")["complete"]:
-            shutil.rmtree(tmp_path / "out")  # begin anew
+            shutil.rmtree(tmp_path / "out")  # start over
     assert killed
     assert run(tmp_path / "a.jsonl", tmp_path / "out", *flags).returncode == 0
     assert manifest(tmp_path / "out")["shards"] == manifest(tmp_path / "whole")["shards"]
@@ -695,7 +695,7 @@ def test_text_and_order_are_memory_mapped_files_made_once(published):
     dataset = SentenceDataset(published)
     assert {path: path.stat().st_mtime_ns for path in published.iterdir()} == made
     assert isinstance(dataset.order.base, np.memmap) and pa.total_allocated_bytes() == allocated
-    for path in (published / "sentences.arrow", published / "sentences.order-42.npy"):  # cut short: made anew
+    for path in (published / "sentences.arrow", published / "sentences.order-42.npy"):  # cut short: made again
         content = path.read_bytes()
         path.unlink()
         path.write_bytes(content[:-50])

@@ -1,4 +1,4 @@
-"""The record of where activations come from: written beside data, read elsewhere, compared with what is there now.
+"""The record of where activations come from: written beside data, read elsewhere, compared with the current state.
 
 .venv/bin/python -m pytest tests/test_source.py
 """
@@ -24,7 +24,7 @@ TEXTS = [f"Sentence {i}." for i in range(20)]
 
 @pytest.fixture
 def data(tmp_path: Path, tiny_model_dir: Path) -> Path:
-    """A data folder: model/, sentences/ and a manifest of each of two stages, the second from the first."""
+    """A data folder: model/, sentences/ and manifests of two stages, the second made from the first."""
     folder = tmp_path / "data"
     shutil.copytree(tiny_model_dir, folder / "model")
     sentences = SentenceDataset(write_sentences(folder / "sentences", TEXTS), 15)
@@ -145,7 +145,7 @@ def test_other_sentences_are_refused(data, tmp_path):
     shards = {"file": "sentences.parquet", "sha256": "b" * 64}
     folder = write_sentences(tmp_path / "others", TEXTS)
     shards["bytes"] = (folder / shards["file"]).stat().st_size
-    SentenceDataset(folder)  # made ready before the manifest with its false checksum
+    SentenceDataset(folder)  # created before the manifest with its false checksum
     write_manifest(folder, "openwebtext_sentences_dataset.py", complete=True, shards=[shards])
     info = json.loads((data / "sae.json").read_text())
     info["dataset"]["shards"] = ["b" * 64]
@@ -166,7 +166,7 @@ def test_what_the_file_does_not_state(data, tmp_path):
 
 
 def test_json_files_of_earlier_versions(data, tmp_path, monkeypatch):
-    """Folders as they were typed, no absolute ones, no checksum of the weights, no documents."""
+    """Folders as typed, not absolute; no checksum of the weights, no documents."""
     known = checkpoint_identity(TINY_LLAMA_DIR)
     del known["weights_sha256"]
     old = {
@@ -210,7 +210,7 @@ def test_local_folders_in_a_remote_file_are_absolute(data):
 
 
 def test_a_complete_folder_is_not_refused_for_what_did_not_change(tmp_path, tiny_model_dir):
-    """The model's folder was renamed; or the folder is of a version that knew less of the model."""
+    """The model's folder was renamed, or the data is from a version that recorded less about the model."""
     old = {"name": "before", **{k: v for k, v in checkpoint_identity(str(tiny_model_dir)).items() if k != "name"}}
     older = {name: value for name, value in old.items() if name != "weights_sha256"}
     now = checkpoint_identity(str(tiny_model_dir))

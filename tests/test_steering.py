@@ -1,5 +1,5 @@
 """Steering against a dense oracle in numpy: write all latents as a vector, edit it, decode. Then at every site of a
-model, in requests at the same time, and the benchmark's figures where they are known beforehand.
+model, in simultaneous requests, and the benchmark's figures where they are known in advance.
 
 .venv/bin/python -m pytest tests/test_steering.py
 """
@@ -39,7 +39,7 @@ def random_sae(*shape: int, seed: int = 0):
 
 
 def dense_steering(sae, x, strengths, highest, mode: str, keep_error: bool) -> torch.Tensor:
-    """x (..., d_model), one activation after another, in float64."""
+    """Steer x (..., d_model), one activation after another, in float64."""
     w_enc, b_enc = sae.encoder.weight.double().numpy(), sae.encoder.bias.double().numpy()
     w_dec, b_pre = sae.decoder.weight.double().numpy(), sae.b_pre.double().numpy()
 
@@ -113,7 +113,7 @@ def test_an_sae_in_bfloat16_steers():
     for mode in MODES:
         expected = steering_function(sae, {3: 4.0}, HIGHEST, mode)(x)
         found = steering_function(random_sae(D, N, K).bfloat16(), {3: 4.0}, HIGHEST, mode)(x)
-        close = ((found - expected).abs() < 0.3).all(-1).float().mean()  # TopK may fall otherwise on a few
+        close = ((found - expected).abs() < 0.3).all(-1).float().mean()  # TopK may choose differently on a few
         assert found.dtype == torch.float32 and close > 0.9
 
 
@@ -225,7 +225,7 @@ REQUESTS = [  # (site, strengths, mode, keep_error)
 
 
 def test_requests_at_the_same_time_do_not_meet(model, wide_sae):
-    """In turn, step by step in one thread, and in threads; nothing is left behind in the SAE or the model."""
+    """Interleaved step by step in one thread, and in several threads; the SAE and the model keep no trace."""
     weights = {name: tensor.clone() for name, tensor in {**wide_sae.state_dict(), **model.state_dict()}.items()}
     options = {"max_new_tokens": 20, "stop_tokens": [], "temperature": 1.5, "seeds": [5, 6]}
 
@@ -285,7 +285,7 @@ def benchmark():
 
 @pytest.mark.slow
 def test_benchmark(benchmark, tmp_path, capsys):
-    """Strength 0 gives the clean figures, clamping to 0 those of ablation; the best keeps to its limits."""
+    """Strength 0 gives the clean figures, clamping to 0 those of ablation; the best setting respects its limits."""
     options = {"n_latents": 2, "max_new_tokens": 12, "strengths": [0, 8], "factors": [1]}
     call(benchmark, output_dir=tmp_path, **options)
     result = json.loads((tmp_path / "steering.json").read_text())

@@ -97,7 +97,7 @@ def words(table: str) -> str:
 
 
 class Terminal:
-    """The real command in a pseudo-terminal of its own."""
+    """The real command in its own pseudo-terminal."""
 
     def __init__(self, *arguments: str, columns: int = 100, **environment: str):
         self.pid, self.fd = pty.fork()
@@ -110,7 +110,7 @@ class Terminal:
         self.text = ""
 
     def read(self) -> bool:
-        """Read what comes next; False at the end."""
+        """Read the next output; False at the end."""
         ready, _, _ = select.select([self.fd], [], [], 40)
         assert ready, f"nothing more came after {self.text!r}"
         try:
@@ -121,7 +121,7 @@ class Terminal:
         return bool(piece)
 
     def read_until(self, wanted: str) -> str:
-        """What it has written, up to the first `wanted`."""
+        """Its output up to the first `wanted`."""
         while wanted not in plain(self.text):
             assert self.read(), f"it ended before {wanted!r} came: {self.text!r}"
         before, _, self.text = plain(self.text).partition(wanted)
@@ -169,7 +169,7 @@ def cells_of(shown: str, width: int) -> list[list[str]]:
 
 
 def test_text_in_a_terminal(alone):
-    """A dropped line, prompts pasted together, side by side, Ctrl-C in a completion, too long a prompt, Ctrl-D."""
+    """A dropped line, prompts pasted together, side by side, Ctrl-C in a completion, a too long prompt, Ctrl-D."""
     texts = TEXTS[:2]
     clean, steered = alone(texts, 60, **GREEDY), alone(texts, 60, strength=DEFAULT_STRENGTH, **GREEDY)
     assert all(one != other for one, other in zip(clean, steered, strict=True))
@@ -193,13 +193,13 @@ def test_text_in_a_terminal(alone):
         session.type("1 " * 300 + "\r\r")
         session.read_until("error: '1 1 1 ")
         session.read_until(PROMPT)
-        session.type("The file\r" + CTRL_D)  # what was asked for is done before it leaves
+        session.type("The file\r" + CTRL_D)  # it finishes the request before it quits
         session.read_until("└")
         assert session.exit_code() == 0
 
 
 def test_chat_in_a_terminal(tokenizer):
-    """Ctrl-C at the prompt and in an answer, a full context, too long a message; the session goes on."""
+    """Ctrl-C at the prompt and in an answer, a full context, a too long message; the session continues."""
     first, second = "What is a file?", "Why?" + " really" * 25
     room = 256 - 180
     n_tokens = [len(encode_dialogue(tokenizer, [Message("user", text)])) for text in (first, second)]
@@ -353,7 +353,7 @@ def test_text_file(tmp_path, alone, tokenizer, sampling, batch_size):
 
 
 def test_a_seed_repeats_a_line_alone(tmp_path, model, tokenizer):
-    """What a line says is enough to make its completion again."""
+    """A line contains enough to repeat its completion."""
     rows = [{"prompt": text, "id": i} for i, text in enumerate(TEXTS)]
     write_lines(tmp_path / "in.jsonl", rows)
     call(inference, input_path=tmp_path / "in.jsonl", output_path=tmp_path / "out.jsonl", max_new_tokens=7, seed=5)
@@ -390,7 +390,7 @@ def test_chat_file(tmp_path, model, tokenizer):
 @settings(max_examples=60)
 @given(st.lists(st.text(st.characters(exclude_characters="\r\n", codec="utf-8"))), st.sampled_from(["\n", "\r\n"]))
 def test_a_prompt_is_a_line(tmp_path_factory, prompts, end):
-    """Only line ends part prompts: Unicode's other separators stand inside them."""
+    """Only line ends separate prompts: Unicode's other separators may be inside them."""
     path = tmp_path_factory.getbasetemp() / "lines.txt"
     path.write_bytes(end.join(["first", *prompts]).encode())
     wanted = [(number, {"prompt": p}) for number, p in enumerate(["first", *prompts], 1) if p.strip()]
@@ -405,7 +405,7 @@ def test_a_prompt_is_a_line(tmp_path_factory, prompts, end):
 
 @pytest.mark.slow
 def test_a_killed_run_continues(tmp_path, monkeypatch, capsys):
-    """kill -9 of the real command, a second one beside it, other options, half a line: then the same file."""
+    """kill -9 of the real command, a second one at the same time, other options, half a line: still the same file."""
     source = write_lines(tmp_path / "in.jsonl", [{"prompt": f"{text} {i}"} for i in range(6) for text in TEXTS])
     options = {"input_path": source, "max_new_tokens": 12, **SAMPLED}
     call(inference, **options, output_path=tmp_path / "whole.jsonl", batch_size=7)
@@ -445,7 +445,7 @@ def test_a_killed_run_continues(tmp_path, monkeypatch, capsys):
 
 
 def refused(tmp_path, capsys, content: str | bytes | None, name="in.jsonl", **options) -> str:
-    """The sentence, after which nothing has been written."""
+    """The error sentence; checks that nothing was written."""
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     before = set(tmp_path.rglob("*"))
@@ -495,7 +495,7 @@ def test_refuses_a_prompt_beyond_the_context_by_its_line(tmp_path, capsys):
 
 
 def test_refuses_an_output_that_cannot_be(tmp_path, capsys):
-    assert "is the input too" in refused(tmp_path, capsys, GOOD, output_path=tmp_path / "in.jsonl")
+    assert "is also the input" in refused(tmp_path, capsys, GOOD, output_path=tmp_path / "in.jsonl")
     assert "is a folder" in refused(tmp_path, capsys, GOOD, output_path=tmp_path)
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refused(tmp_path, capsys, GOOD, output_path=tmp_path / "file" / "out.jsonl")

@@ -1,8 +1,8 @@
-"""The tokenizer against transformers' TikTokenConverter, against itself there and back, and against known Llama 3 ids.
+"""The tokenizer against transformers' TikTokenConverter, in round trips, and against known Llama 3 ids.
 
 Also `tokenizer.json` against the same vocabulary in `tokenizer.model` and against the tokenizers library, chats against
-Meta's published format, and text that comes token by token. Texts come from hypothesis; the tests with the real
-vocabulary skip where its file, which is not in the repository, is absent.
+Meta's published format, and text streamed token by token. Texts come from hypothesis; the tests with the real
+vocabulary are skipped without its file, which is not in the repository.
 
     .venv/bin/python -m pytest tests/test_tokenizer.py
 """
@@ -42,14 +42,14 @@ REAL_TEXT = DATA_DIR / "real_text.parquet"
 TINY = TiktokenTokenizer(tiny_ranks())
 N_RANKS = 256 + len(TINY_MERGES)
 
-characters = st.characters(exclude_categories=["Cs"])  # everything but surrogates, which UTF-8 has no bytes for
+characters = st.characters(exclude_categories=["Cs"])  # everything except surrogates, which UTF-8 cannot encode
 pieces = st.sampled_from(
     ["hello", " the", "  ", "\n\n", "\r\n", "12345", "'Ll", "<|eot_id|>", "é", "\u3000", "👩‍🚀", "\0"]
 )
 texts = st.lists(st.one_of(pieces, st.text(characters, max_size=8))).map("".join)
 
 
-# ---- there and back
+# ---- round trips
 
 
 @given(texts)
@@ -90,7 +90,7 @@ def test_half_a_character_decodes_to_the_replacement_character():
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
-    """transformers' conversion of the tiny tokenizer: its own split pattern and its own merging."""
+    """transformers' conversion of the tiny tokenizer, with its own split pattern and merging."""
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     converter = TikTokenConverter()
@@ -133,7 +133,7 @@ def same_in_json(oracle, tmp_path_factory) -> JsonTokenizer:
 
 @pytest.fixture(scope="module")
 def with_metaspace(tmp_path_factory) -> JsonTokenizer:
-    """A vocabulary in TinyLlama's manner: words begin with ▁, unknown characters fall back to bytes."""
+    """A vocabulary like TinyLlama's: words begin with ▁, unknown characters fall back to bytes."""
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, normalizers
 
@@ -172,7 +172,7 @@ def test_tokenizer_json_knows_its_special_tokens(same_in_json, with_metaspace):
 
 
 def test_a_model_without_begin_and_end_of_text(with_metaspace):
-    """Neither the template nor config.json names them: nothing is put where they would stand."""
+    """Neither the template nor config.json names them, so nothing is put in their place."""
     library = tokenizers.Tokenizer.from_str(with_metaspace.model.to_str())
     with tempfile.TemporaryDirectory() as folder:
         library.save(f"{folder}/tokenizer.json")
@@ -208,11 +208,11 @@ def test_a_broken_tokenizer_json_is_refused_by_name(tmp_path):
 @given(data=st.data())
 @pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json", "metaspace"])
 def test_streamed_text_is_the_decoded_text(kind, data, same_in_json, with_metaspace):
-    """For any tokens, broken characters among them."""
+    """For any tokens, including broken characters."""
     tokenizer = {"tokenizer.model": TINY, "tokenizer.json": same_in_json, "metaspace": with_metaspace}[kind]
     token = st.integers(3, tokenizer.vocab_size - 1)
     prompt = tokenizer.encode(data.draw(texts))
-    if kind == "metaspace":  # its decoder spoils whole bytes beside broken ones, so only what can be encoded
+    if kind == "metaspace":  # its decoder spoils valid bytes beside broken ones, so only encodable text
         ids = tokenizer.encode(data.draw(texts))
     else:
         ids = data.draw(st.lists(token | st.integers(0x80, 0xFF) | st.sampled_from(TINY.encode("再 é")), max_size=12))
@@ -306,8 +306,8 @@ def test_cuts_lose_and_repeat_nothing(n, character):
 
 
 def test_only_runs_beyond_the_limit_are_cut():
-    """A cut splits merges: the letters behind it pair up anew."""
-    text = "x" + "a" * (MAX_RUN_CHARS - 1)  # of the letters three are left over when four make a token
+    """A cut splits merges: the letters after it pair up differently."""
+    text = "x" + "a" * (MAX_RUN_CHARS - 1)  # three letters are left over, as four make a token
     assert TINY.encode(text) == TINY.model.encode(text)
     assert TINY.encode(text + "aaaa") == TINY.encode(text) + TINY.encode("aaaa") != TINY.model.encode(text + "aaaa")
     assert TINY.encode(f"{text} {text}") == TINY.model.encode(f"{text} {text}")

@@ -34,9 +34,9 @@ SCALE = 2.0**40
 
 
 def exact_sae() -> TopKSparseAutoencoder:
-    """eps is so large that the standard deviation does not count: z = (x - mean) / 2^40, exactly. Activations are
+    """eps is so large that the standard deviation does not matter: z = (x - mean) / 2^40, exactly. Activations are
     integers of mean 0 and the encoder holds integers x 2^40, so that sums are exact in any order; the biases l / 64
-    keep the latents of one token apart. Latent 3 never fires."""
+    keep the latents of a token distinct. Latent 3 never fires."""
     sae = TopKSparseAutoencoder(D_MODEL, N_LATENTS, K, normalize_eps=SCALE)
     generator = torch.Generator().manual_seed(0)
     sae.initialize(torch.zeros(D_MODEL), generator)
@@ -95,7 +95,7 @@ def naive(
     latents = {}  # sentence_idx -> (n_tokens, n_latents), zeros where not kept
     for i, x in acts.items():
         x = x.double()
-        std = (x.std(1, keepdim=True) + sae.normalize_eps).float().double()  # as float32 would have it
+        std = (x.std(1, keepdim=True) + sae.normalize_eps).float().double()  # as float32 rounds it
         z = (x - x.mean(1, keepdim=True)) / std
         pre_acts = (z - sae.b_pre.double()) @ sae.encoder.weight.double().t() + sae.encoder.bias.double()
         kept = torch.zeros_like(pre_acts)
@@ -193,7 +193,7 @@ def test_the_data_has_what_this_is_about(data, expected):
     full = [r for r in rows if r["rank"] == TOP - 1]
     assert full and len(full) < 3 * N_LATENTS  # some latents have all their sentences, some have fewer
     lengths = {len(x) for x in data[0].values()}
-    assert min(lengths) < MIN_TOKENS  # min_tokens leaves something out
+    assert min(lengths) < MIN_TOKENS  # min_tokens leaves some out
     tenths = [tenth for row in latents for tenth in row["sentences_by_tenth"]]
     assert tenths.count(0) > 10 and sum(tenth > SAMPLES["examples_per_tenth"] for tenth in tenths) > 10
     silent = [sum(r["latent"] == latent and r["tenth"] == -1 for r in examples) for latent in range(N_LATENTS)]
@@ -281,7 +281,7 @@ def test_real_activations(tiny_model_dir, tmp_path):
     rows, latents, _ = read(tmp_path)
     expected_rows, expected_latents, _ = naive(sae, acts, ids, texts, 9, 3, **SAMPLES)
     assert len(rows) == len(expected_rows) > 500
-    tolerance = {"rtol": 0.02, "atol": 0.01}  # a stored bfloat16 may be the neighbour of the one computed here
+    tolerance = {"rtol": 0.02, "atol": 0.01}  # a stored bfloat16 may be one ulp from the one computed here
     for name in ("activation", "latent", "rank"):
         np.testing.assert_allclose([r[name] for r in rows], [r[name] for r in expected_rows], **tolerance)
     for name in ("frequency", "mean", "max"):
@@ -329,7 +329,7 @@ def test_top_table_equals_sorted(values, n_top, batch, rng):
     st.sampled_from([1, 20, 2**20]),
 )
 def test_cofiring_equals_counting_pairs(fired, n_kept, counted_at_once):
-    """With 8 latents many indices tie; some latents at a time or all give the same."""
+    """With 8 latents many indices tie; blocks of latents and all at once give the same."""
     tokens = torch.tensor([[*some, *[-1] * (4 - len(some))] for some in fired], dtype=torch.int32)
     with mock.patch.object(top, "_COUNTED_AT_ONCE", counted_at_once):
         companions, index = top.cofiring(tokens, 8, n_kept)
@@ -356,8 +356,8 @@ def test_hash_is_splitmix64():
 
 @pytest.mark.parametrize("killed_in", ["aggregate", "collect_pairs"])
 def test_killed_run_continues(folder, expected, tmp_path, monkeypatch, killed_in):
-    """Progress is saved each minute; here every reading of the clock is two minutes later. Killed in the sixth shard
-    of the first pass, or in the last pass."""
+    """Progress is saved every minute; here the clock advances two minutes per reading. Killed in the sixth shard of the
+    first pass, or in the last pass."""
     clock = iter(range(0, 10**9, 120))
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + next(clock))
@@ -381,7 +381,7 @@ def test_killed_run_continues(folder, expected, tmp_path, monkeypatch, killed_in
     assert list(tmp_path.glob("*partial*")) and not list(tmp_path.glob("*.parquet"))
     call(top, **chosen)
     n_shards = len(json.loads((folder / "shards-of-4" / "manifest.json").read_text())["shards"])
-    assert len(encoded) == n_shards + (killed_in == "aggregate")  # none twice but the one that was interrupted
+    assert len(encoded) == n_shards + (killed_in == "aggregate")  # none twice except the one that was interrupted
     assert read(tmp_path) == expected
     assert not list(tmp_path.glob("*partial*"))
 

@@ -1,1 +1,1 @@
-"""What several test files share: scripts run in this process, input files by hand, stand-ins for the real servers."""
+"""Shared by test files: running scripts in this process, handmade input files, stand-ins for the real servers."""

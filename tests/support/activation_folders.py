@@ -1,4 +1,4 @@
-"""A folder of captured activations made by hand, through the writer and the manifest of capture_activations.py."""
+"""Makes a folder of captured activations by hand, with the writer and the manifest of capture_activations.py."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ def write_activation_folder(
 ) -> Path:
     """acts: sentence_idx -> (n_tokens, d_model), of sentences that have tokens; shard_starts: positions among them.
 
-    token_ids: numbers from 0 in each shard where they do not matter.
+    token_ids: counted from 0 in each shard if they do not matter.
     """
     indices = sorted(acts)
     d_model = 0

@@ -1,4 +1,4 @@
-"""What the tests of the scripts that ask Claude share: top sentences by hand, a script run until a kill.
+"""Shared by the tests of the scripts that ask Claude: handmade top sentences, a script run until a kill.
 
 Used by test_send_batches.py, test_retrieve_batches.py and test_direct.py.
 """
@@ -27,7 +27,7 @@ TOKENIZER = TiktokenTokenizer(tiny_ranks())
 def write_top_sentences(folder: Path, sentences: dict[int, list[str]], row_group_size: int = 7) -> Path:
     """NAME.top.parquet with these sentences of each latent, strongest first, and a folder with the tokenizer.
 
-    By max and last the sentences are other ones. The token activations fall from token to token: 8, 7, 6, ...
+    The sentences by max and last are different. Activations decrease from token to token: 8, 7, 6, ...
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_ranks(folder / "tokenizer.model", tiny_ranks())
@@ -71,7 +71,7 @@ def command(script: ModuleType, options: dict[str, Any]) -> list[str]:
 
 
 def kill_when(arrived: threading.Event, script: ModuleType, options: dict[str, Any]) -> None:
-    """Run a script and kill it, as kill -9 does, when the server has seen the call that hangs."""
+    """Run a script and kill it, as kill -9 does, once the server has seen the call that hangs."""
     process = subprocess.Popen(
         command(script, options), cwd=PROJECT_DIR, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -84,5 +84,5 @@ def kill_when(arrived: threading.Event, script: ModuleType, options: dict[str, A
 
 
 def in_a_process(script: ModuleType, options: dict[str, Any]) -> subprocess.CompletedProcess:
-    """The real command line, to its end."""
+    """Run the real command line to its end."""
     return subprocess.run(command(script, options), cwd=PROJECT_DIR, capture_output=True, text=True, timeout=100)

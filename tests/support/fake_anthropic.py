@@ -1,13 +1,13 @@
 """A local server that speaks Anthropic's Message Batches and Messages protocols, and misbehaves on request.
 
 Tests reach it through the real client: `with FakeAnthropic() as server:` and `ANTHROPIC_BASE_URL=server.url`. It runs
-in the test's process, on a thread a request, so that a script in a subprocess can talk to it and be killed.
+in the test's process, with a thread per request, so that a script in a subprocess can talk to it and be killed.
 
     server.plan["create"] += [Fail(429, retry_after=0.01), "create then 500"]   # for the next two calls of create
     server.answer = lambda custom_id, params: {"type": "expired"}               # the result of every request
 
 `server.batches` has every batch that was created, `server.seen` every (endpoint, body) that arrived, so that a test can
-show that nothing was lost and nothing sent twice. Endpoints: create, list, retrieve, results, cancel, count_tokens,
+show that nothing was lost or sent twice. Endpoints: create, list, retrieve, results, cancel, count_tokens,
 messages. Behaviours: a Fail, "hang" (answer nothing until `server.release` is set), and those named in the methods.
 """
 
@@ -84,7 +84,7 @@ class Batch:
 
 
 def message(text: str, model: str = MODELS[0], stop_reason: str = "end_turn", n_input: int = 100) -> dict:
-    """A Message as the API returns it. Output tokens: a word each."""
+    """A Message as the API returns it. Output tokens: one per word."""
     return {
         "id": "msg_01",
         "type": "message",
@@ -110,13 +110,13 @@ class FakeAnthropic:
         self.key = key
         self.plan: dict[str, list[Any]] = collections.defaultdict(list)
         self.answer: Callable[[str, dict], dict] = meaning
-        self.looks_until_ended = 0  # how often a batch is looked at before it ends
-        self.page = 1000  # batches on a page of the list, at most
+        self.looks_until_ended = 0  # how many times a batch is polled before it ends
+        self.page = 1000  # most batches on a page of the list
         self.batches: list[Batch] = []
         self.seen: list[tuple[str, Any]] = []
         self.body_sizes: list[int] = []
-        self.arrived = threading.Event()  # a call that hangs is here
-        self.release = threading.Event()  # lets it go on
+        self.arrived = threading.Event()  # set when a call hangs
+        self.release = threading.Event()  # lets it continue
         self.lock = threading.Lock()
 
     def __enter__(self) -> "FakeAnthropic":
@@ -141,7 +141,7 @@ class FakeAnthropic:
         return sum(name == endpoint for name, _ in self.seen)
 
     def sent_ids(self) -> list[str]:
-        """The custom_ids of every batch that exists, which are paid for."""
+        """The custom_ids of every batch that exists; these are paid for."""
         return [request["custom_id"] for batch in self.batches for request in batch.requests]
 
     def create(self, requests: list[dict]) -> Batch:
@@ -150,7 +150,7 @@ class FakeAnthropic:
         return batch
 
     def end(self, batch: Batch) -> None:
-        """Process a batch; its results come in another order than its requests."""
+        """Process a batch; its results come in a different order from its requests."""
         if batch.results is None:
             batch.results = [
                 {"custom_id": r["custom_id"], "result": self.answer(r["custom_id"], r["params"])}

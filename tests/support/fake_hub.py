@@ -1,9 +1,9 @@
 """A local server that speaks as much of the Hugging Face hub's HTTP protocol as downloading a model or dataset needs.
 
-The hub itself answers what a repository holds (with sizes and checksums) and sends a download on: small files to a
-path of its own, large ones to a second server, the CDN, at an address that needs no token and accepts none. A dataset
-is a repository whose name here starts with datasets/, as in the hub's addresses. Tests set `tokens` and `faults`, and
-read in `requests` what was asked for and how much was sent.
+The hub itself lists a repository's files (with sizes and checksums) and redirects downloads: small files to one of its
+own paths, large ones to a second server, the CDN, at an address that needs no token and accepts none. A dataset is a
+repository whose name here starts with datasets/, as in the hub's addresses. Tests set `tokens` and `faults`, and read
+in `requests` what was requested and how much was sent.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class Request:
 class Fault:
     """How the next answer with a file's content goes wrong."""
 
-    damaged: bool = False  # two bytes in the middle are others
+    damaged: bool = False  # two bytes in the middle are changed
     stop_at: int | None = None  # nothing after this byte of the file: the connection closes, or
     stall: bool = False  # stays open
 
@@ -42,7 +42,7 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)  # commit -> path -> content
     main: str = ""
     refs: dict[str, str] = field(default_factory=dict)  # other names of commits
-    readers: set[str] | None = None  # tokens that may read; None: everybody, without a token too
+    readers: set[str] | None = None  # tokens that may read; None: everybody, even without a token
 
     def commit(self, files: dict[str, bytes]) -> str:
         """Make `files` the newest commit; returns its id."""
@@ -64,7 +64,7 @@ class FakeHub:
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
-        self.tokens: set[str] = set()  # the ones the hub knows
+        self.tokens: set[str] = set()  # those the hub knows
         self.requests: list[Request] = []
         self.faults: dict[str, Fault] = {}  # by path of a file; each happens once
         self.status: int | None = None  # every request is answered with this status
@@ -85,7 +85,7 @@ class FakeHub:
             server.server_close()
 
     def sent(self, path: str) -> list[Request]:
-        """The requests that were answered with content of the file."""
+        """The requests that were answered with content from the file."""
         return [r for r in self.requests if r.path == path and r.sent]
 
 
@@ -123,7 +123,7 @@ def _refuse(handler: BaseHTTPRequestHandler, status: int, code: str | None, mess
 
 
 def _hub(hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
-    """Model info, `resolve` and the path that small files are sent on to."""
+    """Model info, `resolve` and the path that small files are redirected to."""
     url = urlsplit(handler.path)
     parts = [unquote(part) for part in url.path.strip("/").split("/")]
     request = Request(handler.command, url.path, handler.headers.get("Range"))
@@ -184,7 +184,7 @@ def _model_info(hub: FakeHub, name: str, commit: str, files: dict[str, bytes], b
 
 
 def _cdn(hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
-    """A file at a signed address; a token that comes along is refused."""
+    """A file at a signed address; a request with a token is refused."""
     url = urlsplit(handler.path)
     kind, owner, name, revision, path = unquote(url.path).strip("/").split("/", 4)
     name = f"{owner}/{name}" if kind == "models" else f"{kind}/{owner}/{name}"

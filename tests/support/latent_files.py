@@ -1,4 +1,4 @@
-"""What the tests of the index and of the report share: the files of an SAE's latents, written by hand."""
+"""Shared by the tests of the index and the report: handmade files of an SAE's latents."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from latents.meanings import Meaning, Score, write_meanings, write_scores
 from latents.tables import LATENTS, PROMOTED, TOP
 
 N_LATENTS = 40
-DEAD = (7, 23)  # they fire on no token
+DEAD = (7, 23)  # latents that fire on no token
 MEANINGS = {  # latent -> meaning, certainty; latents 0 to 29, the others have none
     i: (text, 0.5 + (i * 7 % 10) / 20)
     for i, text in enumerate(
@@ -54,7 +54,7 @@ def write_latents(folder: Path, model_dir: Path, tokenizer, seed: int = 0) -> Pa
     for latent in range(N_LATENTS):
         for aggregation in ("mean", "max", "last") if alive[latent] else ():
             texts = rng.sample(TEXTS, 4)
-            for rank, text in enumerate([*texts[:2], texts[1], *texts[2:]]):  # one stands twice
+            for rank, text in enumerate([*texts[:2], texts[1], *texts[2:]]):  # one occurs twice
                 ids = tokenizer.encode(text)
                 acts = [0.0] * len(ids)
                 acts[rng.randrange(len(ids))] = 2.0 - rank / 4

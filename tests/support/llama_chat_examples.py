@@ -1,4 +1,4 @@
-"""Dialogues and the tokens that Meta's published prompt formats make of them: data for tests, no code of ours in it.
+"""Dialogues and their tokens in Meta's published prompt formats: data for tests, with none of our code in it.
 
 Two formats: `llama_3`, of Llama 3 Instruct, and `llama_3_1`, of Llama 3.1 and 3.2 Instruct, with the date header. In
 both a message is
@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 
 class Special(NamedTuple):
-    """A special token, as against text that looks like one."""
+    """A special token, as opposed to text that looks like one."""
 
     name: str
 

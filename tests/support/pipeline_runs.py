@@ -1,4 +1,4 @@
-"""What the tests of the stages share: scripts called in this process or under torchrun, and input files by hand."""
+"""Shared by the tests of the stages: scripts called in this process or under torchrun, and handmade input files."""
 
 import os
 import random
@@ -33,7 +33,7 @@ def call(script: ModuleType, **options: Any) -> None:
 
 
 def refusal(capsys: pytest.CaptureFixture, script: ModuleType, **options: Any) -> str:
-    """The sentence with which a script refuses; it must be one, without traceback, and the exit code 2."""
+    """The error sentence of a script that refuses: exactly one, without a traceback, and with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         call(script, **options)
@@ -62,7 +62,7 @@ def some_texts(n: int, seed: int = 0) -> list[str]:
 
 
 def write_sentences(folder: Path, texts: list[str]) -> Path:
-    """A dataset of the published kind, a column `text`, such that sentence i in the seeded order is texts[i]."""
+    """A dataset like the published one, a column `text`, in which sentence i of the seeded order is texts[i]."""
     import numpy as np
 
     folder.mkdir(parents=True)
@@ -87,5 +87,5 @@ def write_activations(
 
 
 def without_ranks() -> dict[str, str]:
-    """The environment of a run that is not torchrun's."""
+    """The environment of a run without torchrun."""
     return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

@@ -1,6 +1,6 @@
-"""What the SAE's test files share: an SAE with random weights, captured activations, scripts run in this process.
+"""Shared by the SAE's tests: an SAE with random weights, captured activations, scripts run in this process.
 
-Also a small set of batches to train on and what a run on it leaves.
+Also a small set of batches to train on, and checks of a run's output.
 Used by test_sae.py, test_sae_preprocessing.py, test_sae_training.py and test_sae_parallel.py.
 """
 
@@ -34,13 +34,13 @@ def random_sae(d_model: int, n_latents: int, k: int, eps: float = 1e-5, seed: in
 
 
 def write_store(folder: Path, sentences: dict[int, Tensor], shard_starts: list[int], n_sentences: int) -> Path:
-    """What capture_activations.py leaves: `sentences` (index -> (n_tokens, d_model)) in shards that begin at the given
+    """As capture_activations.py writes: `sentences` (index -> (n_tokens, d_model)) in shards that begin at the given
     positions among them, and a complete manifest. Sentences without tokens are left out, as there."""
     return write_activation_folder(folder, sentences, shard_starts, n_sentences)
 
 
 def sparse_dictionary_data(n_rows: int, d_model: int, n_true: int, n_active: int, seed: int) -> Tensor:
-    """Rows that are sums of few of n_true random directions, on an offset of their own, with a little noise."""
+    """Rows that are sums of a few of n_true random directions, plus an offset and a little noise."""
     rng = np.random.default_rng(seed)
     directions = rng.standard_normal((n_true, d_model)) / d_model**0.5
     codes = np.zeros((n_rows, n_true))
@@ -51,7 +51,7 @@ def sparse_dictionary_data(n_rows: int, d_model: int, n_true: int, n_active: int
 
 
 def arguments(options: dict[str, Any]) -> list[str]:
-    """Options as the command line has them."""
+    """Options as command-line arguments."""
     parts = []
     for name, value in options.items():
         values = value if isinstance(value, tuple) else (value,)
@@ -60,14 +60,14 @@ def arguments(options: dict[str, Any]) -> list[str]:
 
 
 def run_script(module: ModuleType, **options: Any) -> None:
-    """A script's main, in this process, with these options."""
+    """Run a script's main in this process with these options."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module.__file__, *arguments(options)])
         module.main()
 
 
 def refusal(module: ModuleType, capsys: pytest.CaptureFixture, **options: Any) -> str:
-    """Run a script that must refuse: exit code 2 and one line that begins with "error:", which is returned."""
+    """Run a script that must refuse, with exit code 2 and one line that begins with "error:"; returns the line."""
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_info:
         patch.setattr(sys, "argv", [module.__file__, *arguments(options)])
@@ -97,7 +97,7 @@ TRAINING = {
     "learning_rate": 8e-3,
     "warmup_steps": 5,
     "betas": (0.85, 0.999),
-    "grad_clip": 0.25,  # exceeded in part of the steps
+    "grad_clip": 0.25,  # exceeded in some of the steps
     "seed": 7,
     "wandb": "off",
 }
@@ -131,7 +131,7 @@ def train(data: Path, folder: Path, **options: Any) -> Path:
 
 
 def metrics_of(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl but for the timing."""
+    """The lines of metrics.jsonl without the timing."""
     lines = map(json.loads, path.with_suffix(".metrics.jsonl").read_text().splitlines())
     return [{name: value for name, value in line.items() if name not in TIMING} for line in lines]
 

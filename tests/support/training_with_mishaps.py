@@ -1,5 +1,5 @@
 """Run sae_training.py once or several times in a row, with a mishap at a given moment: for test_sae_training.py and
-test_sae_parallel.py, which start it in processes of their own.
+test_sae_parallel.py, which start it in separate processes.
 
     torchrun --standalone --nproc_per_node=2 tests/support/training_with_mishaps.py '[{"options": {}, "mishap": {...}}]'
 
@@ -45,7 +45,7 @@ def owner_of(method: str) -> type[Step] | type[Training]:
 
 
 def arrange(what: str, method: str, call: int, rank: int = 0) -> None:
-    """From now on `what` happens in process `rank` just before the given call of that method, counted from 0."""
+    """Make `what` happen in process `rank` just before the given call of that method, counted from 0."""
     if int(os.environ.get("RANK", 0)) != rank:
         return
     owner = owner_of(method)
@@ -61,8 +61,8 @@ def arrange(what: str, method: str, call: int, rank: int = 0) -> None:
 
 
 def count_bytes(path: Path) -> None:
-    """Count the bytes this process sends within Step.gradients, all-reduce as a ring; one number a step goes to
-    `path` with the rank behind it."""
+    """Count the bytes this process sends within Step.gradients, all-reduce as a ring; writes one number per step to
+    `path` with the rank appended."""
     import torch.distributed as dist
 
     gradients, all_reduce, all_gather = Step.gradients, dist.all_reduce, dist.all_gather
@@ -92,7 +92,7 @@ def count_bytes(path: Path) -> None:
 def train_with(
     options: dict, mishap: dict | None = None, bytes_path: str | None = None, port: int | None = None
 ) -> None:
-    """port: where the processes of this run meet, apart from those of the run before."""
+    """port: where the processes of this run meet, separate from the previous run's."""
     if port:
         os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(port)}
     methods = {owner: dict(vars(owner)) for owner in (Step, Training)}
