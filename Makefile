@@ -19,7 +19,7 @@ install: $(VENV)/.installed  ## .venv with the versions of poetry.lock
 
 # Direct dependencies come from pyproject.toml, every version (transitive ones too) from poetry.lock as pip constraints.
 $(VENV)/.installed: pyproject.toml poetry.lock
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed; $(PYTHON) is `$(PYTHON) -V`. Run: make PYTHON=python3.11 install"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "Python 3.11 to 3.13 is needed; $(PYTHON) is `$(PYTHON) -V`. Run: make PYTHON=python3.11 install"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
 	$(BIN)/python -c 'import tomllib; print(*(p["name"] + "==" + p["version"] for p in tomllib.load(open("poetry.lock", "rb"))["package"]), sep="\n")' > $(VENV)/constraints.txt
@@ -58,7 +58,7 @@ lock:  ## poetry.lock from pyproject.toml; needs Poetry: make lock POETRY=/path/
 	$(POETRY) lock
 	$(POETRY) check --lock
 
-# How the embedded model was made (about an hour on two cores; see the README) ...
+# How the embedded model was made (about an hour on two cores; see docs/embedded.md) ...
 tiny: install
 	$(BIN)/python -m embedded.corpus
 	$(BIN)/python openwebtext_sentences_dataset.py --input_path data/documents --punkt corpus --punkt_train_mb 3 --shard_mb 2

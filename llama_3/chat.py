@@ -4,7 +4,7 @@ Format: Meta's "Llama 3" and "Llama 3.1" model cards and prompt formats. Every m
 
     <|start_header_id|>ROLE<|end_header_id|>\\n\\nCONTENT<|eot_id|>
 
-after one <|begin_of_text|>, content without the space around it; an open assistant header asks for the answer. From
+after one <|begin_of_text|>, with its content stripped; an open assistant header prompts the answer. From
 Llama 3.1 on a system message always comes first, and begins with two lines: the knowledge cut-off and the date.
 """
 

@@ -1,4 +1,4 @@
-"""A model's files: which there are, in which format, and which model they hold. Needs no torch."""
+"""A model's files, their format, and which model they contain. Needs no torch."""
 
 import hashlib
 import json
@@ -131,7 +131,7 @@ def checkpoint_identity(model_dir: str) -> dict[str, Any]:
 
 
 def differing_field(known: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
-    """The first field in which two identities differ; None where they are of one checkpoint.
+    """The first field in which two identities differ; None if they are of the same checkpoint.
 
     The folder's name does not count, nor does a field that only one of them has: older files have fewer.
     """

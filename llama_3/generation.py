@@ -102,7 +102,7 @@ def generate(
 
 
 def check_context(model: Transformer, n_prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise InputError where they exceed the model's context."""
+    """Raise InputError if prompt and new tokens exceed the model's context."""
     if n_prompt_tokens + max_new_tokens > model.args.max_seq_len:
         raise InputError(
             f"A prompt of {n_prompt_tokens} tokens and {max_new_tokens} new ones exceed the model's context of "

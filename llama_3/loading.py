@@ -199,7 +199,7 @@ def load_model(
     """Load a checkpoint for inference. Raises InputError, naming file and fix, when it is not whole.
 
     Weights of another dtype or device are converted one tensor at a time; the others stay mapped to their file.
-    packed: on a CPU, make linear layers PackedLinear: faster, but without parameters; ignored where there is none.
+    packed: on a CPU that supports it, use PackedLinear layers: faster, but without parameters.
     """
     found = find_checkpoint(str(model_dir))
     args = model_args(found, rope_scaling_factor)
@@ -318,11 +318,11 @@ def _meta_name(name: str) -> str:
 
 
 class Reader(NamedTuple):
-    """How a format is read. What it gives has Meta's names."""
+    """How to read a format; tensors and parameters get Meta's names."""
 
     args: Callable[[Checkpoint], dict[str, Any]]  # fields of ModelArgs
     weights: Callable[[Checkpoint], dict[str, Loaded]]
-    rotates_halves: bool  # RoPE turns the first half of a head against the second; Meta's neighbouring pairs
+    rotates_halves: bool  # True: RoPE pairs a head's two halves; False: neighbouring elements, as in Meta's format
 
 
 READERS = {

@@ -77,7 +77,7 @@ class Tokenizer(Protocol):
 
     special_tokens: dict[str, int]
     vocab_size: int
-    starts_with_bos: bool  # whether texts that the model was trained on do
+    starts_with_bos: bool  # whether the model's training texts begin with it
     chat_template: ChatTemplate | None  # the chat format that the model's files carry
 
     @property
@@ -88,7 +88,7 @@ class Tokenizer(Protocol):
     def stop_ids(self) -> frozenset[int]: ...  # of the tokens that end an answer
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """Token ids, on request between begin-of-text and end-of-text, where the model has them."""
+        """Token ids, optionally with begin-of-text and end-of-text, if the model has them."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
