@@ -237,6 +237,9 @@ def _read_info(path: str, keywords: dict[str, Any]) -> dict[str, Any]:
             info = dict(json.loads(blobfile.read_text(json_path)))
         except (ValueError, TypeError) as error:
             raise InputError(f"{json_path} is not JSON ({error}).") from None
+    for name, known in (("format_version", FORMAT_VERSION), ("normalization", "layer_norm")):
+        if info.get(name, known) != known:
+            raise InputError(f"{json_path} has {name} {info[name]}, this code reads {known}; use newer code for it.")
     for name, value in keywords.items():
         if name in info and info[name] != value:
             raise InputError(f"{json_path} says {name} = {info[name]!r}, not {value!r}; leave {name} out.")

@@ -10,9 +10,12 @@ wherever it was set. Floats are finite unless the annotation says otherwise.
 
 import argparse
 import ast
+import difflib
 import math
+import sys
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NoReturn
 
@@ -127,10 +130,24 @@ def parse_constants(
             parser.add_argument(f"--{name}", type=option.item, nargs="+", default=default, help=about)
         else:
             parser.add_argument(f"--{name}", type=option.item, default=default, required=required, help=about)
+    refuse_unknown(sys.argv[1:] if argv is None else argv, options)
     config = parser.parse_args(argv)
     for name, option in options.items():
         check_option(name, getattr(config, name), option)
     return config
+
+
+def refuse_unknown(argv: list[str], options: Iterable[str]) -> None:
+    """Raise InputError for an option that does not exist, before argparse complains about others that are missing.
+
+    As there, the beginning of a name may stand for the whole.
+    """
+    flags = ["--help", *(f"--{name}" for name in options)]
+    for flag in (word.partition("=")[0] for word in argv if word.startswith("--") and word != "--"):
+        if not any(known.startswith(flag) for known in flags):
+            similar = difflib.get_close_matches(flag, flags, 1)
+            hint = f"did you mean {similar[0]}?" if similar else "--help lists the options."
+            raise InputError(f"unrecognized arguments: {flag}; {hint}")
 
 
 def check_option(name: str, value: Any, option: Option) -> None:

@@ -103,6 +103,7 @@ def test_an_option_has_its_constants_type(tmp_path, argv, name, value):
         (["--path", "p", "--steps", "1.5"], "--steps: invalid int value: '1.5'"),
         (["--path", "p", "--limit", "none"], "--limit: invalid int value"),
         (["--path", "p", "--flag", "maybe"], "'maybe' is neither true nor false"),
+        (["--pathh", "p"], "unrecognized arguments: --pathh; did you mean --path?"),
         (["--path", "p", "--_hidden", "1"], "unrecognized arguments: --_hidden"),
         (["--path", "p", "--lower", "1"], "unrecognized arguments: --lower"),
         (["--path", "p", "--local", "1"], "unrecognized arguments: --local"),
