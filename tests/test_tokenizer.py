@@ -31,6 +31,7 @@ from llama_3.tokenizer import (
     TextStream,
     TiktokenTokenizer,
     read_ranks,
+    read_tokenizer_json,
     write_ranks,
 )
 from pipeline.errors import InputError
@@ -176,7 +177,7 @@ def test_a_model_without_begin_and_end_of_text(with_metaspace):
     library = tokenizers.Tokenizer.from_str(with_metaspace.model.to_str())
     with tempfile.TemporaryDirectory() as folder:
         library.save(f"{folder}/tokenizer.json")
-        without = JsonTokenizer(f"{folder}/tokenizer.json", bos_id=None, eos_ids=None)
+        without = read_tokenizer_json(f"{folder}/tokenizer.json", bos_id=None, eos_ids=None)
     assert (without.bos_id, without.eos_id, without.starts_with_bos) == (None, None, False)
     assert without.encode("the", bos=True, eos=True) == with_metaspace.encode("the") == encode_text(without, "the")
     with pytest.raises(InputError, match="no begin-of-text token, so it cannot begin without a prompt"):
