@@ -252,7 +252,9 @@ def _read_meta(found: Checkpoint) -> dict[str, Loaded]:
             with blobfile.BlobFile(path, "rb") as file:
                 state = torch.load(file, map_location="cpu", weights_only=True)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with open(path, "rb") as file:  # its number: torch takes names for UTF-8
+                name = f"/dev/fd/{file.fileno()}"
+                state = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, OSError):
         raise InputError(f"{path} is truncated or not a checkpoint of tensors; fetch it again.") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -269,7 +271,7 @@ def _read_hugging_face(found: Checkpoint) -> dict[str, Loaded]:
                 with blobfile.BlobFile(path, "rb") as file:
                     tensors = safetensors.torch.load(file.read())
             else:
-                with safetensors.safe_open(path, "pt") as file:
+                with open(path, "rb") as opened, safetensors.safe_open(f"/dev/fd/{opened.fileno()}", "pt") as file:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path} is truncated or not in safetensors' format ({error}); fetch it again.") from None
