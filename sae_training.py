@@ -176,11 +176,16 @@ def check_options(options: RunOptions, batch_size: int, manifest: dict[str, Any]
 
 
 def empty_sae(options: RunOptions, manifest: dict[str, Any]) -> TopKSparseAutoencoder:
-    """The whole SAE, its weights not set. Raises InputError for an impossible k."""
+    """The whole SAE, its weights not set. Raises InputError for an impossible k or size."""
     try:
         return TopKSparseAutoencoder(manifest["d_model"], options.n_latents, options.k, manifest["normalize_eps"])
     except ValueError as error:
         raise InputError(f"{error}; correct --k or --n_latents.") from None
+    except RuntimeError as error:  # how torch reports a lack of memory
+        raise InputError(
+            f"--n_latents {options.n_latents}: the memory does not hold so many ({str(error).partition(chr(10))[0]}); "
+            "give fewer."
+        ) from None
 
 
 def starting_sae(

@@ -24,7 +24,7 @@ def utf8_name(path: Path) -> str:
     return os.fsencode(path.as_posix()).decode(errors="surrogateescape")
 
 
-def arrow_file(path: Path, mode: Literal["rb", "wb"] = "rb") -> pa.OSFile:
+def arrow_file(path: Path | str, mode: Literal["rb", "wb"] = "rb") -> pa.OSFile:
     """A file opened by Arrow, which itself takes a name for UTF-8."""
     return pa.OSFile(os.fsencode(path), mode)
 
