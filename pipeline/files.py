@@ -68,7 +68,8 @@ def require_writable(*paths: Path | str) -> None:
 def utf8_path(path: Path | str) -> Iterator[str]:
     """A name under which the file at `path` can be opened by a library that takes only UTF-8, whatever its own is."""
     with open(path, "rb") as file:
-        yield f"/dev/fd/{file.fileno()}"
+        is_utf8 = os.fsencode(path) == str(path).encode(errors="replace")
+        yield str(path) if is_utf8 else f"/dev/fd/{file.fileno()}"
 
 
 def write_json(path: Path | str, value: Any) -> None:
