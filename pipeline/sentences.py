@@ -194,6 +194,8 @@ def _parquet_files(folder: Path) -> tuple[dict[str, Any], list[Path]]:
         manifest = read_manifest(folder, SENTENCES_STAGE)
         check_files(folder, manifest["shards"], SENTENCES_STAGE)
         return manifest, [folder / shard["file"] for shard in manifest["shards"]]
+    if not folder.exists():
+        raise InputError(f"There is nothing at {folder}; run {SENTENCES_STAGE}, or name the folder of its sentences.")
     files = document_files(str(folder))
     if (kind := kind_of(files[0].name)) != "parquet":
         raise InputError(f"{folder} holds {kind} files, not parquet files of sentences; run {SENTENCES_STAGE}.")
