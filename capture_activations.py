@@ -14,7 +14,7 @@ Cost    disk: 2 bytes x d_model per token and site. Memory per process besides t
 
 from typing import Literal, NamedTuple
 
-from pipeline.options import Count, CountOrZero, Positive, Seed, parse_constants
+from pipeline.options import Count, CountOrZero, Positive, Seed, Size, parse_constants
 from pipeline.run import run
 
 MODEL_DIR: str  # Llama folder, in Meta's or Hugging Face's format
@@ -27,7 +27,7 @@ BEGIN_OF_TEXT = False  # put begin-of-text before each sentence (its own activat
 DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # for the computation; activations are stored as bfloat16
 BATCH_TOKENS: Count = 4096  # tokens per forward pass, including about 2 % padding; a CPU is fastest at 1024
 WINDOW_SENTENCES: Count = 16_384  # sentences sorted by length together; more means less padding but more memory
-SHARD_GB: Positive = 1.0  # size of a shard
+SHARD_GB: Size = 1.0  # size of a shard
 ROPE_SCALING_FACTOR: Positive | None = None  # overrides the checkpoint's; 8 reproduces the published activations
 SEED: Seed = 42  # of the sentence order; 42 is the published one
 
@@ -342,6 +342,8 @@ def open_sentences(folder: str, num_samples: int, seed: int) -> SentenceDataset:
     """The sentences to capture; prints a note if there are fewer than asked for."""
     sentences = SentenceDataset(folder, num_samples, seed)
     n_in_all = len(sentences.order)
+    if not n_in_all:
+        raise InputError(f"There are no sentences in {folder}; name others.")
     if num_samples > n_in_all and int(os.environ.get("RANK", 0)) == 0:
         print(f"--num_samples asks for {num_samples:,} sentences; {folder} has {n_in_all:,}: capturing all of them.")
     return sentences

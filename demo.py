@@ -221,7 +221,7 @@ def main() -> None:
         write_steering(run_dir / "sae" / "sae.steering.json", found, config.strength)
         times.append(("Steering", time.time() - started))
         report = report_text(run_dir, index, found, config.strength, times)
-        (run_dir / "report.md").write_text(report)
+        (run_dir / "report.md").write_text(report, encoding="utf-8")
         recipe.run_command(recipe.command("sae_report.py", sae_model_path=sae_path, latents=config.report_latents))
     print("\n" + report)
     page = sae_path.with_suffix(".report.html").resolve()

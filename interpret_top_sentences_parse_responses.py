@@ -25,7 +25,7 @@ from claude.answers import Answer, Rejection, fill_in, from_result, read_results
 from latents.meanings import Meaning, write_meanings
 from latents.tables import Aggregation
 from pipeline.errors import InputError
-from pipeline.files import locked
+from pipeline.files import locked, require_writable
 from pipeline.options import parse_constants
 from pipeline.progress import progress_bar
 from pipeline.run import run
@@ -58,7 +58,7 @@ def read_published(path: Path) -> Iterator[Answer]:
     """Answers as the original stored them."""
     fix = "move it out of the folder of answers."
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             entries = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({' '.join(str(error).split())}); {fix}") from None
@@ -172,6 +172,7 @@ def main() -> None:
     out_path = fill_in(config.parsed_responses_output_filepath, config.aggregation)
     rejected_path = out_path.with_suffix(".rejected.jsonl")
     paths = answer_files(source)
+    require_writable(out_path, rejected_path)
     print(f"Reading {len(paths)} files in {source}; writing {out_path} and {rejected_path.name}.")
 
     meanings, rejected = judge_all(paths)

@@ -12,7 +12,7 @@ Method  serving/steering.py explains the modes at the SAE's site; strength 1 is 
 
 from typing import Literal
 
-from pipeline.options import Count, CountOrZero, NotNegative, Positive, Share, parse_constants
+from pipeline.options import Count, CountOrZero, NotNegative, Positive, Seed, Share, parse_constants
 from pipeline.run import run
 from serving.modes import DEFAULT_MODE, DEFAULT_STRENGTH, Mode
 
@@ -38,7 +38,7 @@ BATCH_SIZE: Count = 8  # prompts completed together
 MAX_NEW_TOKENS: Count = 64  # tokens to add
 TEMPERATURE: NotNegative = 0.7  # 0: always the most likely token
 TOP_P: Share = 0.95  # sample from the most likely tokens that together have this probability
-SEED = 0  # each prompt's samples depend only on this and on its place in the list
+SEED: Seed = 0  # each prompt's samples depend only on this and on its place in the list
 
 _COMMANDS = {"text": "complete text", "chat": "hold a dialogue"}
 
@@ -239,7 +239,8 @@ def print_answer(session: Session, prompt: list[int], number: int) -> list[int]:
 def ask() -> str | None:
     """A line typed by the user, or several pasted at once; None at the end (Ctrl-D). Ctrl-C drops the line."""
     if not sys.stdin.isatty():
-        return next(sys.stdin, None)
+        line = next(sys.stdin, None)
+        return line and line.removeprefix("\ufeff")
     with contextlib.suppress(ImportError):
         import readline  # arrow keys, earlier lines
 

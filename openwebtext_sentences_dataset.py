@@ -26,12 +26,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-from pipeline.documents import ENDINGS, as_text, describe_files, document_files, iter_documents, kind_of
+from pipeline.documents import ENDINGS, as_text, describe_files, document_files, iter_documents, kind_of, utf8_name
 from pipeline.errors import InputError, Stop
-from pipeline.files import read_json, require_disk, write_json
+from pipeline.files import read_json, require_disk, require_writable, write_json
 from pipeline.hub import answers_of_a_hub, connection_errors, describe_file, explain, is_whole
 from pipeline.manifests import MANIFEST, complete_already, output_folder, write_manifest
-from pipeline.options import CountOrZero, Positive, parse_constants
+from pipeline.options import CountOrZero, Size, parse_constants
 from pipeline.progress import duration, gb, progress_bar
 from pipeline.run import run
 from pipeline.sentences import SENTENCES_STAGE, describe_sentence_shard, write_sentence_shard
@@ -40,8 +40,8 @@ from pipeline.workers import Workers
 INPUT_PATH: str  # documents: a file or folder of parquet, jsonl(.gz, .zst) or txt, or a dataset id of the hub
 OUTPUT_DIR = "data/sentences"  # folder for the sentences
 PUNKT: Literal["english", "corpus"] = "english"  # NLTK's English model, or one trained on the documents
-PUNKT_TRAIN_MB: Positive = 50.0  # MB of documents to train Punkt on, from the first on
-SHARD_MB: Positive = 64.0  # MB of document text per shard
+PUNKT_TRAIN_MB: Size = 50.0  # MB of documents to train Punkt on, from the first on
+SHARD_MB: Size = 64.0  # MB of document text per shard
 NUM_PROCESSES: CountOrZero = 0  # processes that split; 0 for one per core
 
 _TEXT_BYTES_PER_S = 3e6  # measured, for one process; used to estimate the time
@@ -63,7 +63,7 @@ def find_documents(input_path: str, output_dir: Path) -> Documents:
         return fetch_dataset(input_path, output_dir)
     files = document_files(input_path)
     root = Path(input_path) if Path(input_path).is_dir() else Path(input_path).parent
-    stats = [(f.relative_to(root).as_posix(), f.stat()) for f in files]
+    stats = [(utf8_name(f.relative_to(root)), f.stat()) for f in files]
     return Documents(files, describe_files([(name, s.st_size, s.st_mtime_ns) for name, s in stats]))
 
 
@@ -152,27 +152,35 @@ def fetch_files(repo: str, revision: str, files: list[dict[str, Any]]) -> list[P
 # ---- reading documents
 
 
-def count_documents(files: list[Path]) -> tuple[int, int]:
-    """Read files to their end: (documents, bytes of text). Runs in a worker process. Raises InputError."""
-    documents = n_bytes = 0
+def count_documents(files: list[Path]) -> tuple[int, int, bool]:
+    """Read files to their end: (documents, bytes of text, whether there is more than blanks). Runs in a worker process.
+
+    Raises InputError.
+    """
+    documents, n_bytes, any_text = 0, 0, False
     for document in iter_documents(files):
         documents += 1
         n_bytes += len(document)
-    return documents, n_bytes
+        any_text = any_text or bool(as_text(document).strip())
+    return documents, n_bytes, any_text
 
 
 def check_documents(workers: Workers, files: list[Path]) -> tuple[int, int]:
-    """(documents, bytes of text) of all files. Raises InputError for a bad one, now instead of ten hours later.
+    """(documents, bytes of text) of all files. Raises InputError for a bad one, now instead of ten hours later, and
+    where there is no text in any.
 
     It takes a hundredth of the time of the splitting.
     """
     files_per_job = 1000 if kind_of(files[0].name) == "txt" else 1
     jobs = ((files[i : i + files_per_job],) for i in range(0, len(files), files_per_job))
-    documents = n_bytes = 0
+    documents, n_bytes, any_text = 0, 0, False
     with progress_bar(total=len(files), unit="file", desc="checking documents") as bar:
-        for n, size in workers.map(count_documents, jobs):
-            documents, n_bytes = documents + n, n_bytes + size
+        for n, size, text in workers.map(count_documents, jobs):
+            documents, n_bytes, any_text = documents + n, n_bytes + size, any_text or text
             bar.update(min(files_per_job, len(files) - bar.n))
+    if not any_text:
+        where = f"{files[0]}" if len(files) == 1 else f"the {len(files)} files from {files[0]} on"
+        raise InputError(f"There is no text in {where} ({documents:,} documents); name other documents.")
     return documents, n_bytes
 
 
@@ -294,7 +302,7 @@ def shard_jobs(files: list[Path], folder: Path, shard_bytes: int) -> Iterator[tu
 @functools.cache
 def read_splitter(path: Path, modified_ns: int) -> Any:
     """The splitter of a punkt.json, made once per process; modified_ns changes when the file is replaced."""
-    return make_splitter(json.loads(path.read_text()))
+    return make_splitter(json.loads(path.read_bytes()))
 
 
 def write_shard(path: Path, first_doc_idx: int, documents: list[bytes]) -> dict[str, Any]:
@@ -354,6 +362,7 @@ def main() -> None:
     )
     if (folder / MANIFEST).exists() and complete_already(folder, SENTENCES_STAGE, decides):
         return  # before the documents are read
+    require_writable(folder / MANIFEST)
     with Workers(n_workers) as workers:
         n_docs, n_bytes = check_documents(workers, files)
         print(
@@ -380,7 +389,9 @@ def main() -> None:
                 counts=counts,
                 shards=shards,
             )
-    print(f"{counts['sentences']:,} sentences of {counts['docs']:,} documents: {folder}")
+    n_invalid = counts["invalid_utf8"]
+    note = f" ({n_invalid:,} with bytes that are not UTF-8, now U+FFFD)" if n_invalid else ""
+    print(f"{counts['sentences']:,} sentences of {counts['docs']:,} documents{note}: {folder}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from llama_3 import load_model, load_tokenizer
 from llama_3.model import Transformer
 from llama_3.tokenizer import Tokenizer
 from pipeline.errors import InputError
+from pipeline.files import require_writable
 from pipeline.progress import progress_bar
 from pipeline.sae_files import SaeFiles
 from pipeline.source import Source
@@ -65,13 +66,14 @@ def main() -> None:
     config = parse_constants(globals())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sae, files = load_sae_model(config.model_path, device), SaeFiles(config.model_path)
+    out_path = files.beside(PROMOTED.suffix)
+    require_writable(out_path)
     source = Source.read(sae.info, files.json)
     site = source.need("site")
     highest = highest_of(sae, files.beside(LATENTS.suffix))
     model_dir = source.model_dir(config.llama_model_dir)
     model = load_model(model_dir, device, rope_scaling_factor=source.rope_scaling_factor)
     tokenizer = load_tokenizer(model_dir)
-    out_path = files.beside(PROMOTED.suffix)
     print(f"Reading {config.model_path} and {model_dir}; writing {out_path}.")
 
     plain = plain_tokens(tokenizer, device)

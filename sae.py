@@ -234,7 +234,7 @@ def _read_info(path: str, keywords: dict[str, Any]) -> dict[str, Any]:
     info: dict[str, Any] = {}
     if blobfile.exists(json_path):
         try:
-            info = dict(json.loads(blobfile.read_text(json_path)))
+            info = dict(json.loads(blobfile.BlobFile(json_path, "rb").read()))
         except (ValueError, TypeError) as error:
             raise InputError(f"{json_path} is not JSON ({error}).") from None
     for name, known in (("format_version", FORMAT_VERSION), ("normalization", "layer_norm")):

@@ -43,7 +43,7 @@ from llama_3.loading import read_params
 from llama_3.model import Transformer, check_site
 from pipeline.errors import InputError
 from pipeline.figures import new_figure, save_figure
-from pipeline.files import write_json
+from pipeline.files import require_writable, write_json
 from pipeline.progress import duration
 from pipeline.sae_files import SaeFiles
 from pipeline.sentences import SentenceDataset
@@ -275,6 +275,7 @@ def main() -> None:
     config = parse_constants(globals())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     saes = load_saes(list(dict.fromkeys(config.sae_model_path)), device)
+    require_writable(*(SaeFiles(path).beside(name) for path in saes for name in ("evaluation.json", "evaluation.png")))
     path, sae = next(iter(saes.items()))  # the others share its model and sentences (load_saes)
     source = Source.read(sae.info, SaeFiles(path).json)
     model_dir = source.model_dir(config.llama_model_dir)

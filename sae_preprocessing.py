@@ -15,7 +15,7 @@ Cost    as much disk as the activations, twice that while it runs; memory: two s
 
 from typing import Literal, NamedTuple
 
-from pipeline.options import Count, CountOrZero, NotNegative, Positive, Seed, ShareBelowOne, parse_constants
+from pipeline.options import Count, CountOrZero, NotNegative, Seed, ShareBelowOne, Size, parse_constants
 from pipeline.run import run
 
 INPUT_DIR: str  # one site's captured activations
@@ -26,8 +26,8 @@ BATCH_SIZE: Count = 1024  # activations per batch
 VALIDATION_FRACTION: ShareBelowOne = 0.05  # share of the sentences held out, from the end of the seeded order
 NORMALIZE_EPS: NotNegative = 1e-5  # added to each activation's standard deviation when it is normalised
 B_PRE_START: Literal["mean", "median"] = "mean"  # initial b_pre; median: the geometric median of a sample
-SHARD_GB: Positive = 1.0  # size of an output shard
-MEMORY_GB: Positive = 16.0  # memory for all processes together; fewer run if it is not enough for one per core
+SHARD_GB: Size = 1.0  # size of an output shard
+MEMORY_GB: Size = 16.0  # memory for all processes together; fewer run if it is not enough for one per core
 SEED: Seed = 0  # for the order of activations
 
 _STAGE = "sae_preprocessing.py"
@@ -53,7 +53,7 @@ import torch
 
 from pipeline.activation_store import ActivationStore, Shard, open_shard, write_shard
 from pipeline.errors import InputError
-from pipeline.files import remove_leftovers, sha256
+from pipeline.files import remove_leftovers, require_writable, sha256
 from pipeline.manifests import MANIFEST, output_folder, write_manifest
 from pipeline.progress import gb, progress_bar
 from pipeline.statistics import ActivationStatistics, write_statistics
@@ -231,6 +231,20 @@ def plan_splits(
         moves = plan_moves(random_numbers(seed, "moves", split), rows, [*sizes, rest])
         splits[split] = Split(rows, moves, len(sizes))
     return splits
+
+
+def check_variety(store: ActivationStore) -> None:
+    """Raise InputError where all activations are the same; as a rule the first two differ."""
+    first = None
+    for shard in store.shards():
+        first = shard.acts[:1] if first is None else first
+        if any((rows != first).any() for rows in shard.acts.split(4096)):
+            return
+    if store.n_tokens > 1:
+        raise InputError(
+            f"All {store.n_tokens:,} activations of {store.folder} are alike: there is nothing to learn; capture other "
+            "sentences, or another site."
+        )
 
 
 # ---- moving the rows
@@ -427,7 +441,10 @@ def main() -> None:
     batch_bytes = 2 * store.d_model * config.batch_size
     rows_per_shard = max(1, int(config.shard_gb * 1e9 / batch_bytes)) * config.batch_size
     splits = plan_splits(store, first_validation_sentence, config.batch_size, rows_per_shard, config.seed)
+    check_variety(store)
     output_dir = Path(config.output_dir)
+    mean_path = Path(config.mean_filepath or output_dir / "statistics.safetensors")
+    require_writable(mean_path)
     plan = Plan(config.input_dir, output_dir, first_validation_sentence, config.normalize_eps, config.seed)
     n_jobs = max(len(store.records), sum(split.n_outputs for split in splits.values()))
     largest = max(*(r["bytes"] for r in store.records), 2 * store.d_model * rows_per_shard)
@@ -444,7 +461,6 @@ def main() -> None:
         if not complete:
             records = shuffle(plan, store, splits, n_workers)
             statistics = merge_statistics(plan, splits["train"].n_rows, config.b_pre_start, records["train"][0]["file"])
-            mean_path = Path(config.mean_filepath or output_dir / "statistics.safetensors")
             write_statistics(mean_path, statistics)
             finish(plan, store, splits, records, mean_path, decides, vars(config))
         shutil.rmtree(plan.scratch_dir, ignore_errors=True)

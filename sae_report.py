@@ -39,7 +39,7 @@ from latents.index import LatentIndex
 from latents.interesting import best_first, interesting_latents
 from latents.markup import mark_differences
 from pipeline.errors import InputError
-from pipeline.files import PROJECT_DIR, atomic_path, read_json
+from pipeline.files import PROJECT_DIR, atomic_path, read_json, require_writable
 from pipeline.progress import gb, progress_bar
 from pipeline.sae_files import SaeFiles
 
@@ -283,7 +283,7 @@ def read_cards(index: LatentIndex, latents: list[int], n_sentences: int) -> list
 
 def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # of a file name that is none
 
 
 def write_pages(where: Pages, name: str) -> list[Path]:
@@ -328,6 +328,7 @@ def latents_section(index: LatentIndex, cards: list[Card], where: Pages) -> str:
 def write_report(sae_path: str | Path, n_latents: int, cards_a_page: int, n_sentences: int) -> list[Path]:
     """Write the report and, if there are too many latents for it, its pages. Returns their paths, report first."""
     index, files = LatentIndex(sae_path), SaeFiles(sae_path)
+    require_writable(files.beside("report.html"), files.beside("report") / "latents-0.html")
     name = Path(files.name).name
     cards = read_cards(index, chosen_latents(index, n_latents), n_sentences)
     pages = [cards[i : i + cards_a_page] for i in range(0, len(cards), cards_a_page)]

@@ -61,6 +61,8 @@ _NOT_IN_THE_RESULT = [  # options that may change when a run is continued
     *("data_dir", "model_save_path", "checkpoint_dir", "b_pre_path", "latent_parallel", "micro_batch_size", "wandb"),
     *("logs_per_epoch", "checkpoints_per_epoch", "keep_checkpoints", "replica_check_steps", "explosion_factor"),
 ]
+_NO_VARIANCE = 1e-9  # share of the mean square; anything less is rounding
+_SMALL_LOSS = 1e-3  # share of the variance; a loss that stays below it is no explosion, however small it was before
 _LOSS_MEMORY = 0.98  # decay of the loss's running mean: about 50 steps
 
 if __name__ == "__main__":
@@ -86,7 +88,7 @@ from autoencoder.step import Agreed, Pending, Step, StepOptions
 from pipeline.activation_batches import Batches, Reader, open_rows
 from pipeline.distributed import make_grid, noted_signals, world
 from pipeline.errors import InputError, Stop
-from pipeline.files import locked, require_disk
+from pipeline.files import locked, require_disk, require_writable
 from pipeline.manifests import (
     MANIFEST,
     begin_or_continue,
@@ -144,6 +146,11 @@ def open_data(data_dir: str, b_pre_path: str | None) -> Data:
     statistics = read_statistics(Path(b_pre_path or Path(data_dir) / manifest["statistics"]))
     data = Data(manifest, statistics.b_pre.float(), float(statistics.var_normalized.mean()))
     check_files(data_dir, data.shards, _BATCHES_STAGE)
+    if data.variance <= _NO_VARIANCE * float(statistics.mean_normalized.square().mean()):
+        raise InputError(
+            f"All {statistics.count:,} activations to train on in {data_dir} are alike once normalised: there is "
+            "nothing to learn; capture other sentences, or another site."
+        )
     return data
 
 
@@ -170,11 +177,16 @@ def check_options(options: RunOptions, batch_size: int, manifest: dict[str, Any]
 
 
 def empty_sae(options: RunOptions, manifest: dict[str, Any]) -> TopKSparseAutoencoder:
-    """The whole SAE, its weights uninitialised. Raises InputError for an impossible k."""
+    """The whole SAE, its weights uninitialised. Raises InputError for an impossible k or size."""
     try:
         return TopKSparseAutoencoder(manifest["d_model"], options.n_latents, options.k, manifest["normalize_eps"])
     except ValueError as error:
         raise InputError(f"{error}; correct --k or --n_latents.") from None
+    except RuntimeError as error:  # how torch reports a lack of memory
+        raise InputError(
+            f"--n_latents {options.n_latents}: the memory does not hold so many ({str(error).partition(chr(10))[0]}); "
+            "give fewer."
+        ) from None
 
 
 def starting_sae(
@@ -269,7 +281,10 @@ class Training:
     def check_loss(self, agreed: Agreed) -> None:
         """Raise Stop before a bad step changes anything."""
         progress, mean = self.progress, self.progress.mean_loss
-        exploded = mean is not None and agreed.main > self.options.explosion_factor * mean
+        exploded = mean is not None and agreed.main > max(
+            self.options.explosion_factor * mean,
+            _SMALL_LOSS * self.data.variance,
+        )
         if math.isfinite(agreed.main + agreed.aux) and not exploded:
             return
         loss = f"{agreed.main + agreed.aux}"
@@ -303,7 +318,8 @@ class Training:
     # ---- validation and metrics
 
     def validate(self) -> Validation | None:
-        """Measure the SAE on all held-out activations, divided among the data ranks; None if there are none."""
+        """Measure the SAE on all held-out activations, divided among the data ranks; None if there are none or they
+        are all alike."""
         step, device = self.step, self.world.device
         d = step.sae.d_model
         n_rows = step.options.micro_batch_size or self.batch_size // step.data.size
@@ -329,6 +345,8 @@ class Training:
         if count == 0:
             return None
         variance = float((squares - total.square() / count).sum())
+        if variance <= _NO_VARIANCE * float(squares.sum()):
+            return None
         loss = (main + step.options.aux_loss_coeff * aux) / (count * d)
         return Validation(main / (count * d), aux / (count * d), loss, main / variance, float(l0) / count)
 
@@ -358,7 +376,7 @@ class Training:
         self.progress.metrics.append(line)
         if self.world.is_main:
             try:
-                with open(self.metrics_path, "a") as file:
+                with open(self.metrics_path, "a", encoding="utf-8") as file:
                     file.write(line + "\n")
             except OSError as error:
                 raise Stop(
@@ -461,7 +479,7 @@ class Training:
             self.world.print(f"Continuing from step {self.progress.step} ({found[-1][0]}).")
         if self.world.is_main:
             self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
-            self.metrics_path.write_text("".join(line + "\n" for line in self.progress.metrics))
+            self.metrics_path.write_text("".join(line + "\n" for line in self.progress.metrics), encoding="utf-8")
 
 
 def train(training: Training, verified: Callable[[], None], report: Callable[[dict[str, float], int], None]) -> int:
@@ -539,6 +557,18 @@ def announce(training: Training) -> None:
         f"and {n_rows} activations.",
         flush=True,
     )
+    if options.warmup_steps >= training.n_steps:
+        print(
+            f"Note: --warmup_steps {options.warmup_steps:,} is no less than the run's {training.n_steps:,} steps: the "
+            f"learning rate ends its way up to {options.learning_rate:g} before it gets there.",
+            flush=True,
+        )
+    if step.options.dead_after_tokens <= training.batch_size:
+        print(
+            f"Note: --dead_after_tokens {step.options.dead_after_tokens:,} is no more than a step's "
+            f"{training.batch_size:,} activations: a latent that is silent in one step counts as dead.",
+            flush=True,
+        )
     if step.world.size > 1:
         data, latents = map(gb, step.bytes_sent())
         print(
@@ -616,6 +646,8 @@ def main() -> None:
     options, step_options = options_of(RunOptions, config), options_of(StepOptions, config)
     data = open_data(options.data_dir, config["b_pre_path"])
     check_options(options, step_options.batch_size, data.manifest, int(os.environ.get("WORLD_SIZE", 1)))
+    if int(os.environ.get("RANK", 0)) == 0:
+        require_writable(options.model_save_path, SaeFiles(options.model_save_path).json)
     torch.backends.cuda.matmul.allow_tf32 = config["allow_tf32"]
     decides = {name: value for name, value in config.items() if name not in _NOT_IN_THE_RESULT}
     decides["batches"] = [shard["sha256"] for shard in data.manifest["shards"]]

@@ -49,8 +49,8 @@ from latents.tables import EXAMPLES, SILENT, TENTHS, TOP, example_sentences, top
 from latents.words import features
 from pipeline.errors import InputError
 from pipeline.figures import new_figure, save_figure
-from pipeline.files import locked, sha256
-from pipeline.options import Count, CountOrZero, NotNegative, parse_constants
+from pipeline.files import locked, require_writable, sha256
+from pipeline.options import Count, CountOrZero, NotNegative, Seed, parse_constants
 from pipeline.progress import progress_bar
 from pipeline.run import run
 from pipeline.sae_files import SaeFiles
@@ -71,7 +71,7 @@ SETTLE_S: NotNegative = 120.0  # after an unclear failure, seconds until an unli
 POLL_S: NotNegative = 60.0  # seconds between polls of the batches
 YES = False  # send without asking
 DRY_RUN = False  # stop after printing the price
-SEED = 0  # seed of the sentences' order and the shuffled names
+SEED: Seed = 0  # seed of the sentences' order and the shuffled names
 
 _CONCURRENCY, _REQUESTS_PER_MINUTE, _RETRIES = 8, 1000.0, 6  # for the scorer `direct`
 
@@ -353,6 +353,8 @@ def main() -> None:
         require_consent_possible(config.yes, config.dry_run)
     meaning_path, files = Path(config.meaning_filepath), SaeFiles(config.model_path)
     meanings = open_inputs(meaning_path, files)
+    if not config.dry_run:
+        require_writable(scores_path(meaning_path))
     examples_path = files.beside(EXAMPLES.suffix)
     tokenizer = tokenizer_of(source_of(config.model_path), config.llama_model_dir, "--llama_model_dir")
     token_bytes = functools.cache(tokenizer.token_bytes)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError
+from pipeline.files import utf8_path
 
 # The dimension that is cut into slices; tensors not listed are whole in every slice.
 _LATENT_DIM = {"encoder.weight": 0, "encoder.bias": 0, "decoder.weight": 1, "silent_tokens": 0, "firing": 0}
@@ -57,7 +58,8 @@ def load_checkpoint(paths: list[Path], rank: int, size: int) -> dict[str, dict[s
     slices = []
     for path in paths:
         try:
-            slices.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+            with utf8_path(path) as name:
+                slices.append(torch.load(name, map_location="cpu", weights_only=True, mmap=True))
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError) as error:
             raise InputError(f"{path} is damaged; delete it to continue from the previous checkpoint.") from error
     state = {"progress": slices[0]["progress"]}

@@ -130,7 +130,7 @@ class Quality:
     def result(self) -> dict[str, Any]:
         error, count, d_model = float(self.error.sum()), int(self.tokens.sum()), len(self.z)
         variance = float(self.z_square - self.z.square().sum() / count)
-        if variance <= 0:
+        if variance <= 1e-9 * float(self.z_square):  # nothing but rounding
             raise InputError("All evaluated activations are the same; evaluate more sentences.")
         values: dict[str, Any] = {
             "fvu": error / variance,

@@ -90,7 +90,7 @@ def make_larger_model(folder: Path, shape: str, shrink: int) -> Path:
     if (folder / "consolidated.00.pth").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    vocab_size = json.loads((_TINY_DIR / "params.json").read_text())["vocab_size"]
+    vocab_size = json.loads((_TINY_DIR / "params.json").read_text(encoding="utf-8"))["vocab_size"]
     widths, depth, _ = _SHAPES[shape]
     params = _COMMON | depth | {name: width // shrink for name, width in widths.items()} | {"vocab_size": vocab_size}
     write_json(folder / "params.json", params)

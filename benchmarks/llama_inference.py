@@ -138,7 +138,7 @@ def measure_loading(folder: Path, dtype: str, rounds: int) -> dict[str, list[flo
     for _ in range(rounds):
         for kind, found in results.items():
             command = [sys.executable, "-c", _LOAD, str(folder), dtype, kind]
-            done = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, encoding="utf-8", check=True)
             found.append([float(x) for x in done.stdout.split("RESULT")[1].split()])
     return {kind: [median(column) for column in zip(*found, strict=True)] for kind, found in results.items()}
 

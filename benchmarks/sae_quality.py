@@ -215,7 +215,7 @@ def train_ours(site: str, folder: Path, task: Task, **options: object) -> Traine
         **options,
     )
     seconds = time.perf_counter() - began
-    lines = [json.loads(line) for line in (place / "sae.metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (place / "sae.metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     curve = [(line["tokens"], line["train_fvu"]) for line in lines if "train_fvu" in line]
     return Trained(load_sae_model(place / "sae.pth"), curve, seconds)
 

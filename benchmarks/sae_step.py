@@ -408,12 +408,12 @@ class Measured(NamedTuple):
 
 def resident(name: str) -> int:
     """Bytes of this process: VmRSS for now, VmHWM for the peak."""
-    found = re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text())
+    found = re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
     return int(found[1]) * 1024 if found else 0
 
 
 def available_memory() -> int:
-    found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    found = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text(encoding="utf-8"))
     assert found
     return int(found[1]) * 1024
 
@@ -592,7 +592,7 @@ def profile(size: Size, device: str, options: Mapping[str, str]) -> str:
 def machine(device: str, threads: int) -> str:
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     return f"{threads} threads, {found[1] if found else platform.processor()}, torch {torch.__version__}"
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
-from pipeline.files import atomic_path
+from pipeline.files import atomic_path, require_writable
 
 if TYPE_CHECKING:
     from anthropic.types.messages import MessageBatch
@@ -103,8 +103,9 @@ def read_batches(path: Path) -> list[dict[str, Any]]:
 def open_journal(path: str | Path, purpose: str) -> Iterator[Journal]:
     """A journal to write to, for this process alone. Raises InputError if another process has it open."""
     path = Path(path)
+    require_writable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "a") as lock:
+    with open(path.with_name(f".{path.name}.lock"), "ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -25,6 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.documents import arrow_file
 from pipeline.files import atomic_path, sha256
 from pipeline.manifests import output_folder, write_manifest
 from pipeline.options import NotNegative, parse_constants
@@ -252,14 +253,14 @@ def rows_of(documents: list[tuple[str, list[str]]]) -> list[dict[str, Any]]:
 def write_documents(folder: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Write documents.parquet; returns its record for the manifest."""
     path = folder / _DOCUMENTS
-    with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), temporary, compression="zstd")
+    with atomic_path(path) as temporary, arrow_file(temporary, "wb") as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file, compression="zstd")
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def read_documents(folder: Path | str) -> dict[str, list[Any]]:
     """Column -> values of documents.parquet."""
-    return pq.ParquetFile(Path(folder, _DOCUMENTS)).read().to_pydict()
+    return pq.ParquetFile(arrow_file(Path(folder, _DOCUMENTS))).read().to_pydict()
 
 
 def main() -> None:

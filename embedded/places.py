@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedded.corpus import read_documents, read_source
+from pipeline.documents import arrow_file
 from pipeline.files import atomic_path
 from pipeline.progress import progress_bar
 from pipeline.sentences import SentenceDataset, read_sentence_table
@@ -53,7 +54,9 @@ def write_places(
     spans = read_sentence_table(sentences_dir, ["doc_idx", "start"])
     doc_idx, starts = (spans[name].to_numpy() for name in ("doc_idx", "start"))
     documents = read_documents(documents_dir)
-    top = pq.ParquetFile(top_path).read(columns=["latent", "rank", "activation", "sentence_idx", "aggregation", "text"])
+    top = pq.ParquetFile(arrow_file(top_path)).read(
+        columns=["latent", "rank", "activation", "sentence_idx", "aggregation", "text"]
+    )
     top = top.filter(pc.field("aggregation") == _AGGREGATION).sort_by([("latent", "ascending"), ("rank", "ascending")])
     paragraphs: dict[str, dict[str, int]] = {}  # source -> paragraph -> number
     places: dict[int, dict[int, dict]] = {}  # latent -> checksum -> row
@@ -69,8 +72,8 @@ def write_places(
             known = {"latent": row["latent"], "activation": row["activation"], "source": source}
             of_latent[checksum(text)] = {**known, **place, "rank": len(of_latent), "checksum": checksum(text)}
     table = pa.Table.from_pylist([place for rows in places.values() for place in rows.values()], schema=_SCHEMA)
-    with atomic_path(out_path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", compression_level=19, use_dictionary=True)
+    with atomic_path(out_path) as temporary, arrow_file(temporary, "wb") as file:
+        pq.write_table(table, file, compression="zstd", compression_level=19, use_dictionary=True)
     print(f"{len(table):,} places of {len(places):,} latents' sentences: {out_path}")
 
 

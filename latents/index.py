@@ -26,6 +26,7 @@ from latents.tables import LATENTS, PROMOTED, TOP, Aggregation, Table, TopFile
 from llama_3 import load_model
 from llama_3.model import Transformer
 from llama_3.tokenizer import TextStream, Tokenizer
+from pipeline.documents import arrow_file
 from pipeline.errors import InputError
 from pipeline.sae_files import SaeFiles
 from sae import TopKSparseAutoencoder, load_sae_model
@@ -103,7 +104,7 @@ class LatentIndex:
         """NAME.top.parquet, or for the embedded SAE, which has none, NAME.top_places.parquet."""
         top, places = self.files.beside(TOP.suffix), self.files.beside("top_places.parquet")
         if places.is_file() and not top.is_file():
-            return None, pq.ParquetFile(places).read()
+            return None, pq.ParquetFile(arrow_file(places)).read()
         return (TopFile(top) if self._open(TOP, []) else None), None
 
     def _note_missing_meanings(self, meanings: dict[int, Meaning]) -> None:

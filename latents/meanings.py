@@ -67,7 +67,7 @@ def read_meanings(path: Path, fix: str = "make it again.") -> dict[int, Meaning]
     Raises InputError, ending in `fix`, for a file that is missing or has no meanings.
     """
     try:
-        entries = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
+        entries = yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
         fields = [(int(i), str(entry["common_semantic"]), float(entry["certainty"])) for i, entry in entries.items()]
     except FileNotFoundError:
         raise InputError(f"There is no {path}; {fix}") from None

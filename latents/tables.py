@@ -4,6 +4,7 @@ for latent, sentences in top_sentences(path, "max", n=20): ...       # one laten
 TopFile(path).sentences(latent, "max")                               # any latent
 """
 
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from itertools import groupby
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.documents import arrow_file
 from pipeline.errors import InputError
 from pipeline.files import atomic_path
 from pipeline.sentences import SentenceDataset
@@ -41,7 +43,7 @@ class Table(NamedTuple):
         if not path.is_file():
             raise InputError(f"There is no {path}; run {self.made_by} first.")
         try:
-            file = pq.ParquetFile(path, memory_map=True)
+            file = pq.ParquetFile(pa.memory_map(os.fsencode(path)))
         except (pa.ArrowInvalid, OSError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{path} cannot be read as a parquet file ({reason}); run {self.made_by} again.") from None
@@ -51,8 +53,8 @@ class Table(NamedTuple):
 
     def write(self, path: Path, columns: Mapping[str, Any]) -> None:
         """Write the whole table atomically. columns: arrays or lists."""
-        with atomic_path(path) as temporary:
-            pq.write_table(pa.table(dict(columns), schema=self.schema), temporary, compression="zstd")
+        with atomic_path(path) as temporary, arrow_file(temporary, "wb") as file:
+            pq.write_table(pa.table(dict(columns), schema=self.schema), file, compression="zstd")
 
 
 _CAPTURE_TOP = "capture_top_activating_sentences.py"
@@ -178,7 +180,11 @@ def _write_rows(
     latent: np.ndarray,
 ) -> None:
     """Write rows in parts: with their sentences, all at once would take too much memory."""
-    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, table.schema, compression="zstd") as writer:
+    with (
+        atomic_path(path) as temporary,
+        arrow_file(temporary, "wb") as file,
+        pq.ParquetWriter(file, table.schema, compression="zstd") as writer,
+    ):
         for start in range(0, len(latent), _ROW_GROUP):
             rows = slice(start, start + _ROW_GROUP)
             own = {name: column[rows] for name, column in columns.items()}

@@ -10,11 +10,12 @@ Any model of the Llama architecture will do: Llama 3.x, SmolLM2, TinyLlama. Path
 (blobfile). Local weights are mapped, not read: tensors already in the wanted dtype stay on disk until they are used.
 """
 
+import os
 import pickle
 import re
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import blobfile
 import gguf
@@ -245,6 +246,11 @@ def _is_remote(path: str) -> bool:
     return path.startswith(("gs://", "az://"))
 
 
+def _utf8_name(path: str, file: BinaryIO) -> str:
+    """A name of the opened file for libraries that take names for UTF-8: its path, or where that is none its number."""
+    return path if os.fsencode(path) == path.encode(errors="replace") else f"/dev/fd/{file.fileno()}"
+
+
 def _read_meta(found: Checkpoint) -> dict[str, Loaded]:
     (path,) = found.weights
     try:
@@ -252,7 +258,8 @@ def _read_meta(found: Checkpoint) -> dict[str, Loaded]:
             with blobfile.BlobFile(path, "rb") as file:
                 state = torch.load(file, map_location="cpu", weights_only=True)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with open(path, "rb") as file:
+                state = torch.load(_utf8_name(path, file), map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, OSError):
         raise InputError(f"{path} is truncated or not a checkpoint of tensors; fetch it again.") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -269,7 +276,7 @@ def _read_hugging_face(found: Checkpoint) -> dict[str, Loaded]:
                 with blobfile.BlobFile(path, "rb") as file:
                     tensors = safetensors.torch.load(file.read())
             else:
-                with safetensors.safe_open(path, "pt") as file:
+                with open(path, "rb") as opened, safetensors.safe_open(_utf8_name(path, opened), "pt") as file:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path} is truncated or not in safetensors' format ({error}); fetch it again.") from None

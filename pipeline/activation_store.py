@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import InputError
-from pipeline.files import atomic_path, sha256
+from pipeline.files import atomic_path, sha256, utf8_path
 from pipeline.manifests import MANIFEST, check_files, check_sum, read_manifest
 from pipeline.source import Source
 
@@ -30,7 +30,8 @@ CAPTURE_STAGE = "capture_activations.py"
 def open_shard(path: Path, made_by: str) -> Any:
     """A memory-mapped safetensors file; InputError when its header is broken."""
     try:
-        return safe_open(path, framework="pt")
+        with utf8_path(path) as name:
+            return safe_open(name, framework="pt")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}); delete it and run {made_by} again.") from None
 

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +17,16 @@ from pipeline.errors import InputError
 
 _KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".txt": "txt"}
 ENDINGS = ", ".join(_KINDS)
+
+
+def utf8_name(path: Path) -> str:
+    """The path with slashes, decoded as UTF-8 whatever the locale; bytes that are none become surrogates."""
+    return os.fsencode(path.as_posix()).decode(errors="surrogateescape")
+
+
+def arrow_file(path: Path | str, mode: Literal["rb", "wb"] = "rb") -> pa.OSFile:
+    """A file opened by Arrow, which itself takes a name for UTF-8."""
+    return pa.OSFile(os.fsencode(path), mode)
 
 
 def kind_of(name: str) -> str | None:
@@ -37,7 +47,7 @@ def document_files(input_path: str) -> list[Path]:
         if not kind_of(path.name):
             raise InputError(f"{input_path} has an unknown ending; documents come as {ENDINGS}.")
         return [path]
-    names = sorted(file.relative_to(path).as_posix() for file in files_below(path))
+    names = sorted((file.relative_to(path).as_posix() for file in files_below(path)), key=os.fsencode)
     kinds = {kind for name in names if (kind := kind_of(name))}
     if not kinds:
         raise InputError(f"{input_path} holds no documents ({ENDINGS}); name another folder.")
@@ -74,23 +84,41 @@ def describe_files(listing: list[tuple]) -> dict[str, Any]:
 def open_parquet(path: Path) -> Any:
     """The parquet file. Raises InputError unless it has a column `text`."""
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(arrow_file(path))
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path} is not a parquet file ({error}); fetch it again.") from None
     types = {field.name: field.type for field in file.schema_arrow}
     if "text" not in types:
         raise InputError(f"{path} has no column `text`; name files of documents with one.")
-    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    if not any(is_text(types["text"]) for is_text in texts):
+    if not holds_text(types["text"]):
         raise InputError(f"The column `text` of {path} holds {types['text']}, not text; name other files.")
     return file
+
+
+def holds_text(kind: Any) -> bool:
+    """Whether a column of this Arrow type is text in any of its forms. A column of nothing but nulls may be any."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return holds_text(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return holds_text(kind.value_type)
+    views = (pa.string_view(), pa.binary_view())
+    return kind in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), *views, pa.null())
+
+
+def as_binary(column: Any) -> Any:
+    """A column that `holds_text`, as Arrow large_binary; nulls stay."""
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_decode()
+    return column.cast(pa.large_binary())
 
 
 def iter_parquet(path: Path, batch_size: int) -> Iterator[Any]:
     """The column `text` in batches, as bytes (Arrow large_binary, nulls as empty)."""
     try:
         for batch in open_parquet(path).iter_batches(batch_size=batch_size, columns=["text"]):
-            yield pc.fill_null(batch.column(0).cast(pa.large_binary()), b"")
+            yield pc.fill_null(as_binary(batch.column(0)), b"")
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path} is damaged ({error}); fetch it again.") from None
 
@@ -100,8 +128,10 @@ def iter_jsonl(path: Path) -> Iterator[bytes]:
 
     compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     try:
-        with pa.input_stream(str(path), compression=compression) as stream:
+        with pa.input_stream(arrow_file(path), compression=compression) as stream:
             for number, line in enumerate(io.BufferedReader(stream, 2**20), 1):
+                if number == 1 and (encoding := marked_encoding(line)):
+                    raise InputError(f"{path} is in {encoding.upper()}; save it as UTF-8.")
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if not line.strip():
                     continue
@@ -121,6 +151,21 @@ def iter_jsonl(path: Path) -> Iterator[bytes]:
         raise InputError(f"{path} is damaged ({error}); fetch it again.") from None
 
 
+def marked_encoding(data: bytes) -> str | None:
+    """utf-16 or utf-32 where the data begin with its byte order mark, else None."""
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # before UTF-16: one mark begins with the other
+        return "utf-32"
+    return "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else None
+
+
+def read_text_file(path: Path) -> bytes:
+    """A text file in UTF-8 without a byte order mark; one that its mark says is UTF-16 or UTF-32 is decoded."""
+    data = path.read_bytes()
+    if encoding := marked_encoding(data):
+        return data.decode(encoding, errors="replace").encode()
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
 def iter_documents(files: list[Path]) -> Iterator[bytes]:
     """Every document in order, as UTF-8, not necessarily valid. Raises InputError."""
     for path in files:
@@ -132,7 +177,7 @@ def iter_documents(files: list[Path]) -> Iterator[bytes]:
                 yield from iter_jsonl(path)
             case "txt":
                 try:
-                    yield path.read_bytes()
+                    yield read_text_file(path)
                 except OSError as error:
                     raise InputError(f"{path} cannot be read ({error}); fix or remove it.") from None
 

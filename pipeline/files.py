@@ -1,11 +1,13 @@
 """Files that appear whole or not at all, JSON, checksums, the lock on an output folder, free disk."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,9 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     A full disk becomes a `Stop`, and no partial file stays behind.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -34,20 +36,52 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             os.fchmod(file.fileno(), 0o666 & ~umask)  # some libraries write files only their owner can read
         os.replace(temporary, path)
     except OSError as error:
-        raise Stop(f"Could not write {path} ({error}); free some disk and run again to continue.") from error
+        raise Stop(f"Could not write {path} ({error}); {_fix(error)} and run again to continue.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it would hide the error that ended the block
+            temporary.unlink(missing_ok=True)
+
+
+def _fix(error: OSError) -> str:
+    """What helps against an error of writing; libraries report a full disk without its number."""
+    full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "free some disk" if full else "fix that"
+
+
+def require_writable(*paths: Path | str) -> None:
+    """Raise InputError unless files can be written at all these places: call before the work that fills them."""
+    for path in map(Path, paths):
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            folder = path.absolute().parent
+            while not folder.exists():
+                folder = folder.parent
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise InputError(
+                f"{path} cannot be written ({error.strerror}); make that possible, or work on a copy in another folder."
+            ) from None
+
+
+@contextlib.contextmanager
+def utf8_path(path: Path | str) -> Iterator[str]:
+    """A name under which the file at `path` can be opened by a library that takes only UTF-8, whatever its own is."""
+    with open(path, "rb") as file:
+        is_utf8 = os.fsencode(path) == str(path).encode(errors="replace")
+        yield str(path) if is_utf8 else f"/dev/fd/{file.fileno()}"
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with atomic_path(path) as temporary:  # of a name that is not UTF-8, \udce9 is what JSON writes for a byte
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path | str, fix: str) -> Any:
     """Read a JSON file. Raises InputError, ending in `fix`, when it is missing or broken."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_bytes())  # bytes: with a byte order mark too
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"No {Path(path).name} in {Path(path).parent}; {fix}") from None
     except (OSError, ValueError) as error:
@@ -76,7 +110,7 @@ def locked(folder: Path | str, rank: int = 0, barrier: Callable[[], None] = lamb
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock, workers_lock = open(folder / ".lock", "a"), open(folder / ".workers.lock", "a")  # noqa: SIM115
+        lock, workers_lock = open(folder / ".lock", "ab"), open(folder / ".workers.lock", "ab")  # noqa: SIM115
     except OSError as error:
         raise InputError(f"{folder} cannot be written to ({error}); fix that or name another folder.") from None
     with lock, workers_lock:

@@ -22,8 +22,8 @@ def git_commit() -> str | None:
     """The commit of this code, with -dirty appended when tracked files differ; None outside a checkout."""
     git = ["git", "-C", str(PROJECT_DIR)]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True).stdout.strip().decode()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("-dirty" if changed.strip() else "")

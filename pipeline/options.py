@@ -21,6 +21,8 @@ from typing import Annotated, Any, NamedTuple, NoReturn
 
 from pipeline.errors import InputError
 
+_LARGEST = 2**63 - 1  # whole number: what torch and numpy can hold, as a seed too
+
 
 class Bounds(NamedTuple):
     """The values an option may have. `above` and `below` are excluded, `least` and `most` included."""
@@ -32,6 +34,8 @@ class Bounds(NamedTuple):
 
     def complaint(self, value: float) -> str | None:
         """What is wrong with a value, as the end of a sentence; None if nothing is."""
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            return f"is too large; a whole number is at most {_LARGEST}."
         if not math.isfinite(value):
             return "is not a finite number; give one."
         if value < self.least:
@@ -52,6 +56,7 @@ NotNegative = Annotated[float, Bounds(least=0)]
 Share = Annotated[float, Bounds(least=0, most=1)]
 ShareBelowOne = Annotated[float, Bounds(least=0, below=1)]
 Seed = Annotated[int, Bounds(least=0)]
+Size = Annotated[float, Bounds(above=0, most=1e9)]  # in MB or GB
 Port = Annotated[int, Bounds(least=0, most=65535)]
 
 

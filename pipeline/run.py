@@ -1,5 +1,6 @@
 """Run a script's main: errors become one sentence and an exit code."""
 
+import io
 import os
 import re
 import sys
@@ -17,6 +18,9 @@ def run(main: Callable[[], object]) -> None:
     which tears everything down at the first exit, does not silence it. An error on one rank alone is printed there.
     """
     rank = int(os.environ.get("RANK", 0))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names and texts that the terminal cannot show
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux: huge pages make fresh tensors cost a quarter
     try:
         main()

@@ -6,6 +6,7 @@ the documents.
 """
 
 import fcntl
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.documents import as_text, describe_files, document_files, iter_parquet, kind_of, open_parquet
+from pipeline.documents import (
+    arrow_file,
+    as_text,
+    describe_files,
+    document_files,
+    iter_parquet,
+    kind_of,
+    open_parquet,
+    utf8_name,
+)
 from pipeline.errors import InputError
 from pipeline.files import atomic_path, sha256
 from pipeline.manifests import MANIFEST, check_complete, check_files, read_manifest
@@ -35,7 +45,11 @@ T = TypeVar("T")
 
 def write_sentence_shard(path: Path, documents: Iterable[list[SentenceRow]], counts: dict[str, int]) -> dict[str, Any]:
     """Write the sentences of each document; counts: those of _COUNTS. Returns the shard's record for the manifest."""
-    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, _SCHEMA, compression="zstd") as writer:
+    with (
+        atomic_path(path) as temporary,
+        arrow_file(temporary, "wb") as file,
+        pq.ParquetWriter(file, _SCHEMA, compression="zstd") as writer,
+    ):
         rows: list[SentenceRow] = []
 
         def write_rows() -> None:
@@ -56,7 +70,7 @@ def write_sentence_shard(path: Path, documents: Iterable[list[SentenceRow]], cou
 def describe_sentence_shard(path: Path) -> dict[str, Any]:
     """The record of an existing shard. Raises InputError if it is damaged."""
     try:
-        metadata = pq.read_metadata(path)
+        metadata = pq.read_metadata(arrow_file(path))
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path} is damaged ({error}); delete it and run again.") from None
     counts = {name: int(metadata.metadata[name.encode()]) for name in _COUNTS}
@@ -68,7 +82,8 @@ def read_sentence_table(folder: Path | str, columns: list[str]) -> pa.Table:
     """Columns of all shards, sentences in the documents' order. Raises InputError for an incomplete folder."""
     check_complete(folder, SENTENCES_STAGE)
     shards = read_manifest(folder, SENTENCES_STAGE)["shards"]
-    return pa.concat_tables([pq.ParquetFile(Path(folder, shard["file"])).read(columns=columns) for shard in shards])
+    files = (arrow_file(Path(folder, shard["file"])) for shard in shards)
+    return pa.concat_tables([pq.ParquetFile(file).read(columns=columns) for file in files])
 
 
 # ---- the reader
@@ -88,7 +103,7 @@ class SentenceDataset:
         self.path = Path(folder)  # a folder, or a single file
         self.manifest, files = _parquet_files(self.path)
         self.folder = self.path.parent if self.path.is_file() else self.path
-        stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        stats = [(utf8_name(Path(f.name)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         self.files_sha256: str = describe_files(stats)["listing_sha256"]
         arrow_path, order_path = self.folder / "sentences.arrow", self.folder / f"sentences.order-{seed}.npy"
         table = self._opened(lambda: self._open_arrow(arrow_path), lambda: self._write_arrow(files, arrow_path))
@@ -119,7 +134,7 @@ class SentenceDataset:
         if (found := open_file()) is not None:
             return found
         try:
-            lock = open(self.folder / ".reader.lock", "a")  # noqa: SIM115
+            lock = open(self.folder / ".reader.lock", "ab")  # noqa: SIM115
         except OSError as error:
             raise InputError(f"The reader cannot write to {self.folder} ({error}); copy it elsewhere.") from error
         with lock:
@@ -134,7 +149,7 @@ class SentenceDataset:
     def _open_arrow(self, path: Path) -> pa.Table | None:
         """The texts, or None if there is no copy of these files."""
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            table = pa.ipc.open_file(pa.memory_map(os.fsencode(path))).read_all()
         except (pa.ArrowInvalid, OSError):
             return None
         return table if table.schema.metadata == {b"of": self.files_sha256.encode()} else None
@@ -143,7 +158,11 @@ class SentenceDataset:
         """Copy the column `text` of the files."""
         checksums = {shard["file"]: shard["sha256"] for shard in self.manifest.get("shards", [])}
         schema = pa.schema([("text", pa.large_string())], metadata={"of": self.files_sha256})
-        with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
+        with (
+            atomic_path(path) as temporary,
+            arrow_file(temporary, "wb") as out,
+            pa.ipc.new_file(out, schema) as writer,
+        ):
             for file in files:
                 if file.name in checksums and sha256(file) != checksums[file.name]:
                     raise InputError(
@@ -175,6 +194,8 @@ def _parquet_files(folder: Path) -> tuple[dict[str, Any], list[Path]]:
         manifest = read_manifest(folder, SENTENCES_STAGE)
         check_files(folder, manifest["shards"], SENTENCES_STAGE)
         return manifest, [folder / shard["file"] for shard in manifest["shards"]]
+    if not folder.exists():
+        raise InputError(f"There is nothing at {folder}; run {SENTENCES_STAGE}, or name the folder of its sentences.")
     files = document_files(str(folder))
     if (kind := kind_of(files[0].name)) != "parquet":
         raise InputError(f"{folder} holds {kind} files, not parquet files of sentences; run {SENTENCES_STAGE}.")

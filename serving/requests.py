@@ -60,8 +60,8 @@ def check_length(served: Served, text: str, what: str) -> None:
 
 
 def prompts_in(lines: Iterable[str]) -> list[str]:
-    """The lines that are not empty, without line ends."""
-    return [prompt for line in lines if (prompt := line.rstrip("\r\n")).strip()]
+    """The lines that are not empty, without line ends and a byte order mark."""
+    return [prompt for line in lines if (prompt := line.rstrip("\r\n").removeprefix("\ufeff")).strip()]
 
 
 def prompts_of(served: Served, text: str) -> list[str]:

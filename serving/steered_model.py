@@ -73,7 +73,7 @@ class Sampling:
         return limits | {"seeds": self.seeds(n, first)}
 
     def seeds(self, n: int, first: int = 0) -> list[int]:
-        return [self.seed * 1_000_003 + first + i for i in range(n)]
+        return [(self.seed * 1_000_003 + first + i) % 2**64 for i in range(n)]  # as many as torch has
 
 
 Job = TypeVar("Job", ModelChoice, Sampling)

@@ -123,3 +123,35 @@ def test_there_are_no_cycles_between_modules():
 def test_benchmarks_run_stages_instead_of_importing_them(benchmark):
     scripts = {name.split(".")[0] for name in imports(PROJECT_DIR / "benchmarks" / f"{benchmark}.py")} & set(SCRIPTS)
     assert {(benchmark, script) for script in scripts} <= STAGES_IN_BENCHMARKS
+
+
+# ---- every locale, every disk
+
+CODE = [path for folder in ("", "benchmarks", *{name.split(".")[0] for name in ROOMS}) for path in modules(folder)]
+
+
+def reads_text_in_the_locales_encoding(call: ast.Call) -> bool:
+    keywords = {keyword.arg for keyword in call.keywords}
+    name, owner = getattr(call.func, "attr", getattr(call.func, "id", "")), getattr(call.func, "value", None)
+    if "encoding" in keywords or getattr(owner, "id", "") == "blobfile":  # that one's is always UTF-8
+        return False
+    strings = [each.value for each in call.args if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+    modes = [mode for mode in strings if set(mode) <= set("rwab+")]
+    if name == "open":
+        return not any("b" in mode for mode in modes) and (owner is None or bool(modes))
+    if owner and name in ("read_text", "write_text"):
+        return not any(text.lower() in ("utf-8", "utf8") for text in strings)
+    return bool(keywords & {"text", "universal_newlines"}) and name in ("run", "Popen", "check_output")
+
+
+@pytest.mark.parametrize("path", sorted(CODE), ids=lambda path: str(path.relative_to(PROJECT_DIR)))
+def test_what_is_text_has_its_encoding_named(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    assert [node.lineno for node in calls if reads_text_in_the_locales_encoding(node)] == []
+
+
+@pytest.mark.parametrize("script", sorted(set(SCRIPTS) - {"llama_3_inference_gradio"}))
+def test_scripts_ask_whether_they_can_write_before_they_work(script):
+    tree = ast.parse((PROJECT_DIR / f"{script}.py").read_text(encoding="utf-8"))
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert names & {"require_writable", "locked", "output_folder", "open_journal", "complete_file"}

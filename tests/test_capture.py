@@ -446,6 +446,13 @@ def test_refuses_a_missing_sentences_folder(options, tmp_path, capsys):
     no_output(tmp_path)
 
 
+def test_refuses_a_folder_without_sentences(options, tmp_path, capsys):
+    folder = write_sentences_to(tmp_path / "empty", [])
+    said = refusal(capsys, capture, **options | {"sentences_dir": folder}, sites=[SITE], output_dir=tmp_path / "out")
+    assert said == f"There are no sentences in {folder}; name others."
+    assert not (tmp_path / "out").exists()
+
+
 def test_refuses_a_folder_without_a_model(options, tmp_path, capsys):
     said = refusal(capsys, capture, **options | {"model_dir": tmp_path}, sites=[SITE], output_dir=tmp_path / "out")
     assert str(tmp_path) in said and "params.json" in said

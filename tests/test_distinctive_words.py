@@ -285,3 +285,12 @@ def test_refuses_missing_files(sae_path, tmp_path, capsys):
     (tmp_path / "sae.json").unlink()
     assert "sae.json" in refusal(capsys, distinctive, model_path=sae_path)
     assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_sentences_are_counted(
+    sae_path, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(distinctive, "count_corpus", None)
+    (tmp_path / "sae.meaning_distinctive-words_last.yaml").mkdir()
+    said = refusal(capsys, distinctive, model_path=sae_path)
+    assert "sae.meaning_distinctive-words_last.yaml cannot be written (Is a directory)" in said

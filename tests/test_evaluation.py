@@ -463,3 +463,10 @@ def test_script_refuses_what_does_not_fit_before_the_model_is_loaded(
     other.with_suffix(".json").unlink()
     assert "no JSON" in refusal(capsys, sae_evaluation, sae_model_path=other)
     assert not [*tmp_path.glob("*evaluation*"), *tmp_path.glob("*comparison*")]
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_model_is_loaded(sae_path, capsys, monkeypatch):
+    monkeypatch.setattr(sae_evaluation, "load_model", None)
+    sae_path.with_name("sae.evaluation.png").mkdir()
+    said = refusal(capsys, sae_evaluation, sae_model_path=sae_path)
+    assert "sae.evaluation.png cannot be written (Is a directory)" in said

@@ -25,7 +25,7 @@ from embedded import corpus as documentation_corpus
 from embedded.places import write_places
 from latents.cards import card_html, tokens_html
 from latents.index import SORTS, LatentIndex, pieces
-from latents.meanings import best_meanings
+from latents.meanings import Meaning, best_meanings, read_meanings
 from llama_3 import load_tokenizer
 from llama_3.checkpoint import TINY_LLAMA_DIR, checkpoint_identity
 from pipeline.errors import InputError
@@ -51,6 +51,12 @@ def index(sae_path):
 
 
 # ---- meanings
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_meanings_saved_with_a_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "a.yaml").write_text("3: {certainty: 0.5, common_semantic: größer}", encoding=encoding)
+    assert read_meanings(tmp_path / "a.yaml") == {3: Meaning("größer", 0.5)}
 
 
 def test_of_several_meanings_the_best_scored_wins(tmp_path):

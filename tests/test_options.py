@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_help_shows_defaults_with_percent_and_hash(tmp_path, capsys):
 
 BOUNDED = '''"""Doc."""
 from typing import Literal
-from pipeline.options import Count, CountOrZero, NotNegative, Port, Positive, Seed, Share, ShareBelowOne
+from pipeline.options import Count, CountOrZero, NotNegative, Port, Positive, Seed, Share, ShareBelowOne, Size
 
 COUNT: Count = 1
 ZERO: CountOrZero = 0
@@ -169,6 +170,7 @@ BETAS: tuple[Share, Share] = (0.9, 0.99)
 LAYERS: tuple[Count, ...] = (1,)
 KIND: Literal["mean", "max"] = "max"
 PLAIN = 1.5
+SIZE: Size = 1.0
 '''
 
 
@@ -188,6 +190,13 @@ PLAIN = 1.5
         ("layers", ["3", "0"], "--layers 0 is too small; it must be at least 1."),
         ("kind", ["last"], "--kind last is unknown; write mean or max."),
         ("plain", ["nan"], "--plain nan is not a finite number; give one."),
+        (
+            "seed",
+            [str(2**63)],
+            "--seed 9223372036854775808 is too large; a whole number is at most 9223372036854775807.",
+        ),
+        ("count", ["1" + "0" * 400], f"--count 1{'0' * 400} is too large; a whole number is at most {2**63 - 1}."),
+        ("size", ["1e300"], "--size 1e+300 is too large; it is at most 1e+09."),
         ("rate", ["inf"], "--rate inf is not a finite number; give one."),
     ],
 )
@@ -222,11 +231,13 @@ MODULES = ["embedded/corpus.py", "embedded/training.py"]
 
 @pytest.mark.parametrize("script", [*SCRIPTS, *MODULES])
 def test_help_of_every_script_answers_within_3_seconds(script):
+    """In a terminal that has ASCII alone, too."""
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     best = float("inf")
     for _ in range(3):  # a busy machine is not a slow script
         begin = time.perf_counter()
         found = subprocess.run(
-            [*command(script), "--help"], cwd=PROJECT_DIR, capture_output=True, text=True, timeout=60
+            [*command(script), "--help"], cwd=PROJECT_DIR, env=environment, capture_output=True, text=True, timeout=60
         )
         best = min(best, time.perf_counter() - begin)
         assert found.returncode == 0, found.stderr
@@ -234,3 +245,9 @@ def test_help_of_every_script_answers_within_3_seconds(script):
         if best < 3:
             break
     assert best < 3
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_seed_is_declared_one(script):
+    source = (PROJECT_DIR / script).read_text(encoding="utf-8")
+    assert "\nSEED" not in source or "\nSEED: Seed = " in source

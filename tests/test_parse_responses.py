@@ -306,3 +306,12 @@ def test_bad_input_is_refused_in_a_sentence_and_nothing_is_written(tmp_path, cap
         (tmp_path / name).write_text(text)
         assert words in refused(tmp_path / name)
     assert not out.parent.exists()
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_answers_are_judged(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "judge_all", None)
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "m.yaml"
+    said = refusal(capsys, script, retrieved_responses_dir=tmp_path / "a.jsonl", parsed_responses_output_filepath=out)
+    assert f"{out} cannot be written (Not a directory)" in said

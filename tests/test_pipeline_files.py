@@ -3,22 +3,27 @@
 .venv/bin/python -m pytest tests/test_pipeline_files.py
 """
 
+import errno
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import PROJECT_DIR
 
+from pipeline.activation_store import open_shard, write_shard
 from pipeline.errors import InputError, Stop
-from pipeline.files import atomic_path, locked, read_json, require_disk, sha256, write_json
+from pipeline.files import atomic_path, locked, read_json, require_disk, require_writable, sha256, utf8_path, write_json
 from pipeline.manifests import (
     FORMAT_VERSION,
     begin_or_continue,
@@ -126,6 +131,60 @@ def test_a_full_disk_stops_the_run(tmp_path):
         temporary.write_text("half")
         raise OSError(28, "No space left on device")
     assert names(tmp_path) == []
+
+
+def read_only(*args, **kwargs):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_on_a_read_only_disk_the_error_is_not_hidden_and_its_fix_not_more_disk(tmp_path, monkeypatch):
+    """There the removal of the temporary file fails as well."""
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(Stop, match="Could not write .*Read-only file system.*; fix that and run again"):  # noqa: SIM117
+        with atomic_path(tmp_path / "a.txt"):
+            read_only()
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(Stop, match="Read-only"), atomic_path(tmp_path / "new" / "a.txt"):
+        pass
+
+
+def test_require_writable(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    require_writable(tmp_path / "file", tmp_path / "new" / "newer" / "a.txt")
+    assert names(tmp_path) == ["file", "folder"]  # nothing is made
+    for path, reason in (("folder", "Is a directory"), ("file/a.txt", "Not a directory")):
+        with pytest.raises(InputError, match=f"{tmp_path}/{path} cannot be written .{reason}.; make that possible"):
+            require_writable(tmp_path / "b.txt", tmp_path / path)
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    with pytest.raises(InputError, match="a.txt cannot be written .Read-only file system.; .* in another folder"):
+        require_writable(tmp_path / "a.txt")
+
+
+def test_json_with_a_byte_order_mark_and_of_names_that_are_not_utf8(tmp_path):
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "a.json").write_text('{"a": "ä"}', encoding=encoding)
+        assert read_json(tmp_path / "a.json", "mend.") == {"a": "ä"}
+    value = {"folder": os.fsdecode(b"caf\xe9 \xc3\xa9")}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json", "mend.") == value
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == '{\n  "folder": "caf\\udce9 é"\n}\n'
+
+
+def test_tensors_in_a_folder_whose_name_is_not_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    write_shard(folder / "a.safetensors", {"acts": torch.ones(2)})
+    assert open_shard(folder / "a.safetensors", "b.py").get_tensor("acts").tolist() == [1, 1]
+    torch.save({"a": torch.ones(2)}, folder / "a.pt")
+    with utf8_path(folder / "a.pt") as name:
+        assert torch.load(name, mmap=True)["a"].tolist() == [1, 1]
+
+
+def test_what_the_terminal_cannot_show_is_printed_as_escapes(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="gbk")
+    monkeypatch.setattr(sys, "stdout", out)
+    run(lambda: print(os.fsdecode(b"caf\xe9"), "é文\U0001f600", flush=True))
+    assert out.buffer.getvalue().decode("gbk") == "caf\\udce9 é文\\U0001f600\n"
 
 
 def test_json_round_trip(tmp_path):

@@ -117,3 +117,10 @@ def test_refusals(sae_path, tmp_path, capsys):
     (tmp_path / "sae.json").write_text('{"k": 6, "normalize_eps": 1e-5}')
     assert "site" in refusal(capsys, promoted_tokens, model_path=sae_path)
     assert not list(tmp_path.glob("*promoted*"))
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_model_is_loaded(sae_path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(promoted_tokens, "load_model", None)
+    (tmp_path / "sae.promoted.parquet").mkdir()
+    said = refusal(capsys, promoted_tokens, model_path=sae_path)
+    assert "sae.promoted.parquet cannot be written (Is a directory)" in said

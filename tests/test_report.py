@@ -290,3 +290,10 @@ def test_search_and_sort_in_a_browser(sae_path):
         assert page.locator(".latent-card:visible").count() > 0
         browser.close()
     assert errors == [] and all(url.startswith("file:") or url.startswith("data:") for url in asked)
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_cards_are_read(sae_path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sae_report, "read_cards", None)
+    (tmp_path / "sae.report").touch()  # the folder of the pages
+    said = refusal(capsys, sae_report, sae_model_path=sae_path)
+    assert "sae.report/latents-0.html cannot be written (Not a directory)" in said

@@ -669,3 +669,16 @@ def test_an_error_in_a_worker_process_is_said_once(tmp_path, capsys):
 def test_fewer_than_one_batch(own_store, tmp_path, capsys):
     said = said_and_wrote_nothing(capsys, own_store, tmp_path / "out", batch_size=4096)
     assert str(own_store) in said and "fewer than one batch of 4096" in said
+
+
+def test_activations_that_are_all_alike_are_said_to_be(tmp_path, capsys):
+    rows = {i: torch.arange(float(D)).expand(len(x), D) for i, x in sentences().items()}
+    write_store(tmp_path / "site", rows, SHARD_STARTS, N_SENTENCES)
+    said = said_and_wrote_nothing(capsys, tmp_path / "site", tmp_path / "out")
+    assert f"activations of {tmp_path / 'site'} are alike: there is nothing to learn" in said
+
+
+def test_statistics_where_nothing_can_be_written(own_store, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    said = said_and_wrote_nothing(capsys, own_store, tmp_path / "out", mean_filepath=tmp_path / "file" / "mean")
+    assert "file/mean cannot be written (Not a directory)" in said

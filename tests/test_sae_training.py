@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.sae_runs import (
     BATCH,
     N_LATENTS,
@@ -41,7 +41,7 @@ from autoencoder.curves import plot_curves, plot_frequencies
 from autoencoder.step import Step, StepOptions
 from pipeline.activation_batches import Batches, Reader
 from pipeline.distributed import ALONE, make_grid
-from pipeline.files import locked
+from pipeline.files import locked, sha256
 from sae import TopKSparseAutoencoder, load_sae_model, save_sae
 from sae_training import learning_rate, stops_early
 
@@ -408,6 +408,8 @@ def test_a_second_process_on_the_checkpoints_is_refused(data, tmp_path, capsys):
         ({"batch_size": 32 * 1000}, "fewer than --batch_size 32000"),
         ({"k": 97}, "k = 97 must lie between 1 and n_latents = 96; correct --k or --n_latents."),
         ({"k": 0}, "--k 0 is too small; it must be at least 1."),
+        ({"n_latents": 10**15}, "--n_latents 1000000000000000: the memory does not hold so many ("),
+        ({"n_latents": 2**62}, f"--n_latents {2**62}: the memory does not hold so many ("),
         ({"latent_parallel": 2}, "--latent_parallel 2 must divide the 1 processes and --n_latents 96"),
         ({"micro_batch_size": 0}, "--micro_batch_size 0 is too small; it must be at least 1."),
         ({"encoder_dtype": "float16"}, "--encoder_dtype float16 is unknown; write float32 or bfloat16."),
@@ -421,6 +423,47 @@ def test_bad_options(data, tmp_path, capsys, changed, words):
     assert words in said
     assert not (tmp_path / "sae.pth").exists()
     assert not (tmp_path / "checkpoints" / "manifest.json").exists()  # so that the corrected command is not refused
+
+
+def test_activations_that_differ_by_rounding_alone(data, tmp_path, capsys):
+    statistics = load_file(data / "statistics.safetensors")
+    altered = statistics | {"var_normalized": 1e-12 * statistics["mean_normalized"].square()}
+    save_file(altered, tmp_path / "statistics.safetensors")
+    options = TRAINING | {"b_pre_path": tmp_path / "statistics.safetensors"}
+    said = refusal(sae_training, capsys, data_dir=data, **places(tmp_path), **options)
+    assert f"activations to train on in {data} are alike once normalised: there is nothing to learn" in said
+
+
+def test_held_out_activations_that_are_all_alike_measure_nothing(data, tmp_path):
+    copy = tmp_path / "batches"
+    shutil.copytree(data, copy)
+    manifest = manifest_of(data)
+    for record in manifest["validation_shards"]:
+        acts = load_file(copy / record["file"])["acts"]
+        save_file({"acts": acts[:1].repeat(len(acts), 1)}, copy / record["file"])
+        record["sha256"] = sha256(copy / record["file"])
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert not any("val_fvu" in line for line in metrics_of(train(copy, tmp_path, num_epochs=1)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"warmup_steps": 100_000}, "Note: --warmup_steps 100,000 is no less than the run's 25 steps"),
+        ({"dead_after_tokens": 1}, "Note: --dead_after_tokens 1 is no more than a step's"),
+        ({}, ""),
+    ],
+)
+def test_options_with_which_little_is_learnt_are_noted(data, tmp_path, capsys, changed, said):
+    train(data, tmp_path, num_epochs=1, **changed)
+    out = capsys.readouterr().out
+    assert said in out and ("Note" in out) == bool(said)
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_training(data, tmp_path, capsys):
+    options = places(tmp_path) | {"model_save_path": tmp_path}
+    said = refusal(sae_training, capsys, data_dir=data, **options, **TRAINING)
+    assert f"{tmp_path} cannot be written (Is a directory)" in said and not (tmp_path / "checkpoints").exists()
 
 
 def test_altered_batches(data, tmp_path, capsys):

@@ -275,3 +275,10 @@ def test_refusals(folder, capsys, monkeypatch):
     said = refusal(capsys, scoring, **chosen)
     assert "sae.examples.parquet" in said and "capture_top_activating_sentences.py" in said
     assert not list(folder.glob("*.scores.*"))
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_scoring(folder, capsys, monkeypatch):
+    monkeypatch.setattr(scoring, "by_words", None)
+    chosen = options(folder, scorer="words")
+    Path(chosen["meaning_filepath"]).with_suffix(".scores.parquet").mkdir()
+    assert "scores.parquet cannot be written (Is a directory)" in refusal(capsys, scoring, **chosen)

@@ -28,10 +28,10 @@ from conftest import PROJECT_DIR
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support.fake_hub import FakeHub, Fault, Repo
-from support.pipeline_runs import call, refusal
+from support.pipeline_runs import as_flags, call, refusal
 
 import openwebtext_sentences_dataset as sentences
-from pipeline.documents import document_files
+from pipeline.documents import document_files, iter_documents
 from pipeline.errors import InputError
 from pipeline.sentences import SentenceDataset
 
@@ -346,6 +346,63 @@ def test_every_kind_of_file_gives_the_same_sentences(tmp_path):
     assert len(shards["parquet"]) > 1 and all(found == shards["parquet"] for found in shards.values())
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "txt"])
+def test_a_file_whose_name_is_not_utf8(tmp_path, capsys, suffix):
+    """Its bytes are Latin-1, as old archives leave them: read, and listed in the order of bytes."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    for name in (f"{chr(0x1F600)}.{suffix}", os.fsdecode(b"\xe9") + f".{suffix}"):  # F0..., E9: as str the other way
+        with open(folder / name, "wb") as file:
+            if suffix == "parquet":
+                pq.write_table(pa.table({"text": [PROSE]}), file)
+            else:
+                file.write(as_json_line(PROSE) if suffix == "jsonl" else PROSE.encode())
+    assert [os.fsencode(file.name)[0] for file in document_files(str(folder))] == [0xE9, 0xF0]
+    call(sentences, input_path=folder, output_dir=folder / "out", **FEW_SHARDS)
+    assert manifest(folder / "out")["counts"]["docs"] == 2
+    assert manifest(folder / "out")["config"]["input_path"] == str(folder)
+    assert len(SentenceDataset(folder / "out")) == manifest(folder / "out")["counts"]["sentences"] > 2
+    assert "caf\\udce9" in capsys.readouterr().out
+
+
+TEXT_TYPES = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()]
+
+
+@pytest.mark.parametrize("kind", [*TEXT_TYPES, pa.dictionary(pa.int32(), pa.string()), pa.json_(pa.string())], ids=str)
+def test_a_column_of_text_in_any_of_arrows_forms(tmp_path, kind):
+    texts = [PROSE, None, "One. Two."]
+    plain = pa.array(texts)
+    if isinstance(kind, pa.BaseExtensionType):
+        column = pa.ExtensionArray.from_storage(kind, plain)
+    else:
+        column = plain.dictionary_encode() if pa.types.is_dictionary(kind) else plain.cast(kind)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": pa.nulls(2)}), tmp_path / "b.parquet")  # nothing but nulls
+    found = list(iter_documents([tmp_path / "a.parquet", tmp_path / "b.parquet"]))
+    assert found == [(text or "").encode() for text in [*texts, None, None]]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(3), pa.list_(pa.string()), pa.int64()], ids=str)
+def test_a_column_of_something_else_is_refused(tmp_path, kind):
+    pq.write_table(pa.table({"text": pa.nulls(1, kind)}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="The column `text` of .*a.parquet holds .*, not text; name other files"):
+        list(iter_documents([tmp_path / "a.parquet"]))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_a_byte_order_mark_says_how_a_text_file_is_encoded(tmp_path, encoding):
+    text = "Der Müller ging. \U0001f469 Ende."
+    mark = "\ufeff" if encoding.endswith("-be") else ""  # Python writes the others' itself
+    (tmp_path / "a.txt").write_bytes((mark + text).encode(encoding))
+    assert list(iter_documents([tmp_path / "a.txt"])) == [text.encode()]
+
+
+def test_bytes_that_are_not_utf8_are_counted_in_the_last_line(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes("Der Müller ging.".encode("latin-1"))
+    call(sentences, input_path=tmp_path / "a.txt", output_dir=tmp_path / "out", **FEW_SHARDS)
+    assert "1 documents (1 with bytes that are not UTF-8, now U+FFFD): " in capsys.readouterr().out
+
+
 def test_half_a_surrogate_pair_in_json_becomes_replacement_characters(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "One \\ud83d two."}\n{"text": "\\ud83d\\ude80"}')
     call(sentences, input_path=tmp_path / "a.jsonl", output_dir=tmp_path / "out", **FEW_SHARDS)
@@ -431,7 +488,32 @@ def cut_gzip(folder: Path) -> Path:
     return folder
 
 
+def no_lines(folder: Path) -> Path:
+    (folder / "a.jsonl").touch()
+    return folder / "a.jsonl"
+
+
+def no_rows(folder: Path) -> Path:
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "a.parquet")
+    return folder
+
+
+def blanks(folder: Path) -> Path:
+    (folder / "a.txt").write_text("\ufeff \n\u3000", encoding="utf-8")
+    (folder / "b.txt").touch()
+    return folder
+
+
+def utf_16_lines(folder: Path) -> Path:
+    (folder / "a.jsonl").write_text(good_lines(2), encoding="utf-16")
+    return folder
+
+
 BAD_INPUT = [
+    (no_lines, "There is no text in {folder}/a.jsonl (0 documents); name other documents."),
+    (no_rows, "There is no text in {folder}/a.parquet (0 documents); name other documents."),
+    (blanks, "There is no text in the 2 files from {folder}/a.txt on (2 documents); name other documents."),
+    (utf_16_lines, "{folder}/a.jsonl is in UTF-16; save it as UTF-8."),
     (nothing, "nothing at {folder}/nowhere; name a file or folder"),
     (unknown_ending, "{folder}/a.csv has an unknown ending; documents come as .parquet, .jsonl"),
     (no_documents, "{folder} holds no documents (.parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt); name another"),
@@ -770,3 +852,18 @@ def test_the_reader_refuses_what_the_script_refuses(tmp_path, make):
 def test_a_missing_text_is_an_empty_sentence(tmp_path):
     pq.write_table(pa.table({"text": ["One.", None]}), tmp_path / "a.parquet")
     assert sorted(map(repr, SentenceDataset(tmp_path))) == ["''", "'One.'"]
+
+
+def test_a_locale_that_is_not_utf8_changes_nothing(tmp_path):
+    """That of ASCII alone, which every system has; Python otherwise takes UTF-8 instead of it."""
+    folder = tmp_path / "straße"
+    folder.mkdir()
+    (folder / "köln.jsonl").write_text(json.dumps({"text": "Die Köln. Straße ist lang. Sie ging. " * 40}))
+    call(sentences, input_path=folder, output_dir=tmp_path / "here", **FEW_SHARDS)
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    flags = as_flags({"input_path": folder, "output_dir": folder / "out", **FEW_SHARDS})
+    command = [sys.executable, "openwebtext_sentences_dataset.py", *flags]
+    done = subprocess.run(command, cwd=PROJECT_DIR, env=os.environ | ascii_locale, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    found, expected = manifest(folder / "out"), manifest(tmp_path / "here")
+    assert (found["shards"], found["decides"]) == (expected["shards"], expected["decides"])

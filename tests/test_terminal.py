@@ -31,6 +31,7 @@ from llama_3 import generation, load_model, load_tokenizer
 from llama_3.chat import Message, encode_dialogue
 from llama_3.checkpoint import TINY_LLAMA_DIR
 from llama_3.generation import stream_chat
+from pipeline.errors import InputError
 from sae import load_sae_model
 from serving import prompt_files
 from serving.modes import DEFAULT_MODE, DEFAULT_STRENGTH
@@ -256,6 +257,20 @@ def test_piped_prompts_are_completed_in_order_whatever_the_batch(monkeypatch, ca
     clean, steered = alone(TEXTS, 10, **own), alone(TEXTS, 10, strength=2.0, **own)
     assert found == printed(TEXTS, clean, steered)
     assert clean != steered
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(monkeypatch, capsys):
+    texts = [run_piped(monkeypatch, capsys, mark + "The file", max_new_tokens=2) for mark in ("\ufeff", "")]
+    assert texts[0] == texts[1]
+    chats = [run_piped(monkeypatch, capsys, mark + "\n", command="chat") for mark in ("\ufeff", "")]
+    assert chats[0] == chats[1]  # an empty message in both
+
+
+def test_seeds_of_a_clock_and_beyond(monkeypatch, capsys):
+    for seed in (1764064920123456789, 2**63 - 1):
+        assert run_piped(monkeypatch, capsys, "The file", max_new_tokens=2, seed=seed)
+    with pytest.raises(InputError, match=f"--seed {2**63} is too large"):
+        run_piped(monkeypatch, capsys, "The file", seed=2**63)
 
 
 def test_latents_of_generated_tokens(capsys, model, tokenizer, sae, alone):
