@@ -118,7 +118,7 @@ class TiktokenTokenizer:
         self.eos_id = self.special_tokens["<|end_of_text|>"]
         self.stop_ids = frozenset(self.special_tokens[name] for name in STOP_TOKENS)
         self.starts_with_bos = True
-        self.chat_template = None
+        self.chat_template: ChatTemplate | None = None
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         ids = [self.bos_id] if bos else []

@@ -196,7 +196,7 @@ SIZE: Size = 1.0
             "--seed 9223372036854775808 is too large; a whole number is at most 9223372036854775807.",
         ),
         ("count", ["1" + "0" * 400], f"--count 1{'0' * 400} is too large; a whole number is at most {2**63 - 1}."),
-        ("size", ["1e300"], "--size 1e+300 is too large; it is at most 1e+09."),
+        ("size", ["1e300"], "--size 1e+300 is too large; it must be at most 1e+09."),
         ("rate", ["inf"], "--rate inf is not a finite number; give one."),
     ],
 )
