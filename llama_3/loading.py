@@ -157,8 +157,9 @@ def model_args(found: Checkpoint, rope_scaling_factor: float | None = None) -> M
         raise InputError(
             f"{found.config_path} does not describe a Llama model ({error}); take the file that belongs to the weights."
         ) from None
-    if rope_scaling_factor is not None:
-        args["rope_scaling_factor"] = float(rope_scaling_factor)
+    if rope_scaling_factor is not None and _fault("rope_scaling_factor", rope_scaling_factor):
+        raise InputError(f"A rope_scaling_factor of {rope_scaling_factor} cannot be used; give a positive number.")
+    args |= {"rope_scaling_factor": float(rope_scaling_factor)} if rope_scaling_factor is not None else {}
     for name, value in args.items():
         if fault := _fault(name, value):
             their_name = reader.config_names.get(name, name)

@@ -166,9 +166,9 @@ class JsonTokenizer:
         added = self.model.get_added_tokens_decoder()
         self.special_tokens = {t.content: i for i, t in added.items() if t.special}
         self.added = {i: t.content for i, t in added.items()}
-        # Those that the library would take for bytes when it decodes, as it would a vocabulary's own.
-        self.like_bytes = {i for i, t in self.added.items() if self.is_byte_level and not BYTE_OF.keys().isdisjoint(t)}
-        self.like_bytes = {i for i in self.like_bytes if not self.added[i].isascii()}
+        # Those that the library would decode as if their characters stood for bytes, as in a vocabulary.
+        bytes_too = lambda token: not token.isascii() and BYTE_OF.keys() >= set(token)
+        self.like_bytes = {i for i, token in self.added.items() if self.is_byte_level and bytes_too(token)}
         self.vocab_size = 1 + max(self.model.get_vocab(with_added_tokens=True).values())
         self.bos_id, self.starts_with_bos = bos_id, starts_with_bos
         self.eos_id = ends[0] if ends else None
@@ -290,7 +290,9 @@ def read_tokenizer_json(
 def _without_rowless(text: str, n_rows: int | None, path: str) -> str:
     """A tokenizer.json without added tokens that the model's embedding has no row for: in texts they are plain text."""
     whole: dict[str, Any] = json.loads(text)
-    names = [token["content"] for token in whole["added_tokens"] if n_rows is not None and token["id"] >= n_rows]
+    names = [
+        token["content"] for token in whole.get("added_tokens", ()) if n_rows is not None and token["id"] >= n_rows
+    ]
     if not names:
         return text
     _say_rowless(path, names)
