@@ -6,6 +6,7 @@ llama.cpp's (its gguf-py constants and src/llama-vocab.cpp).
 
 import functools
 import os
+import re
 from typing import Any, NamedTuple
 
 import gguf
@@ -55,6 +56,11 @@ def _read_gguf(path: str, _size: int, _modified_ns: int) -> Gguf:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
     except Exception as error:  # whatever the library meets in a damaged file
+        if re.search("is not a valid GGMLQuantizationType|file appears to be version", str(error)):
+            raise InputError(
+                f"{path} is in a form that the gguf package here does not read ({_line(error)}); update the package, "
+                "or use another file of this model."
+            ) from None
         raise InputError(f"{path} is truncated or damaged ({_line(error)}); fetch it again.") from None
     if metadata.get("split.count", 1) > 1:
         raise InputError(f"{path} is one part of a split model; join the parts with llama-gguf-split --merge.")

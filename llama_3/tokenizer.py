@@ -280,7 +280,10 @@ def read_tokenizer_json(
             text = file.read()
         model = tokenizers.Tokenizer.from_str(_without_rowless(text, n_rows, path))
     except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{path} is not a tokenizer of the tokenizers library ({error}); fetch it again.") from None
+        raise InputError(
+            f"{path} is not a tokenizer of the tokenizers library ({error}); fetch it again, or update that library "
+            "for a newer file."
+        ) from None
     framed = model.encode("a")  # what the model expects before a text, and after it
     begin = next((i for i, of_text in enumerate(framed.sequence_ids) if of_text is not None), 0)
     ends = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]

@@ -349,6 +349,14 @@ def test_of_two_formats_the_whole_one_is_read(tmp_path, tiny_model_dir):
     assert load_tokenizer(str(gguf)).encode("hello") == load_tokenizer(str(tiny_model_dir)).encode("hello")
 
 
+def test_a_newer_gguf_file_is_not_called_damaged(tmp_path, tiny_model_dir):
+    path = write_gguf(tmp_path / "m.gguf", tiny_model_dir)
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + (1).to_bytes(4, "little") + data[8:])  # the version
+    with pytest.raises(InputError, match="does not read .*update the package, or use another file"):
+        load_model(str(path))
+
+
 def test_weights_of_pickles_are_named(tmp_path, capsys):
     write(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
