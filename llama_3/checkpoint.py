@@ -75,13 +75,15 @@ def _names(folder: str) -> list[str]:
 
 
 def _share_there(files: Checkpoint) -> float:
+    if files.format == "meta" and len(files.weights) > 1:  # split for several GPUs
+        return 0.0
     return sum(map(blobfile.exists, files.weights)) / max(1, len(files.weights))
 
 
 def _find_meta(folder: str, names: list[str]) -> Checkpoint | None:
     if "params.json" not in names:
         return None
-    weights = [name for name in names if re.fullmatch(r"consolidated\.\d\d\.pth", name)] or ["consolidated.00.pth"]
+    weights = sorted({"consolidated.00.pth", *(n for n in names if re.fullmatch(r"consolidated\.\d\d\.pth", n))})
     path = blobfile.join(folder, "params.json")
     return Checkpoint(folder, path, {}, [blobfile.join(folder, name) for name in weights], "meta")
 

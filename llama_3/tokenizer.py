@@ -286,6 +286,8 @@ def read_tokenizer_json(
         ) from None
     framed = model.encode("a")  # what the model expects before a text, and after it
     begin = next((i for i, of_text in enumerate(framed.sequence_ids) if of_text is not None), 0)
+    if begin > 1:
+        say(f"{path} puts {begin} tokens before a text; only the first, {framed.tokens[0]}, is put here.")
     ends = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
     return JsonTokenizer(model, framed.ids[0] if begin else bos_id, begin > 0, ends, template)
 
@@ -363,6 +365,10 @@ def _folder_tokenizer(model_dir: str, config: dict[str, Any], n_rows: int | None
     generation, settings = inside("generation_config.json"), inside("tokenizer_config.json")
     ids = config | (read_json(generation) if blobfile.exists(generation) else {})
     bos_id, eos_ids = ids.get("bos_token_id"), ids.get("eos_token_id")
+    for name, value in (("bos_token_id", bos_id), ("eos_token_id", eos_ids)):
+        several = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if any(type(id_) is not int and id_ is not None for id_ in several):
+            raise InputError(f"{model_dir} says {name} {json.dumps(value)}; write the token's number, or null, there.")
     tokenizer = read_tokenizer_json(inside("tokenizer.json"), bos_id, eos_ids, find_template(model_dir), n_rows)
     if blobfile.exists(settings) and read_json(settings).get("add_bos_token") and not tokenizer.starts_with_bos:
         say(

@@ -125,6 +125,16 @@ def test_begin_of_text_is_what_stands_before_a_text(tmp_path, template, bos_id, 
     assert encode_text(tokenizer, "Hi") == [*begins, 41, 74]
 
 
+def test_more_than_one_token_before_a_text_is_said(tmp_path, capsys):
+    assert encode_text(load_tokenizer(str(write(tmp_path, "<s> </s> $A"))), "Hi") == [0, 41, 74]
+    assert "puts 2 tokens before a text; only the first, <s>" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [dict(bos_token_id=[0]), dict(bos_token_id="<s>"), dict(eos_token_id=["</s>"])])
+def test_ends_that_are_no_numbers_are_refused(tmp_path, capsys, changes):
+    assert "write the token's number, or null, there" in refused(capsys, write(tmp_path, None, **changes))
+
+
 def test_add_bos_token_without_a_template_is_said(tmp_path, capsys):
     write(tmp_path, None)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "bos_token": "<s>"}))
@@ -328,6 +338,10 @@ def test_of_two_formats_the_whole_one_is_read(tmp_path, tiny_model_dir):
     assert find_checkpoint(str(hugging_face)).format == "hugging face"
     assert load_model(str(hugging_face)).args.vocab_size == 320
     assert load_tokenizer(str(hugging_face)).vocab_size == 258
+
+    for name in ("consolidated.00.pth", "consolidated.01.pth"):
+        shutil.copy(tiny_model_dir / "consolidated.00.pth", hugging_face / name)
+    assert find_checkpoint(str(hugging_face)).format == "hugging face"  # the other is split for several GPUs
 
     meta = shutil.copytree(tiny_model_dir, tmp_path / "b")
     shutil.copy(hugging_face / "config.json", meta)
