@@ -178,6 +178,8 @@ def gguf_tokenizer(file: Gguf) -> GgufTokenizer:
     kind = file.need("tokenizer.ggml.model")
     metadata, tokens = file.metadata, file.need("tokenizer.ggml.tokens")
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    if len(types) != len(tokens):
+        raise InputError(f"{file.path} has {len(types)} kinds for {len(tokens)} tokens; convert the model again.")
     vocabulary = _vocabulary(file, tokens, types)
     if kind == "gpt2":
         pre = metadata.get("tokenizer.ggml.pre", "absent")

@@ -484,11 +484,8 @@ def _check(loaded: dict[str, Loaded], expected: dict[str, tuple[int, ...]], foun
     if surplus := sorted(loaded.keys() - expected.keys()):
         _, their_name, path = loaded[surplus[0]]
         what = next((what for pattern, what in STRANGERS.items() if re.search(pattern, their_name)), None)
-        raise InputError(
-            f"{path} holds {their_name}, {what}."
-            if what
-            else f"{path} holds {their_name}, unknown to this model; {config} belongs to another one."
-        )
+        fix = "convert the model again" if found.format == "gguf" else f"{config} belongs to another one"
+        raise InputError(f"{path} holds {their_name}, {what or f'unknown to this model; {fix}'}.")
 
 
 def _missing(name: str, found: Checkpoint) -> InputError:
