@@ -82,6 +82,8 @@ def main() -> None:
         for latents in torch.arange(sae.n_latents, device=device).split(config.latents_at_once):
             directions = sae.decoder.weight.t()[latents] * highest[latents, None]
             z = standard_logits(model, site, directions, sae.b_pre, plain)
+            if not z.isfinite().all():
+                raise InputError(f"The model in {model_dir} gives NaN or infinite logits; check the checkpoint.")
             for tokens, scores, sign in (("tokens", "scores", 1), ("suppressed_tokens", "suppressed_scores", -1)):
                 best = (sign * z).topk(config.promoted_tokens)
                 columns[tokens] += [[tokenizer.decode([i]) for i in row] for row in plain[best.indices].tolist()]

@@ -86,7 +86,8 @@ class ChatTemplate(NamedTuple):
             )
         except jinja2.TemplateSyntaxError as error:
             raise InputError(
-                f"The chat template in {self.origin} is not a Jinja template ({error.message}); fetch it again."
+                f"The chat template in {self.origin} is not a Jinja template ({error.message}); correct it there, or "
+                "complete text instead."
             ) from None
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             said = " ".join(str(error).split()).rstrip(".")

@@ -1,8 +1,10 @@
 """A model's files, their format, and which model they contain. Needs no torch."""
 
+import functools
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,78 +29,123 @@ class Checkpoint(NamedTuple):
 
 def find_checkpoint(model_dir: str) -> Checkpoint:
     """The files of a Llama folder of any format, or of a GGUF file. Raises InputError when there is none."""
-    model_dir = str(model_dir)
-    names = sorted(blobfile.listdir(model_dir)) if blobfile.isdir(model_dir) else []
-    for find in (_find_hugging_face, _find_meta, _find_gguf):
-        if found := find(model_dir, names):
-            return found
-    inside = lambda name: blobfile.join(model_dir, name)
-    if "config.json" in names:
-        raise InputError(f"There is no model*.safetensors beside {inside('config.json')}; fetch the weights as well.")
-    if "consolidated.00.pth" in names:
-        raise InputError(f"There is no params.json beside {inside('consolidated.00.pth')}; fetch it as well.")
-    raise InputError(
-        f"There is no model at {model_dir}: neither params.json (Meta's format) nor config.json (Hugging Face's) nor a "
-        ".gguf file is there; name a Llama folder, or fetch one with fetch_model.py."
-    )
+    found = preferred_files(str(model_dir))
+    if found is None:
+        names = _names(str(model_dir))
+        if "consolidated.00.pth" in names:
+            path = blobfile.join(str(model_dir), "consolidated.00.pth")
+            raise InputError(f"There is no params.json beside {path}; fetch it as well.")
+        raise InputError(
+            f"There is no model at {model_dir}: neither params.json (Meta's format) nor config.json (Hugging Face's) "
+            "nor a .gguf file is there; name a Llama folder, or fetch one with fetch_model.py."
+        )
+    if not found.weights:
+        if any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in _names(found.folder)):
+            raise InputError(
+                f"{found.folder} holds its weights in pytorch_model*.bin, which are not read here; fetch them as "
+                "model*.safetensors, or write those with save_pretrained of transformers."
+            )
+        raise InputError(f"There is no model*.safetensors beside {found.config_path}; fetch the weights as well.")
+    if found.format == "gguf":
+        from llama_3.gguf import read_gguf
+
+        return found._replace(config=read_gguf(found.config_path).metadata)
+    return found._replace(config=read_json(found.config_path))
+
+
+def preferred_files(model_dir: str) -> Checkpoint | None:
+    """The format of a folder that is whole, else the one of which most is there; its config is not read yet.
+
+    Raises InputError where its files are several models, or parts of one that are not read.
+    """
+    finders = (_find_meta, _find_hugging_face, _find_original, _find_gguf)
+    found = [files for find in finders if (files := find(model_dir, _names(model_dir)))]
+    if not found:
+        return None
+    best = max(found, key=_share_there)
+    if best.format == "meta" and len(best.weights) > 1:
+        raise InputError(f"{best.folder} is split for several GPUs; name a Hugging Face folder of the same model.")
+    if best.format == "gguf":
+        _check_gguf(best)
+    return best
+
+
+def _names(folder: str) -> list[str]:
+    return sorted(blobfile.listdir(folder)) if blobfile.isdir(folder) else []
+
+
+def _share_there(files: Checkpoint) -> float:
+    if files.format == "meta" and len(files.weights) > 1:  # split for several GPUs
+        return 0.0
+    return sum(map(blobfile.exists, files.weights)) / max(1, len(files.weights))
+
+
+def _find_meta(folder: str, names: list[str]) -> Checkpoint | None:
+    if "params.json" not in names:
+        return None
+    weights = sorted({"consolidated.00.pth", *(n for n in names if re.fullmatch(r"consolidated\.\d\d\.pth", n))})
+    path = blobfile.join(folder, "params.json")
+    return Checkpoint(folder, path, {}, [blobfile.join(folder, name) for name in weights], "meta")
+
+
+def _find_original(model_dir: str, _names_there: list[str]) -> Checkpoint | None:
+    """The `original/` of Meta's repositories."""
+    folder = blobfile.join(model_dir, "original")
+    return _find_meta(folder, _names(folder))
 
 
 def _find_hugging_face(model_dir: str, names: list[str]) -> Checkpoint | None:
-    inside = lambda name: blobfile.join(model_dir, name)
-    weights = [name for name in names if re.fullmatch(r"model.*\.safetensors", name)]
+    if "config.json" not in names:
+        return None
     index = "model.safetensors.index.json"
-    if "params.json" in names or "config.json" not in names or not (weights or index in names):
-        return None
+    weights = [name for name in names if re.fullmatch(r"model.*\.safetensors", name)]
     if index in names:
+        path = blobfile.join(model_dir, index)
         try:
-            weights = sorted(set(read_json(inside(index))["weight_map"].values()))
+            weights = sorted(set(read_json(path)["weight_map"].values()))
         except (KeyError, TypeError, AttributeError):
-            raise InputError(f"{inside(index)} is not an index of tensors; fetch it again.") from None
-    path = inside("config.json")
-    return Checkpoint(model_dir, path, read_json(path), [inside(name) for name in weights], "hugging face")
+            raise InputError(f"{path} is not an index of tensors; fetch it again.") from None
+    path = blobfile.join(model_dir, "config.json")
+    return Checkpoint(
+        model_dir, path, {}, [blobfile.join(model_dir, name) for name in with_siblings(weights)], "hugging face"
+    )
 
 
-def _find_meta(model_dir: str, names: list[str]) -> Checkpoint | None:
-    """In the folder itself, or in the `original/` of Meta's repositories."""
-    for folder in (model_dir, blobfile.join(model_dir, "original")):
-        path = blobfile.join(folder, "params.json")
-        if blobfile.exists(path):
-            params = read_json(path)
-            if blobfile.exists(blobfile.join(folder, "consolidated.01.pth")):
-                raise InputError(f"{folder} is split for several GPUs; name a Hugging Face folder of the same model.")
-            return Checkpoint(folder, path, params, [blobfile.join(folder, "consolidated.00.pth")], "meta")
-    return None
-
-
-def _find_gguf(model_dir: str, _names: list[str]) -> Checkpoint | None:
-    if (path := gguf_path(model_dir)) is None:
-        return None
-    from llama_3.gguf import read_gguf
-
-    return Checkpoint(blobfile.dirname(path), path, read_gguf(path).metadata, [path], "gguf")
-
-
-def gguf_path(model_dir: str) -> str | None:
-    """The GGUF file that is meant: `model_dir` itself, or the only one of a folder without another format.
-
-    Raises InputError where there are several.
-    """
+def _find_gguf(model_dir: str, names: list[str]) -> Checkpoint | None:
     if model_dir.endswith(".gguf"):
-        return model_dir
-    names = sorted(blobfile.listdir(model_dir)) if blobfile.isdir(model_dir) else []
-    found = [name for name in names if name.endswith(".gguf")]
-    if not found or {"config.json", "params.json"} & set(names):
-        return None
-    if len(found) > 1:
-        raise InputError(f"{model_dir} holds several GGUF files ({', '.join(found)}); name one of them.")
-    return blobfile.join(model_dir, found[0])
+        return Checkpoint(blobfile.dirname(model_dir), model_dir, {}, [model_dir], "gguf")
+    paths = [blobfile.join(model_dir, name) for name in names if name.endswith(".gguf")]
+    return Checkpoint(model_dir, paths[0], {}, paths, "gguf") if paths else None
+
+
+def _check_gguf(found: Checkpoint) -> None:
+    names = [blobfile.basename(path) for path in found.weights]
+    parts = with_siblings(names[:1])
+    if len(parts) > 1 and set(names) <= set(parts):
+        check_files([blobfile.join(found.folder, name) for name in parts])
+        raise InputError(
+            f"{found.config_path} is one part of a split model; join the parts with llama-gguf-split --merge."
+        )
+    if len(names) > 1:
+        raise InputError(f"{found.folder} holds several GGUF files ({', '.join(names)}); name one of them.")
+    if blobfile.exists(found.config_path):
+        check_files(found.weights)
+
+
+def with_siblings(names: list[str]) -> list[str]:
+    """File names, and those of the shards that belong to them: model-00001-of-00002.safetensors names a second."""
+    parts = [re.fullmatch(r"(.*-)\d{5}-of-(\d{5})(\.\w+)", name) for name in names]
+    siblings = {f"{p[1]}{i + 1:05}-of-{p[2]}{p[3]}" for p in parts if p for i in range(int(p[2]))}
+    return sorted({*names, *siblings})
 
 
 def read_json(path: str) -> dict[str, Any]:
     try:
         with blobfile.BlobFile(path, "r") as file:
             return dict(json.load(file))
-    except (TypeError, ValueError, OSError) as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}).") from None
+    except (TypeError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error!r}); fetch it again.") from None
 
 
@@ -106,9 +153,13 @@ def check_files(paths: Sequence[str]) -> None:
     for path in paths:
         if not blobfile.exists(path):
             raise InputError(f"There is no {blobfile.basename(path)} in {blobfile.dirname(path)}; fetch it as well.")
-        with blobfile.BlobFile(path, "rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise InputError(f"{path} is a Git LFS pointer, not the weights; run git lfs pull in its folder.")
+        try:
+            with blobfile.BlobFile(path, "rb") as file:
+                begin = file.read(len(LFS_POINTER))
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror or error}).") from None
+        if begin == LFS_POINTER:
+            raise InputError(f"{path} is a Git LFS pointer, not the weights; run git lfs pull in its folder.")
 
 
 def checkpoint_identity(model_dir: str) -> dict[str, Any]:
@@ -152,3 +203,9 @@ def sample_sha256(paths: Sequence[str], pieces: int = 64, piece_bytes: int = 2**
                 file.seek(max(0, size - piece_bytes) * i // (pieces - 1))
                 digest.update(file.read(piece_bytes))
     return digest.hexdigest()
+
+
+@functools.cache
+def say(sentence: str) -> None:
+    """Print what was assumed, once in a process."""
+    print(sentence, file=sys.stderr, flush=True)

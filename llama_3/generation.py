@@ -1,5 +1,6 @@
 """Generate text: sampling, streams of tokens and of text, batches of prompts of any lengths."""
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from llama_3.model import Intervention, Transformer
 from llama_3.tokenizer import TextStream, Tokenizer
 from pipeline.errors import InputError
 
+_LOWEST_TEMPERATURE = 1e-30  # logits divided by it stay finite in float32
 _LIKELIEST = 256  # tokens looked at first; more than 99.9 % of a fluent model's probability
 
 
@@ -70,8 +72,14 @@ def generate(
 
     prompts: token ids, of any lengths, each at least one. seeds: one per prompt; a prompt's samples depend on its seed,
     not on its neighbours. steering: for `model.intervene`, in force in this call only.
-    Raises InputError where the longest prompt and the new tokens do not fit the model's context.
+    Raises InputError where the longest prompt and the new tokens do not fit the model's context, for a temperature
+    that cannot be divided by, and where the model gives no finite numbers.
     """
+    if temperature != 0 and not _LOWEST_TEMPERATURE <= temperature < math.inf:
+        raise InputError(
+            f"A temperature of {temperature:g} cannot be used; write 0 for always the most likely token, or a number "
+            f"from {_LOWEST_TEMPERATURE:g} on."
+        )
     batch, longest = len(prompts), max(map(len, prompts))
     check_context(model, longest, max_new_tokens)
     device = model.device
@@ -90,6 +98,7 @@ def generate(
             else:
                 with model.intervene(*steering):
                     logits = model(tokens, cache, n_pad, last_only=True)[:, 0]
+            _check_logits(logits, steering)
             uniform = torch.stack([torch.rand((), generator=g) for g in generators])
             tokens = sample(logits, temperature, top_p, uniform.to(device))[:, None]
         step: list[int | None] = []
@@ -99,6 +108,20 @@ def generate(
         if not any(alive):
             return
         yield step
+
+
+def _check_logits(logits: Tensor, steering: Intervention | None) -> None:
+    """Raise InputError where a row is no preference among tokens: NaN, infinite, or all the same, as after an overflow.
+
+    logits: (batch, vocab_size).
+    """
+    lowest, highest = logits.aminmax(dim=-1)
+    if not ((lowest < highest) & lowest.isfinite() & highest.isfinite()).all():
+        what = "model" if steering is None else "steered model"
+        first = "" if steering is None else "lower the strength, or "
+        raise InputError(
+            f"The {what} gives NaN, infinite or all the same numbers; {first}check the checkpoint, or use float32."
+        )
 
 
 def check_context(model: Transformer, n_prompt_tokens: int, max_new_tokens: int) -> None:

@@ -56,11 +56,19 @@ def _read_gguf(path: str, _size: int, _modified_ns: int) -> Gguf:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
     except Exception as error:  # whatever the library meets in a damaged file
+        if re.search("is not a valid GGMLQuantizationType|file appears to be version", str(error)):
+            raise InputError(
+                f"{path} is in a form that the gguf package here does not read ({_line(error)}); update the package, "
+                "or use another file of this model."
+            ) from None
         raise InputError(f"{path} is truncated or damaged ({_line(error)}); fetch it again.") from None
-    if re.search(r"-\d{5}-of-\d{5}\.gguf$", path) or metadata.get("split.count", 1) > 1:
+    if metadata.get("split.count", 1) > 1:
         raise InputError(f"{path} is one part of a split model; join the parts with llama-gguf-split --merge.")
     if (architecture := metadata.get("general.architecture")) != "llama":
-        raise InputError(f"{path} holds a model of architecture {architecture}; only llama is read here.")
+        raise InputError(
+            f"{path} holds a model of architecture {architecture}; only llama is read here (Llama 3.x, SmolLM2, "
+            "TinyLlama)."
+        )
     return Gguf(path, metadata, tensors)
 
 
@@ -72,9 +80,10 @@ def gguf_args(file: Gguf) -> dict[str, Any]:
     """Keyword arguments of llama_3.model.ModelArgs."""
     need, metadata = file.need, file.metadata
     n_heads, dim = need("llama.attention.head_count"), need("llama.embedding_length")
-    kind = metadata.get("llama.rope.scaling.type", "none")
+    kind = metadata.get("llama.rope.scaling.type", "linear")  # with the factor that there is, as in llama.cpp
     if kind not in ("none", "linear"):
         raise InputError(f"{file.path} scales RoPE by {kind}, which is not supported; use another model.")
+    factor = metadata.get("llama.rope.scaling.factor") or metadata.get("llama.rope.scale_linear") or 1.0
     if metadata.get("llama.expert_count", 0):
         raise InputError(f"{file.path} is a mixture of experts, which is not supported; use another model.")
     args = {
@@ -90,7 +99,9 @@ def gguf_args(file: Gguf) -> dict[str, Any]:
         "max_seq_len": need("llama.context_length"),
     }
     if kind == "linear":
-        args |= {"rope_scaling_factor": need("llama.rope.scaling.factor"), "rope_original_context": 0}
+        args |= {"rope_scaling_factor": factor, "rope_original_context": 0}
+    if metadata.get("llama.rope.dimension_count", args["head_dim"]) != args["head_dim"]:
+        raise InputError(f"{file.path} rotates only part of each head, which is not supported; use another model.")
     if "rope_freqs.weight" in file.tensors:  # Llama 3.1 and later: the whole of their scaling
         args["rope_divisors"] = tuple(map(float, file.tensors["rope_freqs.weight"].data))
     return args
@@ -98,7 +109,7 @@ def gguf_args(file: Gguf) -> dict[str, Any]:
 
 def _tensor(file: Gguf, name: str) -> gguf.ReaderTensor:
     if name not in file.tensors:
-        raise InputError(f"{file.path} lacks the tensor {name}; it is not a whole model.")
+        raise InputError(f"{file.path} lacks the tensor {name}; it is not a whole model, use another file.")
     return file.tensors[name]
 
 
@@ -159,6 +170,7 @@ class GgufTokenizer(NamedTuple):
     add_bos: bool
     eos_ids: list[int]  # of a text, of a turn, of a message: those that the file names
     template: tuple[str, str] | None  # of chats, and the file it is from
+    rowless: list[str]  # added tokens left out, since the model has no row for them
 
 
 def gguf_tokenizer(file: Gguf) -> GgufTokenizer:
@@ -166,6 +178,9 @@ def gguf_tokenizer(file: Gguf) -> GgufTokenizer:
     kind = file.need("tokenizer.ggml.model")
     metadata, tokens = file.metadata, file.need("tokenizer.ggml.tokens")
     types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    if len(types) != len(tokens):
+        raise InputError(f"{file.path} has {len(types)} kinds for {len(tokens)} tokens; convert the model again.")
+    vocabulary = _vocabulary(file, tokens, types)
     if kind == "gpt2":
         pre = metadata.get("tokenizer.ggml.pre", "absent")
         if pre not in PRE_TOKENIZERS:
@@ -173,15 +188,15 @@ def gguf_tokenizer(file: Gguf) -> GgufTokenizer:
                 f"{file.path} has the pre-tokenizer {pre}, which is not known here ({', '.join(PRE_TOKENIZERS)}); use "
                 "another model, or the Hugging Face folder of this one."
             )
-        model, add_bos, bos_id = _byte_level(file, PRE_TOKENIZERS[pre], tokens), PRE_TOKENIZERS[pre].add_bos, None
+        model, add_bos, bos_id = _byte_level(file, PRE_TOKENIZERS[pre], vocabulary), PRE_TOKENIZERS[pre].add_bos, None
     elif kind == "llama":
-        model, add_bos, bos_id = _sentence_piece(file, tokens, types), True, 1
+        model, add_bos, bos_id = _sentence_piece(file, tokens, types, vocabulary), True, 1
     else:
         raise InputError(f"{file.path} has a tokenizer of kind {kind}, which is not known here; use another model.")
     added = [
-        AddedToken(token, special=type_ == _CONTROL, normalized=False)
-        for token, type_ in zip(tokens, types, strict=True)
-        if type_ in (_CONTROL, _USER_DEFINED)
+        AddedToken(token, special=types[i] == _CONTROL, normalized=False)
+        for token, i in sorted(vocabulary.items(), key=lambda item: item[1])
+        if types[i] in (_CONTROL, _USER_DEFINED)
     ]
     model.add_tokens([token for token in added if not token.special])
     model.add_special_tokens([token for token in added if token.special])
@@ -192,13 +207,14 @@ def gguf_tokenizer(file: Gguf) -> GgufTokenizer:
         metadata.get("tokenizer.ggml.add_bos_token", add_bos),
         [i for i in dict.fromkeys(ends) if i is not None],
         (template, file.path) if (template := metadata.get("tokenizer.chat_template")) else None,
+        [token for token in tokens[gguf_rows(file) or len(tokens) :] if token not in vocabulary],
     )
 
 
-def _byte_level(file: Gguf, pre: PreTokenizer, tokens: list[str]) -> tokenizers.Tokenizer:
+def _byte_level(file: Gguf, pre: PreTokenizer, vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
     """A byte-level BPE: bytes written as GPT-2 writes them."""
     merges = [tuple(merge.split(" ", 1)) for merge in file.need("tokenizer.ggml.merges")]
-    model = tokenizers.Tokenizer(BPE(_vocabulary(tokens), merges, ignore_merges=pre.ignore_merges))
+    model = tokenizers.Tokenizer(BPE(vocabulary, merges, ignore_merges=pre.ignore_merges))
     model.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
         + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -207,11 +223,12 @@ def _byte_level(file: Gguf, pre: PreTokenizer, tokens: list[str]) -> tokenizers.
     return model
 
 
-def _sentence_piece(file: Gguf, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+def _sentence_piece(
+    file: Gguf, tokens: list[str], types: list[int], vocabulary: dict[str, int]
+) -> tokenizers.Tokenizer:
     """SentencePiece's BPE, which joins the pair whose piece has the highest score: as merges, best piece first."""
     scores = file.need("tokenizer.ggml.scores")
-    vocabulary = _vocabulary(tokens)
-    pieces = [i for i, type_ in enumerate(types) if type_ in (_NORMAL, _USER_DEFINED, _UNUSED)]
+    pieces = [i for i in vocabulary.values() if types[i] in (_NORMAL, _USER_DEFINED, _UNUSED)]
     merges = [
         (token[:cut], token[cut:])
         for token in sorted((tokens[i] for i in pieces), key=lambda token: (-scores[vocabulary[token]], token))
@@ -230,6 +247,19 @@ def _sentence_piece(file: Gguf, tokens: list[str], types: list[int]) -> tokenize
     return model
 
 
-def _vocabulary(tokens: list[str]) -> dict[str, int]:
-    """Token -> id; of two of one name the first."""
-    return {token: i for i, token in reversed(list(enumerate(tokens)))}
+def _vocabulary(file: Gguf, tokens: list[str], types: list[int]) -> dict[str, int]:
+    """Token -> id; of two of one name the first.
+
+    Without the [PAD123] that converters write for rows without a token, and without added tokens that have no row.
+    """
+    n_rows = gguf_rows(file) or len(tokens)
+    padding = {i for i, type_ in enumerate(types) if type_ == _UNUSED and tokens[i] == f"[PAD{i}]"}
+    rowless = {i for i in range(n_rows, len(tokens)) if types[i] in (_CONTROL, _USER_DEFINED)}
+    left_out = padding | rowless
+    return {token: i for i, token in reversed(list(enumerate(tokens))) if i not in left_out}
+
+
+def gguf_rows(file: Gguf) -> int | None:
+    """How many tokens the embedding has rows for; None where the file holds none."""
+    embedding = file.tensors.get("token_embd.weight")
+    return None if embedding is None else int(embedding.shape[1])

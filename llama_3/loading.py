@@ -10,6 +10,8 @@ Any model of the Llama architecture will do: Llama 3.x, SmolLM2, TinyLlama. Path
 (blobfile). Local weights are mapped, not read: tensors already in the wanted dtype stay on disk until they are used.
 """
 
+import json
+import math
 import os
 import pickle
 import re
@@ -25,7 +27,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from llama_3.checkpoint import TINY_LLAMA_DIR, Checkpoint, check_files, find_checkpoint
+from llama_3.checkpoint import TINY_LLAMA_DIR, Checkpoint, check_files, find_checkpoint, say
 from llama_3.gguf import gguf_args, read_gguf
 from llama_3.model import ModelArgs, Transformer, hidden_dim
 from llama_3.packed import PackedLinear
@@ -57,6 +59,20 @@ HF_NAMES = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+# Its config.json's, of the fields of ModelArgs.
+HF_CONFIG = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "hidden_dim": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "max_seq_len": "max_position_embeddings",
+    "rope_scaling_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+    "rope_original_context": "original_max_position_embeddings",
+}
 # GGUF's, without `blk.N.` and `.weight`.
 GGUF_NAMES = {
     "token_embd": "tok_embeddings",
@@ -73,7 +89,17 @@ GGUF_NAMES = {
     "ffn_norm": "ffn_norm",
 }
 # Tables that older checkpoints carry; they follow from the parameters.
-IGNORED = re.compile(r"rope\.freqs|(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+IGNORED = re.compile(
+    r"(.+\.)?(rope\.freqs|freqs_cis|attn_rot_embd(\.weight)?|rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached))"
+)
+# Tensors that change nothing where keys and values are kept in the model's own dtype.
+CACHE_SCALES = re.compile(r".+\.(k|v|kv|q|prob|output)_scale")
+# What other tensors that no model has here are.
+STRANGERS = {
+    r"\.bias$": "a bias, and biases are not supported here; use Llama 3.x, SmolLM2 or TinyLlama",
+    r"lora_|\.adapter": "part of an adapter; merge it into its model (merge_and_unload of peft) and name that",
+    r"scale|qweight|qzeros|g_idx|absmax|quant|\.SCB$": "part of quantised weights; fetch the model in bfloat16",
+}
 
 
 class Quantized(NamedTuple):
@@ -120,20 +146,51 @@ def read_params(model_dir: str, rope_scaling_factor: float | None = None) -> Mod
 
 
 def model_args(found: Checkpoint, rope_scaling_factor: float | None = None) -> ModelArgs:
+    reader = READERS[found.format]
     try:
-        args = READERS[found.format].args(found)
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "head_dim"):
-            if not isinstance(args[name], int) or args[name] < 1:
-                raise ValueError(f"{name} = {args[name]!r}")
-        if rope_scaling_factor is not None:
-            args["rope_scaling_factor"] = float(rope_scaling_factor)
-        return ModelArgs(**args)
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise InputError(f"{found.config_path} does not describe a Llama model ({error!r}); fetch it again.") from None
+        args = reader.args(found)
+    except KeyError as error:
+        raise InputError(
+            f"{found.config_path} does not say {error.args[0]}; take the file that belongs to the weights."
+        ) from None
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(
+            f"{found.config_path} does not describe a Llama model ({error}); take the file that belongs to the weights."
+        ) from None
+    if rope_scaling_factor is not None and _fault("rope_scaling_factor", rope_scaling_factor):
+        raise InputError(f"A rope_scaling_factor of {rope_scaling_factor} cannot be used; give a positive number.")
+    args |= {"rope_scaling_factor": float(rope_scaling_factor)} if rope_scaling_factor is not None else {}
+    for name, value in args.items():
+        if fault := _fault(name, value):
+            their_name = reader.config_names.get(name, name)
+            raise InputError(f"{found.config_path}: {their_name} is {json.dumps(value)}; write {fault} there.")
+    return ModelArgs(**args)
+
+
+def _fault(name: str, value: Any) -> str | None:
+    """What a field of ModelArgs has to be, where the value is something else."""
+    if name == "rope_divisors":
+        return None
+    if name in ("norm_eps", "rope_theta") or name.endswith("factor"):
+        good = type(value) in (int, float) and 0 < value < math.inf
+        return None if good else "a positive number"
+    lowest = 0 if name in ("head_dim", "rope_original_context") else 1  # 0: worked out, and linear scaling
+    return None if type(value) is int and value >= lowest else "a positive whole number"
+
+
+def _not_supported(found: Checkpoint, what: str) -> InputError:
+    return InputError(
+        f"{found.config_path} says {what}, which is not supported here; Llama 3.x, SmolLM2 and TinyLlama are."
+    )
 
 
 def _meta_args(found: Checkpoint) -> dict[str, Any]:
     params = found.config
+    if params.get("vocab_size") == -1:
+        raise InputError(
+            f"{found.config_path} describes Llama 2 (vocab_size is -1), whose tokenizer is not read in Meta's format; "
+            "name the Hugging Face folder of the same model."
+        )
     scaled = bool(params.get("use_scaled_rope", False))
     known = ROPE_SCALING_FACTORS.get((params["dim"], params["n_layers"]), 8.0)
     return {
@@ -143,7 +200,6 @@ def _meta_args(found: Checkpoint) -> dict[str, Any]:
         "n_kv_heads": params.get("n_kv_heads") or params["n_heads"],
         "vocab_size": params["vocab_size"],
         "hidden_dim": hidden_dim(params["dim"], params.get("multiple_of", 256), params.get("ffn_dim_multiplier")),
-        "head_dim": params["dim"] // params["n_heads"],
         "norm_eps": params.get("norm_eps", 1e-5),
         "rope_theta": params.get("rope_theta", 500000.0),
         "rope_scaling_factor": float(params.get("rope_scaling_factor", known)) if scaled else 1.0,
@@ -153,12 +209,16 @@ def _meta_args(found: Checkpoint) -> dict[str, Any]:
 
 def _hugging_face_args(found: Checkpoint) -> dict[str, Any]:
     config = found.config
-    for name, expected in {"model_type": "llama", "hidden_act": "silu"}.items():
-        if config.get(name, expected) != expected:
-            raise ValueError(f"{name} is {config[name]!r}, not {expected!r}")
-    for name in ("attention_bias", "mlp_bias", "quantization_config"):
+    for name, known in {"model_type": ["llama"], "hidden_act": ["silu", "swish"]}.items():
+        if config.get(name, known[0]) not in known:
+            raise _not_supported(found, f"{name} {json.dumps(config[name])}")
+    for name in ("attention_bias", "mlp_bias"):
         if config.get(name):
-            raise ValueError(f"{name} is not supported")
+            raise _not_supported(found, f"{name} {json.dumps(config[name])}")
+    if config.get("quantization_config"):
+        raise InputError(
+            f"{found.config_path} has a quantization_config, which is not supported here; fetch the model in bfloat16."
+        )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # the newer and the older way
     args = {
         "dim": config["hidden_size"],
@@ -167,24 +227,37 @@ def _hugging_face_args(found: Checkpoint) -> dict[str, Any]:
         "n_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
         "vocab_size": config["vocab_size"],
         "hidden_dim": config["intermediate_size"],
-        "head_dim": config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        "head_dim": config.get("head_dim") or 0,
         "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta", 10000.0)),
+        "rope_theta": rope.get("rope_theta") or config.get("rope_theta", 10000.0),
         "max_seq_len": config.get("max_position_embeddings", 2048),
     }
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type == "llama3":
-        args |= {
-            "rope_scaling_factor": float(rope["factor"]),
-            "rope_low_freq_factor": float(rope["low_freq_factor"]),
-            "rope_high_freq_factor": float(rope["high_freq_factor"]),
-            "rope_original_context": rope["original_max_position_embeddings"],
-        }
-    elif rope_type == "linear":
-        args |= {"rope_scaling_factor": float(rope["factor"]), "rope_original_context": 0}
-    elif rope_type != "default":
-        raise ValueError(f"rope_type {rope_type!r} is not supported")
-    return args
+    return args | _hugging_face_rope(found, rope, args["max_seq_len"])
+
+
+def _hugging_face_rope(found: Checkpoint, rope: dict[str, Any], max_seq_len: int) -> dict[str, Any]:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return {}
+    if kind not in ("llama3", "linear"):
+        raise _not_supported(found, f"rope_type {json.dumps(kind)}")
+    needed = ["factor", "low_freq_factor", "high_freq_factor"] if kind == "llama3" else ["factor"]
+    if missing := [name for name in needed if rope.get(name) is None]:
+        raise InputError(
+            f"{found.config_path} has RoPE of type {kind} without {' and '.join(missing)}; write what the model was "
+            "trained with (Llama 3.1: factor 8, low_freq_factor 1, high_freq_factor 4)."
+        )
+    if kind == "linear":
+        return {"rope_scaling_factor": rope["factor"], "rope_original_context": 0}
+    if rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise InputError(f"{found.config_path} has a high_freq_factor that is not above low_freq_factor; correct it.")
+    original = "original_max_position_embeddings"
+    return {  # the original length is where transformers looks for it
+        "rope_scaling_factor": rope["factor"],
+        "rope_low_freq_factor": rope["low_freq_factor"],
+        "rope_high_freq_factor": rope["high_freq_factor"],
+        "rope_original_context": found.config.get(original) or rope.get(original) or max_seq_len,
+    }
 
 
 # ---- weights
@@ -204,12 +277,17 @@ def load_model(
     """
     found = find_checkpoint(str(model_dir))
     args = model_args(found, rope_scaling_factor)
+    if args.n_heads % args.n_kv_heads or args.head_dim % 2 or args.head_dim < 2:
+        raise InputError(
+            f"{found.config_path} does not describe a Llama model ({args.n_heads} heads of {args.head_dim} numbers, "
+            f"{args.n_kv_heads} for keys); take the file that belongs to the weights."
+        )
     check_files(found.weights)
     with torch.device("meta"):
         model = Transformer(args)
     expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     reader = READERS[found.format]
-    loaded = reader.weights(found)
+    loaded = _without_needless(reader.weights(found))
     _check(loaded, expected, found)
     output, embedding = loaded["output.weight"].tensor, loaded["tok_embeddings.weight"].tensor
     tied = output is embedding or (
@@ -263,8 +341,8 @@ def _read_meta(found: Checkpoint) -> dict[str, Loaded]:
     except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, ValueError, OSError):
         raise InputError(f"{path} is truncated or not a checkpoint of tensors; fetch it again.") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path} is not a state dict of tensors; fetch it again.")
-    return {name: Loaded(tensor, name, path) for name, tensor in state.items() if not IGNORED.fullmatch(name)}
+        raise InputError(f"{path} holds more than tensors by name; name a folder with Meta's own consolidated.00.pth.")
+    return {name: Loaded(tensor, name, path) for name, tensor in state.items()}
 
 
 def _read_hugging_face(found: Checkpoint) -> dict[str, Loaded]:
@@ -280,12 +358,46 @@ def _read_hugging_face(found: Checkpoint) -> dict[str, Loaded]:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (safetensors.SafetensorError, OSError) as error:
             raise InputError(f"{path} is truncated or not in safetensors' format ({error}); fetch it again.") from None
-        for name, tensor in tensors.items():
-            if not IGNORED.fullmatch(name):
-                loaded[_meta_name(name)] = Loaded(tensor, name, path)
-    if found.config.get("tie_word_embeddings") and "tok_embeddings.weight" in loaded:
-        loaded["output.weight"] = loaded["tok_embeddings.weight"]
+        loaded |= {_meta_name(name): Loaded(tensor, name, path) for name, tensor in tensors.items()}
+    if found.config.get("tie_word_embeddings"):
+        _tie(loaded, found)
     return loaded
+
+
+def _tie(loaded: dict[str, Loaded], found: Checkpoint) -> None:
+    """One tensor as embedding and output, unless the files hold two that differ: as transformers does."""
+    both = ("tok_embeddings.weight", "output.weight")
+    there = [loaded[name] for name in both if name in loaded]
+    if len(there) == 2:
+        one, other = (each.tensor for each in there)
+        assert isinstance(one, Tensor) and isinstance(other, Tensor)
+        if one.dtype != other.dtype or not torch.equal(one, other):
+            say(
+                f"{found.config_path} says tie_word_embeddings, but {there[1].path} holds a {there[1].name} of its "
+                "own, which is used."
+            )
+            return
+    if there:
+        loaded.update(dict.fromkeys(both, there[0]))
+
+
+def _without_needless(loaded: dict[str, Loaded]) -> dict[str, Loaded]:
+    """The tensors without those that change nothing; scales of a cache and biases of zero are said."""
+    kept: dict[str, Loaded] = {}
+    for name, each in loaded.items():
+        if IGNORED.fullmatch(each.name):
+            continue
+        if CACHE_SCALES.fullmatch(each.name):
+            say(f"{each.path} holds scales of an 8-bit cache ({each.name}), which are not used here.")
+        elif each.name.endswith(".bias") and not _values(each).any():
+            say(f"{each.path} holds biases of zero ({each.name}), which change nothing.")
+        else:
+            kept[name] = each
+    return kept
+
+
+def _values(loaded: Loaded) -> Tensor:
+    return loaded.tensor.read(torch.float32) if isinstance(loaded.tensor, Quantized) else loaded.tensor
 
 
 def _gguf_args(found: Checkpoint) -> dict[str, Any]:
@@ -330,13 +442,26 @@ class Reader(NamedTuple):
     args: Callable[[Checkpoint], dict[str, Any]]  # fields of ModelArgs
     weights: Callable[[Checkpoint], dict[str, Loaded]]
     rotates_halves: bool  # True: RoPE pairs a head's two halves; False: neighbouring elements, as in Meta's format
+    config_names: dict[str, str]  # fields of ModelArgs that the format names differently
+    names: dict[str, str]  # its names of layers -> Meta's
+    layers: str  # what it writes before them
 
 
 READERS = {
-    "meta": Reader(_meta_args, _read_meta, rotates_halves=False),
-    "hugging face": Reader(_hugging_face_args, _read_hugging_face, rotates_halves=True),
-    "gguf": Reader(_gguf_args, _read_gguf, rotates_halves=False),
+    "meta": Reader(_meta_args, _read_meta, False, {}, {}, "layers."),
+    "hugging face": Reader(_hugging_face_args, _read_hugging_face, True, HF_CONFIG, HF_NAMES, "model.layers."),
+    "gguf": Reader(_gguf_args, _read_gguf, False, {}, GGUF_NAMES, "blk."),
 }
+
+
+def _their_name(name: str, reader: Reader) -> str:
+    """A tensor's name in the files: layers.3.feed_forward.w3.weight -> model.layers.3.mlp.up_proj.weight."""
+    match = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.weight", name)
+    assert match is not None
+    theirs = next((theirs for theirs, ours in reader.names.items() if ours == match[2]), match[2])
+    if match[1]:
+        return f"{reader.layers}{match[1]}.{theirs}.weight"
+    return f"{'model.' * (theirs in ('embed_tokens', 'norm') and reader.rotates_halves)}{theirs}.weight"
 
 
 def _check(loaded: dict[str, Loaded], expected: dict[str, tuple[int, ...]], found: Checkpoint) -> None:
@@ -344,11 +469,7 @@ def _check(loaded: dict[str, Loaded], expected: dict[str, tuple[int, ...]], foun
     config = blobfile.basename(found.config_path)
     for name, shape in expected.items():
         if name not in loaded:
-            raise InputError(
-                f"{found.weights[0]} lacks the tensor {name}; it does not belong to the {config} beside it."
-                if len(found.weights) == 1
-                else f"The files {found.weights[0]} to {found.weights[-1]} lack the tensor {name}; fetch them again."
-            )
+            raise _missing(name, found)
         tensor, their_name, path = loaded[name]
         if tuple(tensor.shape) != shape:
             raise InputError(
@@ -362,4 +483,21 @@ def _check(loaded: dict[str, Loaded], expected: dict[str, tuple[int, ...]], foun
             )
     if surplus := sorted(loaded.keys() - expected.keys()):
         _, their_name, path = loaded[surplus[0]]
-        raise InputError(f"{path} holds {their_name}, unknown to this model; {config} belongs to another one.")
+        what = next((what for pattern, what in STRANGERS.items() if re.search(pattern, their_name)), None)
+        fix = "convert the model again" if found.format == "gguf" else f"{config} belongs to another one"
+        raise InputError(f"{path} holds {their_name}, {what or f'unknown to this model; {fix}'}.")
+
+
+def _missing(name: str, found: Checkpoint) -> InputError:
+    theirs = _their_name(name, READERS[found.format])
+    lacks = f"lacks the tensor {theirs}" if theirs == name else f"lacks the tensor {theirs} (here {name})"
+    if found.format == "gguf":
+        return InputError(f"{found.config_path} {lacks}; convert the model again.")
+    where = found.weights[0] if len(found.weights) == 1 else f"Every file from {found.weights[0]} on"
+    if name == "output.weight" and found.format == "hugging face":
+        return InputError(
+            f"{where} {lacks}; where the model uses its embedding there, write tie_word_embeddings true in "
+            f"{found.config_path}, else fetch the weights again."
+        )
+    config = blobfile.basename(found.config_path)
+    return InputError(f"{where} {lacks}; it does not belong to the {config} beside it: fetch both from one place.")

@@ -286,15 +286,18 @@ class Transformer(nn.Module):
         return found[sites] if isinstance(sites, str) else {site: found[site] for site in wanted}
 
     @contextlib.contextmanager
-    def intervene(self, site: str, fn: Callable[[Tensor], Tensor], skip_tokens: Sequence[int] = ()) -> Iterator[None]:
+    def intervene(
+        self, site: str, fn: Callable[[Tensor], Tensor], skip_tokens: Sequence[int | None] = ()
+    ) -> Iterator[None]:
         """Replace the activations at `site` by fn(activations), (..., d_model) -> same, inside the with block.
 
-        Positions with one of `skip_tokens` keep their value. Blocks nest: the outer function runs first. A
-        generator should enter the block around each forward pass, not around its `yield`: code that runs between two
-        of its values shares its thread.
+        Positions with one of `skip_tokens` keep their value; None is no token. Blocks nest: the outer function runs
+        first. A generator should enter the block around each forward pass, not around its `yield`: code that runs
+        between two of its values shares its thread.
         """
         check_site(site, self.args.n_layers)
-        token = _interventions.set((*_interventions.get(), (self, Intervention(site, fn, tuple(skip_tokens)))))
+        skip = tuple(token for token in skip_tokens if token is not None)
+        token = _interventions.set((*_interventions.get(), (self, Intervention(site, fn, skip))))
         try:
             yield
         finally:

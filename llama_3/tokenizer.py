@@ -6,18 +6,19 @@ Meta's published ones, the 256 special tokens follow the last rank.
 
 import base64
 import functools
+import json
 import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import blobfile
 import tiktoken
 import tokenizers
 
 from llama_3.chat_template import ChatTemplate
-from llama_3.checkpoint import TINY_LLAMA_DIR, gguf_path, read_json
+from llama_3.checkpoint import TINY_LLAMA_DIR, check_files, preferred_files, read_json, say
 from pipeline.errors import InputError
 
 SPLIT_PATTERN = (
@@ -47,6 +48,7 @@ _RUN = re.compile(r"\s+|\S+")
 _PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
 BYTE_OF = {chr(byte): byte for byte in _PRINTED} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+_PADDING = 1024  # rows without a token that are usual: they round a vocabulary up
 # Tokens that end an answer where a model has them: of a text, of a message, of a turn.
 STOP_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 
@@ -61,7 +63,10 @@ def read_ranks(path: str) -> dict[bytes, int]:
     except FileNotFoundError:
         raise InputError(f"There is no tokenizer at {path}; name a folder that holds tokenizer.model.") from None
     except (ValueError, OSError) as error:
-        raise InputError(f"{path} is not a tokenizer in tiktoken's format ({error}); fetch it again.") from None
+        raise InputError(
+            f"{path} is not a tokenizer in tiktoken's format ({error}); fetch it again, or for a model with another "
+            "kind of tokenizer name the Hugging Face folder, with tokenizer.json."
+        ) from None
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
         raise InputError(f"{path} is not a whole tokenizer: its ranks are not 0 to n - 1; fetch it again.")
     return ranks
@@ -92,7 +97,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the tokens; bytes that are not whole UTF-8 characters become U+FFFD."""
+        """Text of the tokens; bytes that are not whole UTF-8 characters become U+FFFD, an id without a token none."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes: ...
@@ -132,7 +137,7 @@ class TiktokenTokenizer:
         return ids + [self.eos_id] if eos else ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.model.decode(list(ids))
+        return self.model.decode([i for i in ids if i < self.vocab_size])
 
     def token_bytes(self, token_id: int) -> bytes:
         return self.model.decode_single_token_bytes(token_id)
@@ -158,12 +163,17 @@ class JsonTokenizer:
         self.model.no_truncation()
         self.model.no_padding()
         self.model.encode_special_tokens = True
-        self.special_tokens = {t.content: i for i, t in self.model.get_added_tokens_decoder().items() if t.special}
+        added = self.model.get_added_tokens_decoder()
+        self.special_tokens = {t.content: i for i, t in added.items() if t.special}
+        self.added = {i: t.content for i, t in added.items()}
+        # Those that the library would decode as if their characters stood for bytes, as in a vocabulary.
+        bytes_too = lambda token: not token.isascii() and BYTE_OF.keys() >= set(token)
+        self.like_bytes = {i for i, token in self.added.items() if self.is_byte_level and bytes_too(token)}
         self.vocab_size = 1 + max(self.model.get_vocab(with_added_tokens=True).values())
         self.bos_id, self.starts_with_bos = bos_id, starts_with_bos
         self.eos_id = ends[0] if ends else None
         self.stop_ids = frozenset(ends) | {self.special_tokens[t] for t in STOP_TOKENS if t in self.special_tokens}
-        self.chat_template = None
+        self.chat_template: ChatTemplate | None = None
         if template is not None:
             bos, eos = (model.id_to_token(i) or "" if i is not None else "" for i in (self.bos_id, self.eos_id))
             self.chat_template = ChatTemplate(*template, self.special_tokens, bos, eos)
@@ -201,13 +211,16 @@ class JsonTokenizer:
         return other
 
     def decode(self, ids: Sequence[int]) -> str:
+        if not self.like_bytes.isdisjoint(ids):
+            known = (i for i in ids if self.model.id_to_token(i) is not None)
+            return b"".join(map(self.token_bytes, known)).decode(errors="replace")
         return self.model.decode(list(ids), skip_special_tokens=False)
 
     def token_bytes(self, token_id: int) -> bytes:
         token = self.model.id_to_token(token_id)
         if token is None:
             raise IndexError(f"There is no token {token_id}.")
-        if token in self.special_tokens:
+        if token_id in self.added or (self.is_byte_level and not BYTE_OF.keys() >= set(token)):
             return token.encode()
         if self.is_byte_level:
             return bytes(map(BYTE_OF.__getitem__, token))
@@ -249,17 +262,54 @@ class TextStream:
 
 
 def read_tokenizer_json(
-    path: str, bos_id: int | None, eos_ids: int | list[int] | None, template: tuple[str, str] | None = None
+    path: str,
+    bos_id: int | None,
+    eos_ids: int | list[int] | None,
+    template: tuple[str, str] | None = None,
+    n_rows: int | None = None,
 ) -> JsonTokenizer:
-    """bos_id, eos_ids: what config.json says. Raises InputError when the file is missing or broken."""
+    """bos_id, eos_ids: what config.json says. n_rows: of the model's embedding; added tokens beyond are left out.
+
+    Raises InputError when the file is missing or broken.
+    """
+    if not blobfile.exists(path):
+        raise InputError(f"There is no tokenizer at {path}; fetch it as well.")
+    check_files([path])
     try:
         with blobfile.BlobFile(path, "r") as file:
-            model = tokenizers.Tokenizer.from_str(file.read())
+            text = file.read()
+        model = tokenizers.Tokenizer.from_str(_without_rowless(text, n_rows, path))
     except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{path} is not a tokenizer of the tokenizers library ({error}); fetch it again.") from None
-    added = model.encode("").ids  # what the model expects before (and after) a text
+        raise InputError(
+            f"{path} is not a tokenizer of the tokenizers library ({error}); fetch it again, or update that library "
+            "for a newer file."
+        ) from None
+    framed = model.encode("a")  # what the model expects before a text, and after it
+    begin = next((i for i, of_text in enumerate(framed.sequence_ids) if of_text is not None), 0)
+    if begin > 1:
+        say(f"{path} puts {begin} tokens before a text; only the first, {framed.tokens[0]}, is put here.")
     ends = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
-    return JsonTokenizer(model, added[0] if added else bos_id, bool(added), ends, template)
+    return JsonTokenizer(model, framed.ids[0] if begin else bos_id, begin > 0, ends, template)
+
+
+def _without_rowless(text: str, n_rows: int | None, path: str) -> str:
+    """A tokenizer.json without added tokens that the model's embedding has no row for: in texts they are plain text."""
+    whole: dict[str, Any] = json.loads(text)
+    names = [
+        token["content"] for token in whole.get("added_tokens", ()) if n_rows is not None and token["id"] >= n_rows
+    ]
+    if not names:
+        return text
+    _say_rowless(path, names)
+    whole["added_tokens"] = [token for token in whole["added_tokens"] if token["content"] not in names]
+    vocabulary = whole["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        whole["model"]["vocab"] = {token: i for token, i in vocabulary.items() if token not in names}
+    return json.dumps(whole)
+
+
+def _say_rowless(path: str, names: Sequence[str]) -> None:
+    say(f"{path} has tokens that the model has no row for ({', '.join(names)}); in a text they are plain text.")
 
 
 def find_template(folder: str) -> tuple[str, str] | None:
@@ -282,30 +332,66 @@ def load_tokenizer(model_dir: str = TINY_LLAMA_DIR) -> Tokenizer:
 
     Raises InputError when it is missing, broken, or does not fit the vocabulary of the model beside it.
     """
-    if path := gguf_path(str(model_dir)):
-        from llama_3.gguf import gguf_tokenizer, read_gguf
+    found = preferred_files(str(model_dir))
+    if found is not None and found.format == "gguf":
+        from llama_3.gguf import gguf_rows, gguf_tokenizer, read_gguf
 
-        found = gguf_tokenizer(read_gguf(path))
-        return JsonTokenizer(found.model, found.bos_id, found.add_bos, found.eos_ids, found.template)
-    inside = lambda *parts: blobfile.join(str(model_dir), *parts)
-    configs = [inside(name) for name in ("params.json", "config.json", "original/params.json")]
-    config = next((read_json(path) for path in configs if blobfile.exists(path)), {})
-    # TinyLlama's tokenizer.model is sentencepiece's: beside a config.json it is tokenizer.json that counts.
-    if blobfile.exists(inside("tokenizer.json")) and blobfile.exists(inside("config.json")):
-        generation = inside("generation_config.json")
-        ids = config | (read_json(generation) if blobfile.exists(generation) else {})
-        bos_id, eos_ids = ids.get("bos_token_id"), ids.get("eos_token_id")
-        template = find_template(str(model_dir))
-        tokenizer: Tokenizer = read_tokenizer_json(inside("tokenizer.json"), bos_id, eos_ids, template)
+        file = read_gguf(found.config_path)
+        parts = gguf_tokenizer(file)
+        tokenizer: Tokenizer = JsonTokenizer(
+            parts.model, parts.bos_id, parts.add_bos and parts.bos_id is not None, parts.eos_ids, parts.template
+        )
+        if parts.rowless:
+            _say_rowless(found.config_path, parts.rowless)
+        n_rows = gguf_rows(file)
     else:
-        original = inside("original", "tokenizer.model")
-        path = original if blobfile.exists(original) else inside("tokenizer.model")
-        tokenizer = TiktokenTokenizer(read_ranks(path))
-    vocab_size = config.get("vocab_size", tokenizer.vocab_size)
-    # A model may carry rows that no token uses, to round the vocabulary up.
-    if not tokenizer.vocab_size <= vocab_size < tokenizer.vocab_size + 1024:
-        raise InputError(
-            f"The tokenizer in {model_dir} has {tokenizer.vocab_size} tokens, its model {vocab_size}; "
-            "the two belong to different models."
+        config = read_json(found.config_path) if found is not None else {}
+        n_rows = config.get("vocab_size")
+        tokenizer = _folder_tokenizer(str(model_dir), config, n_rows)
+    if isinstance(n_rows, int):
+        _check_vocabulary(tokenizer, n_rows, str(model_dir))
+    return tokenizer
+
+
+def _folder_tokenizer(model_dir: str, config: dict[str, Any], n_rows: int | None) -> Tokenizer:
+    inside = lambda *parts: blobfile.join(model_dir, *parts)
+    original, here = inside("original", "tokenizer.model"), inside("tokenizer.model")
+    path = original if blobfile.exists(original) else here
+    # TinyLlama's tokenizer.model is sentencepiece's: beside a config.json it is tokenizer.json that counts.
+    in_json = blobfile.exists(inside("tokenizer.json")) or not blobfile.exists(path)
+    if not (in_json and blobfile.exists(inside("config.json"))):
+        check_files([path] if blobfile.exists(path) else [])
+        return TiktokenTokenizer(read_ranks(path))
+    generation, settings = inside("generation_config.json"), inside("tokenizer_config.json")
+    ids = config | (read_json(generation) if blobfile.exists(generation) else {})
+    bos_id, eos_ids = ids.get("bos_token_id"), ids.get("eos_token_id")
+    for name, value in (("bos_token_id", bos_id), ("eos_token_id", eos_ids)):
+        several = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if any(type(id_) is not int and id_ is not None for id_ in several):
+            raise InputError(f"{model_dir} says {name} {json.dumps(value)}; write the token's number, or null, there.")
+    tokenizer = read_tokenizer_json(inside("tokenizer.json"), bos_id, eos_ids, find_template(model_dir), n_rows)
+    if blobfile.exists(settings) and read_json(settings).get("add_bos_token") and not tokenizer.starts_with_bos:
+        say(
+            f"{settings} says add_bos_token, but tokenizer.json puts no begin-of-text before a text: prompts begin "
+            "without it, as with transformers 5 (llama.cpp and transformers 4 add it)."
         )
     return tokenizer
+
+
+def _check_vocabulary(tokenizer: Tokenizer, n_rows: int, model_dir: str) -> None:
+    """Raise InputError where the model cannot read the tokenizer's tokens. It may have rows that no token uses."""
+    if tokenizer.vocab_size > n_rows:
+        raise InputError(
+            f"The tokenizer in {model_dir} has {tokenizer.vocab_size} tokens, its model {n_rows}; "
+            "the two belong to different models."
+        )
+    if tokenizer.bos_id is not None and not 0 <= tokenizer.bos_id < n_rows:
+        raise InputError(
+            f"The tokenizer in {model_dir} has begin-of-text {tokenizer.bos_id}, its model {n_rows} tokens; "
+            "the two belong to different models."
+        )
+    if n_rows >= tokenizer.vocab_size + _PADDING:
+        say(
+            f"The tokenizer in {model_dir} has {tokenizer.vocab_size} tokens, its model rows for {n_rows}; the others "
+            "are taken for padding."
+        )

@@ -209,6 +209,8 @@ def strongest_latents(opened: SteeredModel, ids: Sequence[int], n: int) -> list[
     with torch.inference_mode():
         acts = opened.model.activations(torch.tensor([ids], device=opened.model.device), sae.info["site"])[0]
         values, indices = sae.encode(acts)
+    if not values.isfinite().all():
+        raise InputError(f"The model gives NaN or infinite numbers at {sae.info['site']}; check the checkpoint.")
     rows = []
     for token, value, index in zip(ids, values.tolist(), indices.tolist(), strict=True):
         pairs = sorted(zip(index, value, strict=True), key=lambda pair: -pair[1])[:n]

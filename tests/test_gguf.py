@@ -234,9 +234,20 @@ def test_a_type_that_the_library_does_not_convert_is_named(tmp_path, tiny_gguf):
 
 
 def test_a_tensor_that_is_missing_or_unknown_is_named(tmp_path, tiny_gguf):
-    path = add_tensor(tiny_gguf, tmp_path / "m.gguf", "blk.0.attn_q.bias", np.zeros(256, np.float32))
-    with pytest.raises(InputError, match=r"holds blk\.0\.attn_q\.bias, unknown to this model"):
+    path = add_tensor(tiny_gguf, tmp_path / "m.gguf", "blk.0.attn_q.bias", np.ones(256, np.float32))
+    with pytest.raises(InputError, match=r"holds blk\.0\.attn_q\.bias, a bias, and biases are not supported"):
         load_model(str(path))
+    path = add_tensor(tiny_gguf, tmp_path / "n.gguf", "blk.0.extra.weight", np.zeros(256, np.float32))
+    with pytest.raises(InputError, match=r"holds blk\.0\.extra\.weight, unknown to this model"):
+        load_model(str(path))
+
+
+def test_biases_of_zero_and_rotary_tables_change_nothing(tmp_path, tiny_gguf, capsys):
+    path = add_tensor(tiny_gguf, tmp_path / "m.gguf", "blk.0.attn_q.bias", np.zeros(256, np.float32))
+    path = add_tensor(path, tmp_path / "n.gguf", "blk.0.attn_rot_embd.weight", np.ones(16, np.float32))
+    tokens = torch.arange(9)[None]
+    assert torch.equal(load_model(str(path))(tokens), load_model(str(tiny_gguf))(tokens))
+    assert "biases of zero (blk.0.attn_q.bias)" in capsys.readouterr().err
 
 
 # ---- a real model
