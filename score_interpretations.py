@@ -203,7 +203,7 @@ def numbers_in(answer: str, n: int) -> set[int] | None:
     """The sentences that an answer names: its last JSON list, if that holds whole numbers from 1 to n alone."""
     for candidate in reversed(re.findall(r"\[[^\[\]]*\]", answer)):
         try:
-            numbers = json.loads(candidate)
+            numbers = json.loads(re.sub(r"(?<=\d),\s*\]$", "]", candidate))
         except ValueError:
             continue
         is_right = all(type(number) is int and 1 <= number <= n for number in numbers)
