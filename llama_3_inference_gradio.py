@@ -255,8 +255,12 @@ def to_card(served: Served, index: LatentIndex, links: gr.HTML, card: gr.HTML, t
             kind, latent = clicked(event.value)
             if kind != "card":
                 return gr.skip(), gr.skip()
+            n_missing = len(index.missing)
             with served.lock:  # sentences of the embedded SAE are encoded when they are shown
-                return steerable_card_html(index, latent), gr.Tabs(selected="latents")
+                card = steerable_card_html(index, latent)
+            for line in index.missing[n_missing:]:
+                print(line, file=sys.stderr)
+            return card, gr.Tabs(selected="latents")
 
     links.select(show, None, [card, tabs], trigger_mode="always_last", **_QUEUED)
 
@@ -450,7 +454,8 @@ def open_served(choice: ModelChoice, limits: Limits) -> Served:
         for line in index.missing:
             print(line, file=sys.stderr)
         strongest = 0 if opened.highest is None else int(opened.highest.argmax())
-        steering = Steering({strongest: 1.0})
+        if opened.highest is None or opened.highest[strongest] > 0:
+            steering = Steering({strongest: 1.0})
     served = Served(opened, limits, index, threading.Lock())
     list(completions(served, ["Warm"], steering, Sampling(2, 0.0, 1.0, 0)))  # the first pass packs the weights
     return served

@@ -235,8 +235,8 @@ def _read_info(path: str, keywords: dict[str, Any]) -> dict[str, Any]:
     if blobfile.exists(json_path):
         try:
             info = dict(json.loads(blobfile.read_text(json_path)))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{json_path} is not JSON ({error}).") from None
+        except (ValueError, TypeError, OSError) as error:
+            raise InputError(f"{json_path} is not JSON ({error}); train the SAE anew, or write it by hand.") from None
     for name, value in keywords.items():
         if name in info and info[name] != value:
             raise InputError(f"{json_path} says {name} = {info[name]!r}, not {value!r}; leave {name} out.")

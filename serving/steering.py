@@ -122,10 +122,16 @@ def highest_activations(sae_path: str | Path) -> Tensor:
     return torch.from_numpy(tables.highest_activations(SaeFiles(sae_path).beside(tables.LATENTS.suffix)))
 
 
-def known_highest(sae_path: str | Path) -> Tensor | None:
-    """`highest_activations`; None, with a printed sentence, where a published SAE comes without them."""
+def known_highest(sae_path: str | Path, n_latents: int) -> Tensor | None:
+    """`highest_activations`; None, with a printed sentence, where they are missing, broken or another SAE's."""
     try:
-        return highest_activations(sae_path)
+        highest = highest_activations(sae_path)
+        if len(highest) != n_latents:
+            path = SaeFiles(sae_path).beside(tables.LATENTS.suffix)
+            raise InputError(
+                f"{path} has {len(highest)} latents, the SAE {n_latents}; run {tables.LATENTS.made_by} again."
+            )
+        return highest
     except InputError as error:
         print(f"{error} Until then a strength counts in plain activation.", file=sys.stderr)
         return None
