@@ -71,7 +71,7 @@ _BEGINNING = re.compile(rf"\{{{_SPACE}{_QUOTE}?(?:common_semantic|certainty){_QU
 
 def read_answers(path: Path) -> Iterator[Answer]:
     """The answers in a file of ours (.jsonl) or of the original (.yaml)."""
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return map(from_result, read_results(path))
     return read_published(path)
 
@@ -200,7 +200,7 @@ def certainty_of(value: Any) -> float | None:
 def answer_files(source: Path) -> list[Path]:
     """The file itself, or a folder's answer files in order of name. Raises InputError where there is none."""
     kinds = (".jsonl", ".yaml", ".yml")
-    paths = [source] if source.is_file() else sorted(path for path in source.glob("*") if path.suffix in kinds)
+    paths = [source] if source.is_file() else sorted(path for path in source.glob("*") if path.suffix.lower() in kinds)
     if not paths:
         raise InputError(
             f"There are no answers in {source}; run interpret_top_sentences_retrieve_batches.py first, or name their "

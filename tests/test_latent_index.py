@@ -69,6 +69,13 @@ def test_of_several_meanings_the_best_scored_wins(tmp_path):
     assert index.meaning_of(3) == "surer" and index.meaning_of(8) is None and math.isnan(index.certainty[8])
 
 
+def test_endings_in_capitals(tmp_path):
+    (tmp_path / "sae.json").write_text('{"n_latents": 9}')
+    write_meaning_file(tmp_path / "sae.meaning_a.YAML", {1: ("one", 1.0)}, {1: 0.8})
+    index = LatentIndex(tmp_path / "sae.PTH")
+    assert index.meaning_of(1) == "one" and index.score[1] == pytest.approx(0.8)
+
+
 def test_null_and_empty_are_no_meaning(tmp_path):
     (tmp_path / "sae.json").write_text('{"n_latents": 9}')
     text = "3: {certainty: 0.0, common_semantic: null}\n4: {certainty: null, common_semantic: ' '}\n"

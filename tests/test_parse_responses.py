@@ -272,6 +272,12 @@ def test_published_answers(tmp_path):
     assert {i: line["status"] for i, line in rejected.items()} == {"42": "refusal", "43": "canceled", "44": "empty"}
 
 
+def test_endings_in_capitals(tmp_path):
+    write_jsonl(tmp_path / "a.JSONL", {"1": said("rain", 0.8)})
+    (tmp_path / "b.YAML").write_text(yaml.dump({"2": {"content": PLAIN}}))
+    assert set(parse(tmp_path, tmp_path / "out.yaml")[0]) == {1, 2}
+
+
 def test_a_meaning_stays_and_of_two_the_later(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", {"1": {"type": "expired"}, "2": said("first", 0.5), "3": said("first", 0.5)})
     write_jsonl(tmp_path / "b.jsonl", {"1": said("second", 0.5), "2": said("second", 0.4), "3": {"type": "errored"}})
