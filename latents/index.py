@@ -130,7 +130,11 @@ class LatentIndex:
         """NAME.top.parquet, or for the embedded SAE, which has none, NAME.top_places.parquet."""
         top, places = self.files.beside(TOP.suffix), self.files.beside("top_places.parquet")
         if places.is_file() and not top.exists():
-            return None, pq.ParquetFile(places).read()
+            try:
+                return None, pq.ParquetFile(places).read()
+            except (pa.ArrowException, OSError) as error:
+                self.missing.append(f"{places} cannot be read ({' '.join(str(error).split())}); fetch it again.")
+                return None, None
         return (self._unless_broken(lambda: TopFile(top)) if self._is_there(TOP) else None), None
 
     def _best_meanings(self) -> dict[int, Meaning]:
