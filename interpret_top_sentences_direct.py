@@ -26,6 +26,7 @@ from pipeline.files import locked
 from pipeline.options import Count, CountOrZero, NotNegative, Positive, parse_constants
 from pipeline.progress import progress_bar
 from pipeline.run import run
+from pipeline.sae_files import without_ending
 
 # Same as in interpret_top_sentences_send_batches.py, so that both ask the same questions.
 TOP_SENTENCES_DICT_FILEPATH = "data/sae.top.parquet"  # top sentences of each latent
@@ -54,7 +55,7 @@ def main() -> None:
     open_top(top_path).close()  # a bad table is reported before anything else
     require_consent_possible(config.yes, config.dry_run)
     client = connect(config.retries)
-    name = str(top_path).removesuffix(f".{TOP.suffix}")
+    name = without_ending(top_path, f".{TOP.suffix}")
     journal_path = fill_in(config.response_ids_filepath, config.aggregation, name)
     response_dir = fill_in(config.response_output_dir, config.aggregation, name)
     out_path = response_dir / "direct.jsonl"

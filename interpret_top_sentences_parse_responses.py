@@ -5,7 +5,8 @@ Reads   RETRIEVED_RESPONSES_DIR: *.jsonl of the retrieve and direct scripts; *.y
 Writes  PARSED_RESPONSES_OUTPUT_FILEPATH, and beside it NAME.rejected.jsonl: custom_id, status, reason and text of each
         latent that got no meaning
 Method  the last JSON object with both fields counts, however it is wrapped; backslashes that JSON does not define are
-        taken literally; a certainty above 1 is a percentage. Files are read in order of name: a latent's last meaning
+        taken literally; quotes inside a text, curly quotes, comments and a trailing comma are read if they allow only
+        one reading; a certainty above 1 is a percentage. Files are read in order of name: a latent's last meaning
         counts, even if a later answer has none
 Cost    a minute for 65,536 answers
 
@@ -41,7 +42,28 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 _BACKSLASH = re.compile(r'\\(u[0-9a-fA-F]{4}|["\\/bfnrt])?')
+_BACKSLASH_OR_QUOTE = re.compile(_BACKSLASH.pattern + '|"')
 _DECODER = json.JSONDecoder(strict=False)  # allows line breaks inside strings
+
+# An object that is almost JSON. Its text ends at the first (shortest) or at the last (longest) quote where it can.
+_SPACE = r"(?>\s+|//[^\n]*+|\#[^\n]*+|/\*.*?\*/)*+"  # comments too
+_QUOTE = "[\"'“”„‘’]"
+_KEY = rf"(?:{_QUOTE}%s{_QUOTE}|%s){_SPACE}:{_SPACE}"
+_SEMANTIC = _KEY.replace(
+    "%s", "common_semantic"
+) + r"""(?:null|None|(?P<quote>["'])(?P<plain>LETTERS)(?P=quote)|[“„‘](?P<curly>LETTERS)[”“’])""".replace(
+    "LETTERS", r"(?:\\.|(?!common_semantic)[^\\])*LAZY"
+)
+_CERTAINTY = _KEY.replace("%s", "certainty") + rf"{_QUOTE}?(?P<certainty>[\w.%+-]{{1,40}}){_QUOTE}?"
+_ALMOST_JSON = rf"\{{{_SPACE}(?:FIRST){_SPACE},{_SPACE}(?:SECOND){_SPACE},?{_SPACE}\}}"
+_SHORTEST, _LONGEST = (
+    [
+        re.compile(_ALMOST_JSON.replace("FIRST", a).replace("SECOND", b).replace("LAZY", lazy), re.DOTALL)
+        for a, b in ((_SEMANTIC, _CERTAINTY), (_CERTAINTY, _SEMANTIC))
+    ]
+    for lazy in ("?", "")
+)
+_BEGINNING = re.compile(rf"\{{{_SPACE}{_QUOTE}?(?:common_semantic|certainty){_QUOTE}?{_SPACE}:", re.DOTALL)
 
 
 # ---- reading answers
@@ -49,7 +71,7 @@ _DECODER = json.JSONDecoder(strict=False)  # allows line breaks inside strings
 
 def read_answers(path: Path) -> Iterator[Answer]:
     """The answers in a file of ours (.jsonl) or of the original (.yaml)."""
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return map(from_result, read_results(path))
     return read_published(path)
 
@@ -92,18 +114,53 @@ def judge(answer: Answer) -> Meaning | Rejection:
 
 
 def last_object(text: str) -> dict | None:
-    """The last JSON object in a text that has both fields, wherever it stands; None if there is none."""
+    """The last object in a text that has both fields, wherever it stands; None if there is none."""
+    found, end = last_json(text)
+    return last_almost_json(text[end:]) or found
+
+
+def last_json(text: str) -> tuple[dict | None, int]:
+    """The last JSON object that has both fields, and where it ends."""
     start = min(text.rfind(f'"{field}"') for field in _FIELDS)
     while (start := text.rfind("{", 0, max(start, 0))) >= 0:
         for candidate in (text[start:], _BACKSLASH.sub(_double_unknown, text[start:])):
             try:
-                value, _ = _DECODER.raw_decode(candidate)
+                value, length = _DECODER.raw_decode(candidate)
             except (ValueError, RecursionError):
                 continue
             if all(field in value for field in _FIELDS):
-                return value
+                return value, len(text) - len(candidate) + length
             break
-    return None
+    return None, 0
+
+
+def last_almost_json(text: str) -> dict | None:
+    """The last object that is almost JSON; None if there is none, or one that can be read in two ways."""
+    found = None
+    for beginning in _BEGINNING.finditer(text):
+        shortest, longest = (
+            next(filter(None, (pattern.match(text, beginning.start()) for pattern in patterns)), None)
+            for patterns in (_SHORTEST, _LONGEST)
+        )
+        if shortest is None or longest is None or shortest.groups() != longest.groups():
+            return None
+        semantic = shortest["curly"] if shortest["plain"] is None else shortest["plain"]
+        if shortest["quote"] == '"' and _is_open(semantic):
+            return None
+        found = {"common_semantic": semantic and _unescaped(semantic), "certainty": shortest["certainty"]}
+    return found
+
+
+def _is_open(text: str) -> bool:
+    """Whether a quote inside a text has no partner: then it may be the text's last letter that is lost."""
+    return re.sub(r"\\.", "", text, flags=re.DOTALL).count('"') % 2 == 1
+
+
+def _unescaped(text: str) -> str:
+    """What stands between an object's quotes."""
+    whole = lambda match: '\\"' if match[0] == '"' else _double_unknown(match)
+    text = text.replace("\\'", "'")
+    return _DECODER.decode(f'"{_BACKSLASH_OR_QUOTE.sub(whole, text)}"')
 
 
 def _double_unknown(match: re.Match) -> str:
@@ -143,7 +200,7 @@ def certainty_of(value: Any) -> float | None:
 def answer_files(source: Path) -> list[Path]:
     """The file itself, or a folder's answer files in order of name. Raises InputError if there is none."""
     kinds = (".jsonl", ".yaml", ".yml")
-    paths = [source] if source.is_file() else sorted(path for path in source.glob("*") if path.suffix in kinds)
+    paths = [source] if source.is_file() else sorted(path for path in source.glob("*") if path.suffix.lower() in kinds)
     if not paths:
         raise InputError(
             f"There are no answers in {source}; run interpret_top_sentences_retrieve_batches.py first, or name their "

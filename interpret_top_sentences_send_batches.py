@@ -24,6 +24,7 @@ from latents.origin import source_of, tokenizer_of
 from latents.tables import TOP, Aggregation, open_top
 from pipeline.options import Count, NotNegative, parse_constants
 from pipeline.run import run
+from pipeline.sae_files import without_ending
 
 TOP_SENTENCES_DICT_FILEPATH = "data/sae.top.parquet"  # top sentences of each latent
 RESPONSE_IDS_FILEPATH = "{name}.{aggregation}.response_ids.jsonl"  # journal; {name}: the NAME of NAME.top.parquet
@@ -50,7 +51,7 @@ def main() -> None:
     open_top(top_path).close()  # a bad table is reported before anything else
     require_consent_possible(config.yes, config.dry_run)
     client = connect()
-    name = str(top_path).removesuffix(f".{TOP.suffix}")
+    name = without_ending(top_path, f".{TOP.suffix}")
     journal_path = fill_in(config.response_ids_filepath, config.aggregation, name)
     response_dir = fill_in(config.response_output_dir, config.aggregation, name)
     questions = Questions(

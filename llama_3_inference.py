@@ -40,6 +40,7 @@ TEMPERATURE: NotNegative = 0.7  # 0: always the most likely token
 TOP_P: Share = 0.95  # sample from the most likely tokens that together have this probability
 SEED: Seed = 0  # each prompt's samples depend only on this and on its place in the list
 
+_LEAST_NAME = 11  # letters of a latent's name, and the space before it, for which a column is opened
 _COMMANDS = {"text": "complete text", "chat": "hold a dialogue"}
 
 if __name__ == "__main__":
@@ -260,19 +261,36 @@ def print_latents(opened: SteeredModel, ids: list[int], n: int, listed: list[int
 
     Steering acts after the SAE reads, so tokens that both lists begin with have the same latents.
     """
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     n_same = len(os.path.commonprefix([ids, listed]))
+    rows = strongest_latents(opened, ids, n)[n_same:]
     digits = len(str(opened.need_sae().n_latents - 1))
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True, max_width=16)  # the other columns share what the window leaves
-    for text, latents in strongest_latents(opened, ids, n)[n_same:]:
-        named = [f"{latent:>{digits}} {value:.2f} {opened.meanings.get(latent, '')}" for latent, value in latents]
-        table.add_row(Text(repr(text), "bold"), *(Text(name, no_wrap=True, overflow="ellipsis") for name in named))
-    width = None if sys.stdout.isatty() else 100 * (1 + n)  # None: the window's; nothing is cut in a pipe
-    Console(width=width).print(table)
+    console = Console(
+        width=None if sys.stdout.isatty() else 100 * (1 + n)
+    )  # None: the window's; nothing is cut in a pipe
+    least = digits + max((len(f" {value:.2f}") for _, latents in rows for _, value in latents), default=0)
+    longest = max((cell_len(repr(text)) for text, _ in rows), default=0)
+    token_width = max(1, min(16, longest, console.width - 1 - least))
+    room = console.width - token_width  # each column adds a space to its width
+    n_columns = max(1, min(n, room // (1 + least + _LEAST_NAME)))
+    width = max(least, room // n_columns - 1)
+    name = lambda latent: (
+        opened.meanings.get(latent, "") if width > least + 2 else ""
+    )  # only numbers if there is no room
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True, width=token_width)
+    for _ in range(n_columns):
+        table.add_column(no_wrap=True, min_width=least, max_width=width)
+    for text, latents in rows:
+        named = [f"{latent:>{digits}} {value:.2f} {name(latent)}" for latent, value in latents]
+        cells = [Text(each.rstrip(), no_wrap=True, overflow="ellipsis") for each in named]
+        for first in range(0, max(1, len(cells)), n_columns):  # what does not fit goes to the next line
+            table.add_row(Text("" if first else repr(text), "bold"), *cells[first : first + n_columns])
+    console.print(table)
 
 
 # ---- options

@@ -12,7 +12,7 @@ Method  serving/steering.py explains the modes; strength 1 is a latent's highest
 """
 
 import os
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pipeline.options import Count, CountOrZero, NotNegative, Port, Positive, parse_constants
 from pipeline.run import run
@@ -27,7 +27,7 @@ DEVICE = "auto"  # auto: a GPU if there is one
 DTYPE: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
 DATE = "auto"  # chat: today's date, written like "26 Jul 2024", or none; auto: that date from Llama 3.1 on, else none
 HOST = "127.0.0.1"  # address to listen on; 0.0.0.0 lets in every machine on the network
-PORT: Port = 7860  # port to listen on
+PORT: Port = 7860  # port to listen on; 0: any free one
 SHARE = False  # also open a public address at gradio.live; needs --auth
 AUTH: str | None = None  # user:password that the page asks for
 MAX_PROMPTS: Count = 8  # most prompts per request
@@ -74,12 +74,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
-import gradio as gr
 import torch
 
 from latents.index import SORTS, LatentIndex, Sort
 from llama_3.chat import Message, check_chat
 from pipeline.errors import InputError
+from serving.local_requests import past_proxies
 from serving.modes import DEFAULT_MODE, DEFAULT_STRENGTH, MODES
 from serving.page_html import (
     clicked,
@@ -97,6 +97,10 @@ from serving.requests import Limits, Look, Served, at_most_every, chat, completi
 from serving.steered_model import ModelChoice, Sampling, open_model, taken_from
 from serving.steering import Steering, check_latents
 
+with past_proxies():  # it makes a client, which a SOCKS proxy fails, when it is imported
+    import gradio as gr
+
+N = TypeVar("N", gr.Slider, gr.Number)
 Values = dict[Any, Any]  # what the components of a browser window hold
 
 
@@ -152,6 +156,12 @@ def unrepeated(growing: Iterable[tuple[Any, str]]) -> Iterator[tuple[Any, Any]]:
 # ---- how to sample, and how to steer
 
 
+def as_sent(number: N) -> N:
+    """A box of a number whose value is checked where it is used: gradio's own check fails where a box is empty."""
+    number.preprocess = lambda payload: payload
+    return number
+
+
 class SamplingInputs(NamedTuple):
     """The components of the fields of `Sampling`."""
 
@@ -168,10 +178,10 @@ def sampling_inputs(served: Served) -> SamplingInputs:
     most = min(served.limits.max_new_tokens, served.opened.model.args.max_seq_len - 1)
     with gr.Row():
         return SamplingInputs(
-            gr.Slider(1, most, min(48, most), step=1, label="Tokens", buttons=[]),
-            gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", buttons=[]),
-            gr.Slider(0, 1, 0.95, step=0.01, label="Top-p", buttons=[]),
-            gr.Number(0, precision=0, minimum=0, label="Seed", min_width=80),
+            as_sent(gr.Slider(1, most, min(48, most), step=1, label="Tokens", buttons=[])),
+            as_sent(gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", buttons=[])),
+            as_sent(gr.Slider(0, 1, 0.95, step=0.01, label="Top-p", buttons=[])),
+            as_sent(gr.Number(0, precision=0, minimum=0, label="Seed", min_width=80)),
         )
 
 
@@ -220,7 +230,8 @@ def steering_panel(served: Served, index: LatentIndex) -> Panel:
                 with gr.Row():
                     labels.append(markup(slot_html(index, first[i]) if i < len(first) else ""))
                     removes.append(gr.Button("✕", size="sm", scale=0, min_width=30))
-                strengths.append(gr.Slider(*_STRENGTHS, DEFAULT_STRENGTH, step=0.25, label=unit, buttons=[]))
+                strength = gr.Slider(*_STRENGTHS, DEFAULT_STRENGTH, step=0.25, label=unit, buttons=[])
+                strengths.append(as_sent(strength))
             groups.append(group)
         mode = gr.Dropdown(list(MODES), value=DEFAULT_MODE, label="Mode", info=MODES[DEFAULT_MODE])
         keep_error = gr.Checkbox(True, label="Keep what the SAE does not reconstruct")
@@ -255,8 +266,12 @@ def to_card(served: Served, index: LatentIndex, links: gr.HTML, card: gr.HTML, t
             kind, latent = clicked(event.value)
             if kind != "card":
                 return gr.skip(), gr.skip()
+            n_missing = len(index.missing)
             with served.lock:  # sentences of the embedded SAE are encoded when they are shown
-                return steerable_card_html(index, latent), gr.Tabs(selected="latents")
+                card = steerable_card_html(index, latent)
+            for line in index.missing[n_missing:]:
+                print(line, file=sys.stderr)
+            return card, gr.Tabs(selected="latents")
 
     links.select(show, None, [card, tabs], trigger_mode="always_last", **_QUEUED)
 
@@ -307,7 +322,7 @@ def complete_tab(served: Served, panel: Panel | None) -> None:
     def complete(values: Values) -> Iterator[tuple[str, str]]:
         """The growing table of completions, and a line of status."""
         started = time.monotonic()
-        prompts = prompts_of(served, values[text])
+        prompts = prompts_of(served, values[text] or "")
         steering = panel.read(values) if panel else Steering()
         growing = completions(served, prompts, steering, sampling.read(values))
         shown = ""
@@ -342,7 +357,7 @@ def look_tab(served: Served, index: LatentIndex) -> gr.HTML:
 
     def begin(text: str) -> tuple[Any, ...]:
         with shown_in_the_page():
-            look = look_at(served, text)
+            look = look_at(served, text or "")
         return look, *look_html(index, served.opened.highest, look)
 
     def change(look: Look, event: gr.EventData) -> tuple[Any, ...]:
@@ -415,7 +430,7 @@ def chat_tab(served: Served, panel: Panel | None) -> None:
     def grow(values: Values) -> Iterator[tuple[list[Message], str]]:
         """The growing dialogue, and a line of status."""
         steering = panel.read(values) if panel else Steering()
-        what = (values[dialogue], values[message], values[system])
+        what = (values[dialogue], values[message] or "", values[system] or "")
         grown, forgotten = [], ""
         for answer in at_most_every(_REFRESH_S, chat(served, *what, steering, sampling.read(values))):
             grown = answer.dialogue
@@ -450,7 +465,8 @@ def open_served(choice: ModelChoice, limits: Limits) -> Served:
         for line in index.missing:
             print(line, file=sys.stderr)
         strongest = 0 if opened.highest is None else int(opened.highest.argmax())
-        steering = Steering({strongest: 1.0})
+        if opened.highest is None or opened.highest[strongest] > 0:
+            steering = Steering({strongest: 1.0})
     served = Served(opened, limits, index, threading.Lock())
     list(completions(served, ["Warm"], steering, Sampling(2, 0.0, 1.0, 0)))  # the first pass packs the weights
     return served
@@ -465,20 +481,28 @@ def launch(served: Served, host: str, port: int, share: bool, auth: str | None, 
     )
     blocks = build(served)
     blocks.queue(default_concurrency_limit=max_requests)
-    _, local, public = blocks.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        auth=(user, password) if auth else None,
-        theme=theme,
-        css=page_css(),
-        ssr_mode=False,
-        quiet=True,
-        footer_links=[],
-        run_history=False,
-        max_file_size="1kb",  # nothing here takes files
-        prevent_thread_lock=True,
-    )
+    try:
+        with past_proxies(f"{host},127.0.0.1,localhost" if share else "*"):  # to be shared, it asks gradio.live
+            _, local, public = blocks.launch(
+                server_name=host,
+                server_port=port,
+                share=share,
+                auth=(user, password) if auth else None,
+                theme=theme,
+                css=page_css(),
+                ssr_mode=False,
+                quiet=True,
+                footer_links=[],
+                run_history=False,
+                max_file_size="1kb",  # nothing here takes files
+                prevent_thread_lock=True,
+            )
+    except OSError:  # somebody took it while the model was loaded
+        raise InputError(f"{host}:{port} cannot be listened on any more; choose another --port.") from None
+    except (ImportError, ValueError) as error:
+        if not share:
+            raise
+        raise InputError(f"--share cannot use this proxy ({error}); unset ALL_PROXY, or leave --share out.") from None
     print(f"Ready: {local}" + (f" and {public}" if public else "") + " (Ctrl-C ends it)", flush=True)
     blocks.block_thread()
 
@@ -490,10 +514,11 @@ def check_access(auth: str | None, share: bool) -> None:
         raise InputError("--share lets anyone in; set a password with --auth user:password.")
 
 
-def check_port(host: str, port: int) -> None:
+def free_port(host: str, port: int) -> int:
+    """The port, or, for 0, one that is free. Raises InputError where it is not."""
     try:
-        with socket.create_server((host, port)):
-            pass
+        with socket.create_server((host, port)) as server:
+            return server.getsockname()[1]
     except (OSError, OverflowError) as error:
         reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
         raise InputError(f"Cannot listen on {host}:{port} ({reason}); choose another --port or --host.") from None
@@ -502,11 +527,11 @@ def check_port(host: str, port: int) -> None:
 def main() -> None:
     config = parse_constants(globals())
     check_access(config.auth, config.share)
-    check_port(config.host, config.port)
+    port = free_port(config.host, config.port)
     print(f"Loading {config.llama_model_dir or 'the embedded tiny Llama'} ...", file=sys.stderr, flush=True)
     limits = Limits(config.max_prompts, config.max_prompt_chars, config.max_new_tokens)
     served = open_served(taken_from(vars(config), ModelChoice), limits)
-    launch(served, config.host, config.port, config.share, config.auth, config.max_requests)
+    launch(served, config.host, port, config.share, config.auth, config.max_requests)
 
 
 if __name__ == "__main__":

@@ -235,8 +235,10 @@ def _read_info(path: str, keywords: dict[str, Any]) -> dict[str, Any]:
     if blobfile.exists(json_path):
         try:
             info = dict(json.loads(blobfile.BlobFile(json_path, "rb").read()))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{json_path} is not JSON ({error}).") from None
+        except (ValueError, TypeError, OSError) as error:
+            raise InputError(
+                f"{json_path} is not JSON ({error}); train the SAE again, or write the file by hand."
+            ) from None
     for name, known in (("format_version", FORMAT_VERSION), ("normalization", "layer_norm")):
         if info.get(name, known) != known:
             raise InputError(f"{json_path} has {name} {info[name]}, this code reads {known}; use newer code for it.")

@@ -27,7 +27,7 @@ import base64
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ from latents.index import LatentIndex
 from latents.interesting import best_first, interesting_latents
 from latents.markup import mark_differences
 from pipeline.errors import InputError
-from pipeline.files import PROJECT_DIR, atomic_path, read_json, require_writable
+from pipeline.files import PROJECT_DIR, atomic_path, require_writable
 from pipeline.progress import gb, progress_bar
 from pipeline.sae_files import SaeFiles
 
@@ -94,10 +94,7 @@ def _count(value: int | None) -> str | None:
 def training_section(path: Path) -> str:
     if not path.is_file():
         return missing("Training", f"No {path.name}: sae_training.py writes it.")
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON lines ({error}); run sae_training.py again.") from None
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     curve = lambda key: [(line["tokens"], line[key]) for line in lines if line.get(key) is not None]
     charts = [
         chart("Unexplained variance (FVU)", {"training": curve("train_fvu")}, {"held out": curve("val_fvu")}, log=True),
@@ -165,7 +162,7 @@ def _tokens(n: float) -> str:
 def evaluation_section(json_path: Path, png_path: Path) -> str:
     if not json_path.is_file():
         return missing("Evaluation", f"No {json_path.name}: sae_evaluation.py writes it.")
-    quality = read_json(json_path, "run sae_evaluation.py again.")
+    quality = json.loads(json_path.read_text(encoding="utf-8"))
     rows = "".join(
         f"<tr><td>{measure.about}</td><td class=number>{measure.show(quality[measure.key])}</td></tr>"
         for measure in MEASURES
@@ -188,7 +185,7 @@ def steering_section(path: Path) -> str:
     (clean and steered), and some of the completions: prompts, clean, steered."""
     if not path.is_file():
         return missing("Steering", f"No {path.name}: demo.py writes it for its SAE.")
-    steering = read_json(path, "run demo.py again.")
+    steering = json.loads(path.read_text(encoding="utf-8"))
     words = " or ".join(f"“{html.escape(word)}”" for word in steering["words"])
     clean_hits, steered_hits = steering["hits"]
     mode = f" ({html.escape(steering['mode'])})" if "mode" in steering else ""
@@ -207,6 +204,16 @@ def steering_section(path: Path) -> str:
         "highest activation. Same prompts and seeds. Here are the first, underlined where they differ:</p>"
         f"{''.join(rows)}</section>"
     )
+
+
+def unless_broken(title: str, made_by: str, path: Path, section: Callable[[], str]) -> str:
+    """A section, or one line that names the file it cannot be made of."""
+    try:
+        return section()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, InputError) as error:
+        line = f"{path} is not what {made_by} writes ({' '.join(str(error).split())}); run it again."
+        print(line)
+        return missing(title, line)
 
 
 def missing(title: str, line: str) -> str:
@@ -334,11 +341,13 @@ def write_report(sae_path: str | Path, n_latents: int, cards_a_page: int, n_sent
     pages = [cards[i : i + cards_a_page] for i in range(0, len(cards), cards_a_page)]
     where = Pages(files.beside("report.html"), files.beside("report"), pages if len(pages) > 1 else [])
     written = write_pages(where, name)
+    metrics, steering = files.beside("metrics.jsonl"), files.beside("steering.json")
+    quality, picture = files.beside("evaluation.json"), files.beside("evaluation.png")
     parts = [
         header(index, name),
-        training_section(files.beside("metrics.jsonl")),
-        evaluation_section(files.beside("evaluation.json"), files.beside("evaluation.png")),
-        steering_section(files.beside("steering.json")),
+        unless_broken("Training", "sae_training.py", metrics, lambda: training_section(metrics)),
+        unless_broken("Evaluation", "sae_evaluation.py", quality, lambda: evaluation_section(quality, picture)),
+        unless_broken("Steering", "demo.py", steering, lambda: steering_section(steering)),
         latents_section(index, cards, where),
     ]
     write_text(where.report, page_html(f"{name}: what its latents mean", parts, read_part("report.js")))

@@ -44,7 +44,7 @@ from claude.journal import open_journal
 from claude.prices import BATCH_PRICE, FULL_PRICE
 from claude.requests import Respondent, announce, may_send, require_consent_possible, spooled
 from latents.meanings import Meaning, Score, read_meanings, scores_path, write_scores
-from latents.origin import source_of, tokenizer_of
+from latents.origin import read_info, source_of, tokenizer_of
 from latents.tables import EXAMPLES, SILENT, TENTHS, TOP, example_sentences, top_texts
 from latents.words import features
 from pipeline.errors import InputError
@@ -203,7 +203,7 @@ def numbers_in(answer: str, n: int) -> set[int] | None:
     """The sentences that an answer names: its last JSON list, if that has only whole numbers from 1 to n."""
     for candidate in reversed(re.findall(r"\[[^\[\]]*\]", answer)):
         try:
-            numbers = json.loads(candidate)
+            numbers = json.loads(re.sub(r"(?<=\d),\s*\]$", "]", candidate))
         except ValueError:
             continue
         is_right = all(type(number) is int and 1 <= number <= n for number in numbers)
@@ -339,7 +339,7 @@ def write_rejected(meaning_path: Path, rejected: dict[str, tuple[Rejection, str]
 def open_inputs(meaning_path: Path, files: SaeFiles) -> dict[int, Meaning]:
     """The meanings, after checking that the tables are there. Raises InputError if something is missing."""
     fix = "give a file from a naming script with --meaning_filepath."
-    meanings = read_meanings(meaning_path, fix)
+    meanings = read_meanings(meaning_path, fix, read_info(files.path).get("n_latents"))
     if not meanings:
         raise InputError(f"{meaning_path} holds no meanings; {fix}")
     for table in (TOP, EXAMPLES):

@@ -49,9 +49,14 @@ def read_results(path: Path) -> Iterator[dict[str, Any]]:
             yield result
 
 
+def answer_paths(response_dir: str | Path) -> list[Path]:
+    """The answer files of a folder, in order of their names."""
+    return sorted(path for path in Path(response_dir).glob("*") if path.suffix.lower() == ".jsonl")
+
+
 def read_folder(response_dir: str | Path) -> Iterator[dict[str, Any]]:
     """The lines of all answer files of a folder, in order of their names."""
-    for path in sorted(Path(response_dir).glob("*.jsonl")):
+    for path in answer_paths(response_dir):
         yield from read_results(path)
 
 
@@ -120,7 +125,7 @@ def add_up(paths: Iterable[Path]) -> Totals:
 
 def mean_output_tokens(response_dir: Path, assumed: float) -> float:
     """Output tokens per answer in a folder, or `assumed` if it has no answers."""
-    totals = add_up(response_dir.glob("*.jsonl"))
+    totals = add_up(answer_paths(response_dir))
     if not totals.types["succeeded"]:
         return assumed
     return sum(n_output for _, n_output in totals.tokens.values()) / totals.types["succeeded"]

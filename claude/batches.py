@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from claude.answers import answer_paths
 from claude.connection import api_error_sentence, seconds_before
 from claude.journal import Journal, read_batches
 from claude.requests import MAX_REQUESTS, Requests
@@ -169,7 +170,7 @@ def retrieve(
     while True:
         # Read at each poll: more may have been sent meanwhile.
         batches = {b["batch_id"]: b["custom_ids"] for b in read_batches(Path(journal_path)) if b["batch_id"]}
-        stored = {path.stem for path in Path(out_dir).glob("*.jsonl")}
+        stored = {path.stem for path in answer_paths(out_dir)}
         open_ids = [batch_id for batch_id in batches if batch_id not in stored and batch_id not in faults]
         waiting = []
         for batch_id in progress_bar(open_ids, desc="batches", unit="batch"):

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from claude.answers import answer_paths
 from pipeline.errors import InputError
 from pipeline.files import atomic_path, require_writable
 
@@ -77,7 +78,7 @@ class Journal:
 
     def pending(self, response_dir: str | Path) -> set[str]:
         """The custom_ids in batches whose answers are not in the folder yet."""
-        stored = {path.stem for path in Path(response_dir).glob("*.jsonl")}
+        stored = {path.stem for path in answer_paths(response_dir)}
         return {i for batch in self.batches if batch["batch_id"] not in stored for i in batch["custom_ids"]}
 
 

@@ -7,10 +7,10 @@ Reads   NAME.json, NAME.latents.parquet, NAME.top.parquet, NAME.promoted.parquet
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,8 @@ from sae import TopKSparseAutoencoder, load_sae_model
 Sort = Literal["certainty", "score", "frequency", "latent"]  # orders of the list; all but latent: highest first
 SORTS: tuple[Sort, ...] = get_args(Sort)
 
+T = TypeVar("T")
+
 _AGGREGATION: Aggregation = "max"  # whose top sentences a card shows
 _OPTION = "the page's --llama_model_dir"  # with which a user gives the model's folder
 _PROMOTED = ("tokens", "scores"), ("suppressed_tokens", "suppressed_scores")
@@ -48,11 +50,11 @@ class _Given(NamedTuple):
 
 
 class LatentIndex:
-    """An SAE's latents. A missing file leaves fields empty; for each, `missing` names the script that writes it.
+    """An SAE's latents. A missing or broken file leaves fields empty; for each, `missing` says which script writes it.
 
     Columns, numpy arrays of n_latents: meaning (None where there is none), certainty, score, frequency, mean, highest
     (nan where unknown). The tokenizer and, for the embedded SAE, the model are loaded as NAME.json says unless given.
-    Raises InputError if nothing tells how many latents there are, and for a broken file.
+    Raises InputError if nothing tells how many latents there are.
     """
 
     def __init__(
@@ -64,19 +66,14 @@ class LatentIndex:
     ):
         self.sae_path, self.files = sae_path, SaeFiles(sae_path)
         self.missing: list[str] = []
-        self.info = read_info(sae_path)
+        self.info = self._unless_broken(lambda: read_info(sae_path)) or {}
         self._given = _Given(tokenizer, model, sae)
-        self._latents = self._read(LATENTS, [field.name for field in LATENTS.schema])
-        self._promoted_file = self._open(PROMOTED, ["latent"])
-        self._top, self._places = self._open_sentences()
-        meanings = best_meanings(sae_path)
-        self._note_missing_meanings(meanings)
+        self._latents = self._read(LATENTS, LATENTS.schema.names)
         self.n_latents = self._count_latents()
-        if meanings and max(meanings) >= self.n_latents:
-            raise InputError(
-                f"A meaning file of {sae_path} names latent {max(meanings)} of {self.n_latents}; remove it, it belongs "
-                "to another SAE."
-            )
+        self._latents = self._of_this_sae(LATENTS, self._latents)
+        self._promoted = self._of_this_sae(PROMOTED, self._read_promoted())
+        self._top, self._places = self._open_sentences()
+        meanings = self._best_meanings()
         self.meaning = np.full(self.n_latents, None, dtype=object)
         self.certainty, self.score = np.full(self.n_latents, np.nan), np.full(self.n_latents, np.nan)
         for latent, meaning in meanings.items():
@@ -88,26 +85,63 @@ class LatentIndex:
 
     # ---- the files
 
-    def _open(self, table: Table, columns: list[str]) -> pq.ParquetFile | None:
-        """A table beside the SAE, or None and a line in `missing`."""
+    def _unless_broken(self, read: Callable[[], T]) -> T | None:
+        """What `read` gives, or None and a line in `missing`."""
+        try:
+            return read()
+        except InputError as error:
+            if str(error) not in self.missing:
+                self.missing.append(str(error))
+            return None
+
+    def _is_there(self, table: Table) -> bool:
         path = self.files.beside(table.suffix)
-        if path.is_file():
-            return table.open(path, columns)
-        self.missing.append(f"No {path.name} ({table.holds}): {table.made_by} writes it.")
-        return None
+        if not path.exists():
+            self.missing.append(f"No {path.name} ({table.holds}): {table.made_by} writes it.")
+        return path.exists()
 
     def _read(self, table: Table, columns: list[str]) -> pa.Table | None:
-        file = self._open(table, columns)
-        return file and file.read(columns=columns)
+        """A table beside the SAE, or None and a line in `missing`."""
+        path = self.files.beside(table.suffix)
+        return self._unless_broken(lambda: table.read(path, columns)) if self._is_there(table) else None
+
+    def _read_promoted(self) -> pa.Table | None:
+        """NAME.promoted.parquet; older ones lack the suppressed tokens."""
+        path = self.files.beside(PROMOTED.suffix)
+        if not self._is_there(PROMOTED):
+            return None
+        file = self._unless_broken(lambda: PROMOTED.open(path, ["latent"]))
+        if file is None:
+            return None
+        columns = [name for name in PROMOTED.schema.names if name in file.schema_arrow.names]
+        return self._unless_broken(lambda: PROMOTED.checked(path, lambda: file.read(columns=columns)))
+
+    def _of_this_sae(self, table: Table, rows: pa.Table | None) -> pa.Table | None:
+        """The rows, or None and a line in `missing` where they are not those of latents 0 to n_latents - 1."""
+        if rows is None or np.array_equal(rows["latent"].to_numpy(), np.arange(self.n_latents)):
+            return rows
+        self.missing.append(
+            f"{self.files.beside(table.suffix)} has {len(rows)} latents, {self.sae_path} {self.n_latents}; run "
+            f"{table.made_by} again."
+        )
+        return None
 
     def _open_sentences(self) -> tuple[TopFile | None, pa.Table | None]:
         """NAME.top.parquet, or for the embedded SAE, which has none, NAME.top_places.parquet."""
         top, places = self.files.beside(TOP.suffix), self.files.beside("top_places.parquet")
-        if places.is_file() and not top.is_file():
-            return None, pq.ParquetFile(arrow_file(places)).read()
-        return (TopFile(top) if self._open(TOP, []) else None), None
+        if places.is_file() and not top.exists():
+            try:
+                return None, pq.ParquetFile(arrow_file(places)).read()
+            except (pa.ArrowException, OSError) as error:
+                self.missing.append(f"{places} cannot be read ({' '.join(str(error).split())}); fetch it again.")
+                return None, None
+        return (self._unless_broken(lambda: TopFile(top)) if self._is_there(TOP) else None), None
 
-    def _note_missing_meanings(self, meanings: dict[int, Meaning]) -> None:
+    def _best_meanings(self) -> dict[int, Meaning]:
+        n_before = len(self.missing)
+        meanings = best_meanings(self.sae_path, self.n_latents, self.missing)
+        if len(self.missing) > n_before:
+            return meanings
         if not meanings:
             self.missing.append(
                 f"No meanings beside {self.sae_path}: interpret_top_sentences_parse_responses.py (Claude's answers) "
@@ -115,17 +149,17 @@ class LatentIndex:
             )
         elif all(meaning.score is None for meaning in meanings.values()):
             self.missing.append(f"No scores of the meanings of {self.sae_path}: score_interpretations.py writes them.")
+        return meanings
 
     def _count_latents(self) -> int:
-        """By the SAE, else the table, else NAME.json; the table must agree."""
-        in_table = None if self._latents is None else len(self._latents)
-        n = self._given.sae.n_latents if self._given.sae else in_table or self.info.get("n_latents")
-        if n is None:
-            raise InputError(f"Nothing beside {self.sae_path} says how many latents it has; give its JSON or the SAE.")
-        if in_table not in (None, n):
+        """By the SAE, else NAME.json, else the table."""
+        if self._given.sae:
+            return self._given.sae.n_latents
+        n = self.info.get("n_latents", 0 if self._latents is None else len(self._latents))
+        if type(n) is not int or n < 1:
+            why = "".join(f" {line}" for line in self.missing)
             raise InputError(
-                f"{self.files.beside(LATENTS.suffix)} has {in_table} latents, but {self.sae_path} has {n}; run "
-                f"{LATENTS.made_by} again."
+                f"Nothing beside {self.sae_path} says how many latents it has; give its JSON or the SAE.{why}"
             )
         return n
 
@@ -214,15 +248,11 @@ class LatentIndex:
             co_firing=co_firing,
         )
 
-    @cached_property
-    def _promoted(self) -> pa.Table | None:
-        return self._promoted_file and self._promoted_file.read()
-
     def _promoted_and_suppressed(self, latent: int) -> list[list[tuple[str, float]]]:
         if self._promoted is None:
             return [[], []]
         row = self._promoted.slice(latent, 1).to_pylist()[0]
-        return [list(zip(row.get(tokens, []), row.get(scores, []), strict=True)) for tokens, scores in _PROMOTED]
+        return [list(zip(row.get(tokens, []), row.get(scores, []), strict=False)) for tokens, scores in _PROMOTED]
 
     def _sentences(self, latent: int, n: int) -> list[CardSentence]:
         """Its n strongest sentences, no text twice."""
@@ -231,7 +261,8 @@ class LatentIndex:
         if self._places is not None:
             return self._sentences_at_places(self._places, self._tokenizer, latent, n)
         found: dict[tuple[int, ...], CardSentence] = {}
-        for sentence in self._top.sentences(latent, _AGGREGATION) if self._top else []:
+        top = self._top
+        for sentence in (top and self._unless_broken(lambda: top.sentences(latent, _AGGREGATION))) or []:
             ids = tuple(sentence.token_ids)
             if len(found) < n and ids not in found:
                 activations = [float(a) for a in sentence.token_activations]

@@ -16,7 +16,7 @@ from pipeline.source import Source
 def read_info(sae_path: str | Path) -> dict[str, Any]:
     """NAME.json; empty if there is none. Raises InputError for a broken one."""
     path = Path(SaeFiles(sae_path).json)
-    if not path.is_file():
+    if not path.exists():
         return {}
     info = read_json(path, "train the SAE again.")
     if not isinstance(info, dict):

@@ -6,7 +6,7 @@ TopFile(path).sentences(latent, "max")                               # any laten
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -40,16 +40,35 @@ class Table(NamedTuple):
 
     def open(self, path: Path, columns: list[str]) -> pq.ParquetFile:
         """The file, memory-mapped. Raises InputError unless it is a parquet file with these columns."""
+        if path.is_dir():
+            raise InputError(f"{path} is a folder, not a file; move it away and run {self.made_by}.")
         if not path.is_file():
             raise InputError(f"There is no {path}; run {self.made_by} first.")
         try:
             file = pq.ParquetFile(pa.memory_map(os.fsencode(path)))
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{path} cannot be read as a parquet file ({reason}); run {self.made_by} again.") from None
         if missing := sorted(set(columns) - set(file.schema_arrow.names)):
             raise InputError(f"{path} cannot be read: it has no column {missing[0]}; run {self.made_by} again.")
         return file
+
+    def read(self, path: Path, columns: list[str]) -> pa.Table:
+        """These columns of all rows. Raises InputError as `open` and `checked` do."""
+        with self.open(path, columns) as file:
+            return self.checked(path, lambda: file.read(columns=columns))
+
+    def checked(self, path: Path, read: Callable[[], pa.Table]) -> pa.Table:
+        """What `read` gives, in this table's types. Raises InputError for damaged rows, other types and nulls."""
+        try:
+            rows = read()
+            rows = rows.cast(pa.schema([self.schema.field(name) for name in rows.schema.names]))
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path} cannot be read ({reason}); run {self.made_by} again.") from None
+        if nulls := [name for name in rows.schema.names if rows[name].null_count]:
+            raise InputError(f"{path} cannot be read: {nulls[0]} is null in a row; run {self.made_by} again.")
+        return rows
 
     def write(self, path: Path, columns: Mapping[str, Any]) -> None:
         """Write the whole table atomically. columns: arrays or lists."""
@@ -232,14 +251,15 @@ def top_sentences(
     """Each latent's n strongest sentences, strongest first. wanted: all latents when None."""
     rows = (pc.field("aggregation") == aggregation) & (pc.field("rank") < n)
     with open_top(path) as file:
-        for latent, entries in _by_latent(file, _TOP_SENTENCE, rows, ["aggregation", "rank"], wanted):
+        groups = _RowGroups(TOP, path, file)
+        for latent, entries in _by_latent(groups, _TOP_SENTENCE, rows, ["aggregation", "rank"], wanted):
             yield latent, [TopSentence(*entry) for entry in entries]
 
 
 def top_texts(path: Path, n: int) -> Iterator[tuple[int, set[str]]]:
     """The texts of each latent's n strongest sentences by any aggregation."""
     with TOP.open(path, ["latent", "rank", "text"]) as file:
-        for latent, entries in _by_latent(file, ["text"], pc.field("rank") < n, ["rank"]):
+        for latent, entries in _by_latent(_RowGroups(TOP, path, file), ["text"], pc.field("rank") < n, ["rank"]):
             yield latent, {text for (text,) in entries}
 
 
@@ -247,12 +267,23 @@ def example_sentences(path: Path) -> Iterator[tuple[int, list[ExampleSentence]]]
     """Each latent's rows of NAME.examples.parquet."""
     columns = list(ExampleSentence._fields)
     with EXAMPLES.open(path, ["latent", *columns]) as file:
-        for latent, entries in _by_latent(file, columns):
+        for latent, entries in _by_latent(_RowGroups(EXAMPLES, path, file), columns):
             yield latent, [ExampleSentence(*entry) for entry in entries]
 
 
+class _RowGroups(NamedTuple):
+    """The row groups of an open file."""
+
+    table: Table
+    path: Path
+    file: pq.ParquetFile
+
+    def read(self, number: int, columns: list[str]) -> pa.Table:
+        return self.table.checked(self.path, lambda: self.file.read_row_group(number, columns=columns))
+
+
 def _by_latent(
-    file: pq.ParquetFile,
+    groups: _RowGroups,
     columns: list[str],
     rows: pc.Expression | None = None,
     row_columns: list[str] | None = None,
@@ -261,11 +292,11 @@ def _by_latent(
     """(latent, its rows' columns), one row group in memory at a time. rows: a filter expression on row_columns."""
 
     def entries() -> Iterator[tuple]:
-        for i in range(file.num_row_groups):
-            latents = file.read_row_group(i, columns=["latent"])["latent"].to_numpy()
+        for i in range(groups.file.num_row_groups):
+            latents = groups.read(i, ["latent"])["latent"].to_numpy()
             if wanted is not None and not any(((r.start <= latents) & (latents < r.stop)).any() for r in wanted):
                 continue
-            table = file.read_row_group(i, columns=["latent", *columns, *(row_columns or [])])
+            table = groups.read(i, ["latent", *columns, *(row_columns or [])])
             table = table if rows is None else table.filter(rows)
             for batch in table.to_batches(max_chunksize=4096):
                 yield from zip(*(batch[name].to_pylist() for name in ("latent", *columns)), strict=True)
@@ -283,6 +314,7 @@ class TopFile:
 
     def __init__(self, path: Path):
         self._file = open_top(path)
+        self._groups = _RowGroups(TOP, path, self._file)
         self._lock = threading.Lock()
         self._last: tuple[int, pa.Table | None] = (-1, None)  # number and content of the row group read last
 
@@ -292,7 +324,7 @@ class TopFile:
         parts = []
         for number in range(self._file.num_row_groups):
             statistics = self._file.metadata.row_group(number).column(0).statistics
-            if statistics is None or statistics.min <= latent <= statistics.max:
+            if statistics is None or not statistics.has_min_max or statistics.min <= latent <= statistics.max:
                 parts.append(self._row_group(number).filter(rows))
         if not parts:
             return []
@@ -303,7 +335,7 @@ class TopFile:
         with self._lock:
             last, table = self._last
             if last != number or table is None:
-                table = self._file.read_row_group(number, columns=_TOP_COLUMNS)
+                table = self._groups.read(number, _TOP_COLUMNS)
                 self._last = (number, table)
             return table
 
@@ -313,4 +345,4 @@ class TopFile:
 
 def highest_activations(path: Path) -> np.ndarray:
     """(n_latents,) float32: the column `max` of NAME.latents.parquet, 0 for a latent that never fired."""
-    return LATENTS.open(path, ["max"]).read(columns=["max"])["max"].to_numpy().astype(np.float32)
+    return LATENTS.read(path, ["max"])["max"].to_numpy().astype(np.float32)

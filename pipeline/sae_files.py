@@ -4,6 +4,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 
+def without_ending(path: str | Path, ending: str) -> str:
+    """The path without this ending, in capitals or not."""
+    return str(path)[: -len(ending)] if str(path).lower().endswith(ending) else str(path)
+
+
 class SaeFiles(NamedTuple):
     """The files of the SAE at `path`, NAME.pth."""
 
@@ -12,7 +17,7 @@ class SaeFiles(NamedTuple):
     @property
     def name(self) -> str:
         """The path without its ending."""
-        return str(self.path).removesuffix(".pth")
+        return without_ending(self.path, ".pth")
 
     @property
     def json(self) -> str:
@@ -26,4 +31,5 @@ class SaeFiles(NamedTuple):
     def meanings(self) -> list[Path]:
         """Every NAME.meaning_*.yaml, in order of name."""
         prefix = self.beside("meaning_")
-        return sorted(prefix.parent.glob(f"{prefix.name}*.yaml"))
+        found = (path for path in prefix.parent.glob("*") if path.name.startswith(prefix.name))
+        return sorted(path for path in found if path.suffix.lower() == ".yaml")

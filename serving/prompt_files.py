@@ -69,11 +69,11 @@ def read_prompts(path: str, command: Command) -> list[tuple[int, dict[str, Any]]
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if not path.endswith(".jsonl"):
+        if not path.lower().endswith(".jsonl"):
             rows.append((number, {"prompt": line}))
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_each_once)
             json.dumps(row, ensure_ascii=False).encode()  # fails for half a surrogate pair
             if command == "chat" and "messages" in row:
                 is_right = all(m["role"] in ROLES and isinstance(m["content"], str) for m in row["messages"])
@@ -88,6 +88,24 @@ def read_prompts(path: str, command: Command) -> list[tuple[int, dict[str, Any]]
     if not rows:
         raise InputError(f"{path} holds no prompts; write one per line.")
     return rows
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a request. Raises ValueError for a field that stands in it twice: one would be lost."""
+    if len(fields := dict(pairs)) < len(pairs):
+        raise ValueError
+    return fields
+
+
+def check_fields(session: Session, requests: list[tuple[int, dict[str, Any]]], input_path: str) -> None:
+    """Raise InputError for a request with a field that its result adds."""
+    added = ["completion", "n_prompt_tokens", "n_tokens", "stopped", "seed"]
+    added += ["steering"] * bool(session.steering.strengths) + ["latents"] * bool(session.show_latents)
+    for number, row in requests:
+        if both := [name for name in added if name in row]:
+            raise InputError(
+                f'{input_path}, line {number} has a field "{both[0]}", which its result would overwrite; rename it.'
+            )
 
 
 def encode_request(opened: SteeredModel, row: dict[str, Any], command: Command, system: str) -> list[int]:
@@ -117,6 +135,7 @@ def complete_file(
 
     decides: the options that the completions depend on; a run that was begun with others is not continued.
     """
+    check_fields(session, requests, input_path)
     opened, rows = session.opened, [row for _, row in requests]
     prompts = [encode_request(opened, row, command, system) for row in rows]
     check_prompts(session, prompts, (f"{input_path}, line {number}" for number, _ in requests))

@@ -42,15 +42,19 @@ class Served:
 def check_sampling(served: Served, sampling: Sampling) -> None:
     """Raise InputError for what no slider allows: an empty number box, or values that a program sent."""
     bounds = {
-        "Tokens": (sampling.max_new_tokens, 1, served.limits.max_new_tokens),
         "Temperature": (sampling.temperature, 0, 10),
         "Top-p": (sampling.top_p, 0, 1),
     }
     for name, (number, least, most) in bounds.items():
         if not isinstance(number, (int, float)) or not least <= number <= most:
             raise InputError(f"{name} must be a number from {least} to {most}; correct it.")
-    if not isinstance(sampling.seed, int) or not 0 <= sampling.seed < 2**32:
-        raise InputError(f"The seed must be a whole number from 0 to {2**32 - 1}; correct it.")
+    whole = {
+        "Tokens": (sampling.max_new_tokens, 1, served.limits.max_new_tokens),
+        "The seed": (sampling.seed, 0, 2**32 - 1),
+    }
+    for name, (number, least, most) in whole.items():
+        if type(number) is not int or not least <= number <= most:
+            raise InputError(f"{name} must be a whole number from {least} to {most}; correct it.")
 
 
 def check_length(served: Served, text: str, what: str) -> None:

@@ -1,6 +1,7 @@
 """A model with its tokenizer and its SAE, opened as a user's options say; shared by the terminal and the page."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -97,7 +98,6 @@ class SteeredModel:
     date: str | None  # of a chat; None: without the date header
     sae: TopKSparseAutoencoder | None = None
     sae_path: str = ""  # empty without an SAE
-    meanings: Mapping[int, str] = dataclasses.field(default_factory=dict)  # the best one of each latent that has one
 
     def need_sae(self) -> TopKSparseAutoencoder:
         if self.sae is None:
@@ -107,7 +107,16 @@ class SteeredModel:
     @cached_property
     def highest(self) -> Tensor | None:
         """(n_latents,) each latent's highest observed activation; None, with a printed sentence, if unknown."""
-        return known_highest(self.sae_path)
+        return known_highest(self.sae_path, self.need_sae().n_latents)
+
+    @cached_property
+    def meanings(self) -> Mapping[int, str]:
+        """The best meaning of each latent that has one; prints a sentence for each unusable file."""
+        unusable: list[str] = []
+        meanings = latent_meanings(self.sae_path, self.need_sae().n_latents, unusable)
+        for line in unusable:
+            print(line, file=sys.stderr)
+        return meanings
 
     def intervention(self, steering: Steering) -> Intervention | None:
         """`steering` for `generate`; None if nothing is steered. Raises InputError for impossible steering."""
@@ -147,7 +156,7 @@ def open_model(choice: ModelChoice, needs_sae: bool = False) -> SteeredModel:
     if not (sae and sae_path):
         return SteeredModel(choice, model, tokenizer, date)
     check_fits(sae, sae_path, model, choice.model_dir)
-    return SteeredModel(choice, model, tokenizer, date, sae, sae_path, latent_meanings(sae_path))
+    return SteeredModel(choice, model, tokenizer, date, sae, sae_path)
 
 
 def pick_device(name: str) -> str:
@@ -198,9 +207,9 @@ def chat_date(date: str, model: Transformer) -> str | None:
 # ---- what it shows
 
 
-def latent_meanings(sae_path: str) -> dict[int, str]:
+def latent_meanings(sae_path: str, n_latents: int | None = None, unusable: list[str] | None = None) -> dict[int, str]:
     """The best meaning of each latent that has one (`latents.meanings.best_meanings`)."""
-    return {latent: meaning.text for latent, meaning in best_meanings(sae_path).items()}
+    return {latent: meaning.text for latent, meaning in best_meanings(sae_path, n_latents, unusable).items()}
 
 
 def strongest_latents(opened: SteeredModel, ids: Sequence[int], n: int) -> list[tuple[str, list[tuple[int, float]]]]:

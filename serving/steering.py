@@ -14,7 +14,6 @@ reconstruct stays; without, the changed reconstruction replaces the activation. 
 Clamping follows Templeton et al. 2024, "Scaling Monosemanticity", under "Influence on Behavior".
 """
 
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,8 @@ from pipeline.errors import InputError
 from pipeline.sae_files import SaeFiles
 from sae import TopKSparseAutoencoder
 from serving.modes import DEFAULT_MODE, MODES, Mode
+
+_MOST = 1_000_000  # of a strength; the model's sums of squares overflow long after
 
 
 class Steering(NamedTuple):
@@ -102,7 +103,7 @@ def steering_function(
 
 def check_latents(strengths: Mapping[int, float], highest: Tensor, mode: str = DEFAULT_MODE) -> None:
     """Raise InputError for an unknown mode, a latent outside range(n_latents), one that never fired, or a strength that
-    is not finite. highest: (n_latents,)."""
+    is not a number or too large to compute with. highest: (n_latents,)."""
     if mode not in MODES:
         raise InputError(f"There is no steering mode {mode!r}; choose one of {', '.join(MODES)}.")
     for latent, strength in strengths.items():
@@ -110,8 +111,10 @@ def check_latents(strengths: Mapping[int, float], highest: Tensor, mode: str = D
             raise InputError(f"There is no latent {latent}; this SAE has latents 0 to {len(highest) - 1}.")
         if not highest[latent] > 0:
             raise InputError(f"Latent {latent} never fired; choose a living one.")
-        if not math.isfinite(strength):
-            raise InputError(f"Latent {latent} cannot have strength {strength}; give a finite number.")
+        if not isinstance(strength, (int, float)) or not abs(strength) <= _MOST:  # nan is not either
+            raise InputError(
+                f"Latent {latent} cannot have strength {strength}; give a number from {-_MOST:,} to {_MOST:,}."
+            )
 
 
 def highest_activations(sae_path: str | Path) -> Tensor:
@@ -122,10 +125,16 @@ def highest_activations(sae_path: str | Path) -> Tensor:
     return torch.from_numpy(tables.highest_activations(SaeFiles(sae_path).beside(tables.LATENTS.suffix)))
 
 
-def known_highest(sae_path: str | Path) -> Tensor | None:
-    """`highest_activations`; None, with a printed sentence, if a published SAE comes without them."""
+def known_highest(sae_path: str | Path, n_latents: int) -> Tensor | None:
+    """`highest_activations`; None, with a printed sentence, if they are missing, broken or of another SAE."""
     try:
-        return highest_activations(sae_path)
+        highest = highest_activations(sae_path)
+        if len(highest) != n_latents:
+            path = SaeFiles(sae_path).beside(tables.LATENTS.suffix)
+            raise InputError(
+                f"{path} has {len(highest)} latents, the SAE {n_latents}; run {tables.LATENTS.made_by} again."
+            )
+        return highest
     except InputError as error:
         print(f"{error} Until then strengths are plain activations.", file=sys.stderr)
         return None

@@ -405,6 +405,26 @@ def test_published_sae(tiny_model_dir, sae, sae_path, tokenizer, capsys, monkeyp
     assert f"steered  {tokenizer.decode(steered)!r}" in printed.out
 
 
+@pytest.mark.parametrize("latents", ["another SAE's", "broken", "a folder"])
+def test_files_beside_the_sae_that_cannot_be_used_are_named(tiny_model_dir, sae_path, capsys, latents):
+    table = sae_path.with_suffix(".latents.parquet")
+    table.unlink()
+    if latents == "a folder":
+        table.mkdir()
+    elif latents == "broken":
+        table.write_bytes(b"PAR1")
+    else:
+        pq.write_table(pa.table({"latent": [0, 1], "max": [1.0, 2.0]}), table)
+    sae_path.with_suffix(".meaning_a.yaml").write_text("9: {certainty: 0.9, common_semantic: nine}")
+    sae_path.with_suffix(".meaning_b.yaml").write_text(f"{N_LATENTS}: {{certainty: 1, common_semantic: beyond}}")
+    options = {"llama_model_dir": tiny_model_dir, "sae_model_path": sae_path, "prompts": "the", "max_new_tokens": 4}
+    call(inference, **options, latents=9, strengths=30, show_latents=2)
+    said = capsys.readouterr().err
+    assert "Steered by latent 9 (nine): add, strength 30." in said
+    assert said.count(f"{table} ") == said.count(f"sae.meaning_b.yaml names latent {N_LATENTS} of {N_LATENTS};") == 1
+    assert "Until then a strength counts in plain activation." in said
+
+
 def test_options_that_contradict_the_json_of_an_sae(tiny_model_dir, sae_path, capsys):
     options = {"llama_model_dir": tiny_model_dir, "sae_model_path": sae_path, "max_new_tokens": 1, "latents": 9}
     assert f"says k = {K}, not 64" in refusal(capsys, inference, **options, k=64)

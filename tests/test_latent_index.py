@@ -75,8 +75,39 @@ def test_of_several_meanings_the_best_scored_wins(tmp_path):
     assert index.meaning_of(3) == "surer" and index.meaning_of(8) is None and math.isnan(index.certainty[8])
 
 
+def test_endings_in_capitals(tmp_path):
+    (tmp_path / "sae.json").write_text('{"n_latents": 9}')
+    write_meaning_file(tmp_path / "sae.meaning_a.YAML", {1: ("one", 1.0)}, {1: 0.8})
+    index = LatentIndex(tmp_path / "sae.PTH")
+    assert index.meaning_of(1) == "one" and index.score[1] == pytest.approx(0.8)
+
+
+def test_null_and_empty_are_no_meaning(tmp_path):
+    (tmp_path / "sae.json").write_text('{"n_latents": 9}')
+    text = "3: {certainty: 0.0, common_semantic: null}\n4: {certainty: null, common_semantic: ' '}\n"
+    (tmp_path / "sae.meaning_a.yaml").write_text(text + "5: {certainty: 1, common_semantic: 'no'}\n")
+    index = LatentIndex(tmp_path / "sae.pth")
+    assert [index.meaning_of(latent) for latent in (3, 4, 5)] == [None, None, "no"] and index.search("none") == []
+
+
 @pytest.mark.parametrize(
-    "text", ["- a list", "a: {certainty: 1}", "1: {certainty: x, common_semantic: y}", "{", "1: 2"]
+    "text",
+    [
+        "- a list",
+        "a: {certainty: 1}",
+        "1: {certainty: x, common_semantic: y}",
+        "{",
+        "1: 2",
+        "-1: {certainty: 0.9, common_semantic: minus one}",
+        "1.5: {certainty: 0.9, common_semantic: one and a half}",
+        "true: {certainty: 0.9, common_semantic: one}",
+        "null: {certainty: 0.9, common_semantic: nothing}",
+        *(f"1: {{certainty: 0.9, common_semantic: {text}}}" for text in ("no", "2024", "1.5", "2024-01-01", "[a, b]")),
+        *(
+            f"1: {{certainty: {value}, common_semantic: y}}"
+            for value in (".nan", ".inf", "-0.1", "90", "90%", "null", "true")
+        ),
+    ],
 )
 def test_a_broken_file_of_meanings_is_named(tmp_path, text):
     path = tmp_path / "sae.meaning_a.yaml"
@@ -239,24 +270,82 @@ def test_cards_opened_at_once_are_each_their_own(index):
     assert list(map(repr, together)) == [repr(index.card(latent)) for latent in latents]
 
 
-def test_files_that_do_not_belong_together_are_refused(tmp_path, tiny_model_dir, tokenizer):
+class Sae41:
+    n_latents = N_LATENTS + 1
+
+
+def test_nothing_says_how_many_latents_there_are(tmp_path):
     with pytest.raises(InputError, match="how many latents"):
         LatentIndex(tmp_path / "sae.pth")
+
+
+def test_files_of_another_sae_are_named_and_the_rest_works(tmp_path, tiny_model_dir, tokenizer):
     path = write_latents(tmp_path, tiny_model_dir, tokenizer)
     write_meaning_file(tmp_path / "sae.meaning_b.yaml", {N_LATENTS: ("beyond", 1.0)})
-    with pytest.raises(InputError, match=f"names latent {N_LATENTS} of {N_LATENTS}"):
-        LatentIndex(path)
-    (tmp_path / "sae.meaning_b.yaml").unlink()
-    (tmp_path / "sae.promoted.parquet").write_bytes(b"PAR1 not at all")
-    with pytest.raises(InputError, match="sae.promoted.parquet cannot be read"):
-        LatentIndex(path)
-    (tmp_path / "sae.promoted.parquet").unlink()
+    write_meaning_file(tmp_path / "sae.meaning_c.yaml", {31: ("scored for others", 0.5)}, {0: 0.9})
+    index = LatentIndex(path)
+    assert [line.partition("; ")[0] for line in index.missing] == [
+        f"{tmp_path}/sae.meaning_b.yaml names latent {N_LATENTS} of {N_LATENTS}",
+        f"{tmp_path}/sae.meaning_c.scores.parquet scores latent 0, which sae.meaning_c.yaml does not name",
+    ]
+    assert index.meaning_of(0) == MEANINGS[0][0] and index.meaning_of(31) == "scored for others"
+    index = LatentIndex(path, tokenizer, sae=Sae41())
+    for kind in ("latents", "promoted"):
+        assert any(f"sae.{kind}.parquet has 40 latents, {path} 41; run" in line for line in index.missing)
+    card = index.card(0)
+    assert math.isnan(card.highest) and card.promoted == [] and len(card.sentences) == 4
 
-    class Sae:
-        n_latents = 41
 
-    with pytest.raises(InputError, match="sae.latents.parquet has 40 latents"):
-        LatentIndex(path, sae=Sae())
+TABLES = ["latents", "top", "promoted", "meaning_a.scores"]
+
+
+@pytest.mark.parametrize("kind", [*TABLES, "json", "meaning_a.yaml"])
+@pytest.mark.parametrize("how", ["no parquet", "cut", "damaged", "another type", "null", "a folder", "no rights"])
+def test_a_broken_file_is_named_and_the_rest_works(tmp_path, tiny_model_dir, tokenizer, monkeypatch, kind, how):
+    path = write_latents(tmp_path, tiny_model_dir, tokenizer)
+    file = tmp_path / (f"sae.{kind}.parquet" if kind in TABLES else f"sae.{kind}")
+    if kind not in TABLES and how not in ("no parquet", "a folder", "no rights"):
+        return
+    whole = file.read_bytes()
+    if how in ("another type", "null"):
+        table = pq.read_table(file)
+        column = {"latents": "frequency", "top": "activation", "promoted": "tokens"}.get(kind, "balanced_accuracy")
+        values = pa.array(["x"] * len(table)) if how == "another type" else pa.nulls(len(table), table[column].type)
+        place = table.schema.get_field_index(column)
+        pq.write_table(table.set_column(place, column, values), file)
+    elif how == "a folder":
+        file.unlink()
+        file.mkdir()
+    elif how == "no rights":
+        refuse(monkeypatch, file)
+    else:
+        n = len(whole)
+        damaged = whole[:8] + bytes(b ^ 255 for b in whole[8 : n // 2]) + whole[n // 2 :]
+        file.write_bytes({"no parquet": b"{PAR1 not at all", "cut": whole[: n // 2], "damaged": damaged}[how])
+    index = LatentIndex(path)
+    card = index.card(0)
+    assert any(str(file) in line for line in index.missing)
+    assert (card.meaning is None) == (kind == "meaning_a.yaml")
+    assert math.isnan(card.score) == ("meaning_a" in kind)
+    assert math.isnan(card.highest) == (kind == "latents")
+    assert (card.promoted == []) == (kind == "promoted")
+    assert (card.sentences == []) == (kind in ("top", "json"))
+    assert card_html(card) and len(index.search("")) >= 38
+
+
+def refuse(monkeypatch, path: Path) -> None:
+    """As if nobody may read this file."""
+
+    def guarded(read):
+        def attempt(source, *args, **kwargs):
+            if str(source) == str(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            return read(source, *args, **kwargs)
+
+        return attempt
+
+    monkeypatch.setattr(pq, "ParquetFile", guarded(pq.ParquetFile))
+    monkeypatch.setattr(Path, "read_text", guarded(Path.read_text))
 
 
 # ---- HTML

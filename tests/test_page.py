@@ -7,13 +7,19 @@ time. Without Chromium these tests skip; PAGE_PICTURE=page.png also writes the p
 """
 
 import contextlib
+import html
+import json
+import math
 import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import urllib.request
+import uuid
 from pathlib import Path
+from urllib.request import proxy_bypass
 
 import pytest
 import torch
@@ -28,6 +34,7 @@ from llama_3.chat import Message
 from llama_3.checkpoint import TINY_LLAMA_DIR
 from llama_3.generation import stream_chat
 from sae import load_sae_model
+from serving.local_requests import past_proxies
 from serving.modes import DEFAULT_STRENGTH
 from serving.requests import Limits
 from serving.steered_model import ModelChoice, taken_from
@@ -508,6 +515,86 @@ def test_plain_page_with_a_password(visit, tmp_path):
         options = {"max_new_tokens": 8, "temperature": 0.7, "top_p": 0.95, "seeds": [0]}
         expected = "hello" + generation.complete(model, tokenizer, ["hello"], **options)[0].rstrip("\ufffd")
         assert complete(window, ["hello"], 8)() == {"clean": [visible(expected)]}
+
+
+# ---- without a browser
+
+
+def complete_by_request(address: str, **values) -> dict:
+    """What the server answers to Complete, pressed by a program: the boxes hold these values, by their labels."""
+    with urllib.request.urlopen(f"{address}/config") as answer:
+        config = json.load(answer)
+    parts = {part["id"]: part["props"] for part in config["components"]}
+    label = lambda part: str(parts[part].get("label"))
+    event = next(d for d in config["dependencies"] if any(label(i).startswith("Prompts") for i in d["inputs"]))
+    data = [values.get(label(i).partition(" ")[0], parts[i].get("value")) for i in event["inputs"]]
+    session = uuid.uuid4().hex
+    body = {"data": data, "fn_index": event["id"], "session_hash": session, "event_data": None, "trigger_id": None}
+    sent = json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(f"{address}/gradio_api/queue/join", sent, headers)).close()
+    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash={session}", timeout=40) as lines:
+        done = next(line for line in lines if b"process_completed" in line)
+    return json.loads(done.removeprefix(b"data:"))["output"]
+
+
+STRENGTH = "cannot have strength {}; give a number from -1,000,000 to 1,000,000."
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({}, None),
+        ({"Tokens": 2.5}, "Tokens must be a whole number from 1 to 256; correct it."),
+        ({"Tokens": None}, "Tokens must be a whole number from 1 to 256; correct it."),
+        ({"Tokens": math.nan}, "Tokens must be a whole number from 1 to 256; correct it."),
+        ({"Temperature": None}, "Temperature must be a number from 0 to 10; correct it."),
+        ({"Temperature": math.nan}, "Temperature must be a number from 0 to 10; correct it."),
+        ({"Top-p": math.inf}, "Top-p must be a number from 0 to 1; correct it."),
+        ({"Seed": None}, "The seed must be a whole number from 0 to 4294967295; correct it."),
+        ({"Seed": 10**30}, "The seed must be a whole number from 0 to 4294967295; correct it."),
+        ({"Strength": None}, STRENGTH.format("None")),
+        ({"Strength": math.nan}, STRENGTH.format("nan")),
+        ({"Strength": 1e30}, STRENGTH.format("1e+30")),
+        ({"Prompts,": None}, "There is no prompt; write at least one line."),
+    ],
+    ids=str,
+)
+def test_numbers_that_no_slider_gives(address, values, said):
+    found = complete_by_request(address, **{"Tokens": 3, **values})
+    assert "error" not in found if said is None else html.unescape(found["error"]).endswith(said), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5://127.0.0.1:1"])
+def test_the_page_opens_behind_a_proxy(monkeypatch, proxy):
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    with serving():
+        pass
+
+
+@pytest.mark.parametrize("before", [{}, {"NO_PROXY": "a.b"}, {"no_proxy": "a.b"}, {"NO_PROXY": "a.b", "no_proxy": "c"}])
+def test_no_proxy_variable_is_lost(monkeypatch, before):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"HTTPS_PROXY": "http://proxy:1"} | before).items():
+        monkeypatch.setenv(name, value)
+    environment = dict(os.environ)
+    with past_proxies("127.0.0.1"):
+        assert proxy_bypass("127.0.0.1") and not proxy_bypass("gradio.live")
+        assert all(proxy_bypass(host) for host in [before.get("no_proxy") or before.get("NO_PROXY") or "127.0.0.1"])
+        assert os.environ["HTTPS_PROXY"] == "http://proxy:1"
+    with past_proxies():
+        assert proxy_bypass("gradio.live")
+    assert dict(os.environ) == environment
+
+
+def test_port_0_is_a_free_one():
+    port = page_script.free_port("127.0.0.1", 0)
+    assert port > 0
+    socket.create_server(("127.0.0.1", port)).close()
 
 
 def test_refusals(capsys, tmp_path):

@@ -81,6 +81,46 @@ def test_braces_backslashes_and_line_breaks_inside_the_text(inside, meaning):
     assert judged(f'So:\n{{"common_semantic": "{inside}", "certainty": 0.5}}\n') == Meaning(meaning, 0.5)
 
 
+ALMOST_JSON = [
+    ('{"common_semantic": "rain", "certainty": 0.8,}', "rain"),
+    ('{"common_semantic": "the word "state" in code", "certainty": 0.8}', 'the word "state" in code'),
+    ('{"common_semantic": "words like "if", "else"", "certainty": 0.8}', 'words like "if", "else"'),
+    ('{"certainty": "80%", "common_semantic": "words like "if", "else""}', 'words like "if", "else"'),
+    ('{"common_semantic": "a \\"b\\" and "c"", "certainty": 0.8}', 'a "b" and "c"'),
+    ('{"common_semantic": "rain", // sure\n "certainty": 0.8}', "rain"),
+    ('{"common_semantic": "see // here", /* a "note" */ "certainty": 0.8 # sure\n}', "see // here"),
+    ("{“common_semantic”: “rain”, “certainty”: 0.8}", "rain"),
+    ("{“common_semantic”: “the word “state” in code”, “certainty”: 0.8}", "the word “state” in code"),
+    ("{'common_semantic': 'it\\'s rain, isn't it', 'certainty': 0.8}", "it's rain, isn't it"),
+    ('{common_semantic: "rain", certainty: 0.8}', "rain"),
+    ('{"common_semantic": "snow", "certainty": 0.1,} or rather {"common_semantic": "rain", "certainty": 0.8,}', "rain"),
+    (
+        '{"common_semantic": "snow", "certainty": 0.1} or {"common_semantic": "heavy "rain"", "certainty": 0.8}',
+        'heavy "rain"',
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "meaning"), ALMOST_JSON)
+def test_what_is_almost_json_is_read(text, meaning):
+    assert judged(f"So:\n```json\n{text}\n```\nIt is clear.") == Meaning(meaning, 0.8)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"certainty": 0.9, "common_semantic": "the "if" here"} and {"if"}',
+        '{"common_semantic": "a", "certainty": 0.5, "certainty": 0.9,}',
+        '{"common_semantic": "the word "state", "certainty": 0.9}',
+        '{"common_semantic": "snow {"common_semantic": "rain", "certainty": 0.8,}',
+        '{"common_semantic": "the word "state" in code", "certainty": }',
+        '{"common_semantic": "the word "state" in code, "certainty": 0.9',
+    ],
+)
+def test_what_can_be_read_in_two_ways_is_not(text):
+    assert status(text) == "no_json"
+
+
 @pytest.mark.parametrize(
     ("text", "detail", "expected"),
     [
@@ -98,6 +138,8 @@ def test_braces_backslashes_and_line_breaks_inside_the_text(inside, meaning):
         ('{"common_semantic": "rain", "certainty": }', "end_turn", "no_json"),
         ('{"common_semantic": null, "certainty": 0}', "end_turn", "no_meaning"),
         ('{"common_semantic": " ", "certainty": 0}', "end_turn", "no_meaning"),
+        ('{"common_semantic": null, "certainty": 0,}', "end_turn", "no_meaning"),
+        ('{"common_semantic": "rain", "certainty": NaN,}', "end_turn", "bad_certainty"),
         ('{"common_semantic": ["rain"], "certainty": 0.5}', "end_turn", "bad_common_semantic"),
         ('{"common_semantic": "rain", "certainty": "high"}', "end_turn", "bad_certainty"),
         ('{"common_semantic": "rain", "certainty": null}', "end_turn", "bad_certainty"),
@@ -227,6 +269,12 @@ def test_published_answers(tmp_path):
         45: {"certainty": 0.2, "common_semantic": "b {y"},
     }
     assert {i: line["status"] for i, line in rejected.items()} == {"42": "refusal", "43": "canceled", "44": "empty"}
+
+
+def test_endings_in_capitals(tmp_path):
+    write_jsonl(tmp_path / "a.JSONL", {"1": said("rain", 0.8)})
+    (tmp_path / "b.YAML").write_text(yaml.dump({"2": {"content": PLAIN}}))
+    assert set(parse(tmp_path, tmp_path / "out.yaml")[0]) == {1, 2}
 
 
 def test_a_meaning_stays_and_of_two_the_later(tmp_path):

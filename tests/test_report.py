@@ -168,9 +168,40 @@ def test_what_is_missing_is_said_with_the_script_that_makes_it(tmp_path):
 def test_bad_options_and_files_are_refused(sae_path, tmp_path, capsys):
     assert "--latents 0 is too small" in refusal(capsys, sae_report, sae_model_path=sae_path, latents=0)
     assert "how many latents" in refusal(capsys, sae_report, sae_model_path=tmp_path / "other.pth")
-    (tmp_path / "sae.metrics.jsonl").write_text('{"step": 1')
-    assert "sae.metrics.jsonl is not JSON" in refusal(capsys, sae_report, sae_model_path=sae_path)
     assert not sae_path.with_suffix(".report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b'{"step": 1', b"[1, 2]", b"3", b'{"tokens": "x", "hits": [], "train_fvu": 1}', b"\xff", None]
+)
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [("metrics.jsonl", "sae_training"), ("evaluation.json", "sae_evaluation"), ("steering.json", "demo")],
+)
+def test_a_broken_file_is_named_and_the_rest_is_shown(sae_path, capsys, name, script, content):
+    """None: no rights to read it, or a disk that fails."""
+    path = sae_path.with_suffix(f".{name}")
+    whole = write(sae_path)
+    with pytest.MonkeyPatch.context() as patch:
+        if content is None:
+            patch.setattr(Path, "read_text", failing_for(path))
+        else:
+            path.write_bytes(content)
+        page = write(sae_path)
+    assert f"{path} is not what {script}.py writes (" in page.text
+    assert f"{path} is not what {script}.py writes (" in capsys.readouterr().out
+    assert latents_of(page) == latents_of(whole)
+
+
+def failing_for(path: Path):
+    read = Path.read_text
+
+    def read_text(self, *args, **kwargs):
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return read(self, *args, **kwargs)
+
+    return read_text
 
 
 # ---- which latents

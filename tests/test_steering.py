@@ -128,6 +128,8 @@ def test_an_sae_in_bfloat16_steers():
         ({2: 1.0}, "ablate", "Latent 2 never fired"),
         ({3: math.nan}, "clamp", "strength nan"),
         ({3: -math.inf}, "h_bias", "strength -inf"),
+        ({3: 1e30}, "add", "strength 1e\\+30; give a number from -1,000,000 to 1,000,000"),
+        ({3: None}, "scale", "strength None"),
         ({3: 1.0}, "boost", "'boost'.*h_bias, add, clamp, scale, ablate"),
         ({}, "", "mode ''"),
     ],

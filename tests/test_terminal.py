@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -297,6 +298,32 @@ def test_latents_of_generated_tokens(capsys, model, tokenizer, sae, alone):
     assert len({re.search(r" \d+\.\d\d ", line).start() for line in steered.splitlines()}) == 1  # aligned
 
 
+@pytest.mark.parametrize("columns", [20, 33, 80, 200])
+@pytest.mark.parametrize("n", [1, 8, 32, 64])
+def test_numbers_stay_whole_in_a_narrow_window(monkeypatch, tokenizer, columns, n):
+    """All latents of a token, in order, on as many lines as they need; no line is wider than the window."""
+    from rich.cells import cell_len
+
+    values = [1234.5 if i == 0 else 100.25 / i for i in range(n)]
+    latents = [(97 * i % 4096, value) for i, value in enumerate(values)]
+    meanings = dict.fromkeys((latent for latent, _ in latents[::2]), "再见 and words of that kind")
+    rows = [("<|begin_of_text|>", []), ("再 long token", latents), ("a", latents[:1])]
+    monkeypatch.setattr(inference, "strongest_latents", lambda *_: rows)
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "dumb")
+    sae = SimpleNamespace(n_latents=4096)
+    opened = SimpleNamespace(need_sae=lambda: sae, meanings=meanings)
+    inference.print_latents(opened, [1, 2, 3], n, [])
+    lines = screen.getvalue().splitlines()
+    assert max(map(cell_len, lines)) <= columns
+    found = [(int(latent), value) for latent, value in re.findall(r"(\d+) (\d+\.\d\d)(?= |$)", "\n".join(lines), re.M)]
+    assert found == [(latent, f"{value:.2f}") for latent, value in [*latents, latents[0]]]
+    assert len(lines) == 2 + -(-n // max(1, len(re.findall(r"\d\.\d\d", lines[1]))))
+
+
 def test_piped_chat_prints_answers_alone(monkeypatch, capsys, model, tokenizer):
     questions = ["What is a file?", "And a list?"]
     options = {"max_new_tokens": 12, "temperature": 0, "system": "Be brief.", "date": "none"}
@@ -479,6 +506,27 @@ GOOD = '{"prompt": "a"}\n'
 )
 def test_refuses_a_line_that_is_no_request(tmp_path, capsys, line):
     assert "in.jsonl, line 3 is not an object" in refused(tmp_path, capsys, GOOD + "\n" + line + "\n" + GOOD)
+
+
+@pytest.mark.parametrize(
+    "field", ["completion", "n_prompt_tokens", "n_tokens", "stopped", "seed", "steering", "latents"]
+)
+def test_refuses_a_request_whose_field_would_be_overwritten(tmp_path, capsys, field):
+    lines = GOOD + json.dumps({"prompt": "a", field: "own"}) + "\n"
+    said = refused(tmp_path, capsys, lines, latents=LATENT, show_latents=1, max_new_tokens=1)
+    assert said.endswith(f'in.jsonl, line 2 has a field "{field}", which its result would overwrite; rename it.')
+
+
+def test_refuses_a_request_that_has_a_field_twice(tmp_path, capsys):
+    assert "line 2 is not an object" in refused(tmp_path, capsys, GOOD + '{"prompt": "a", "id": 1, "id": 2}')
+
+
+def test_a_field_that_no_result_has_is_kept(tmp_path):
+    row = {"prompt": "a", "steering": "mine", "latents": [1], "temperature": 3, "id": None}
+    write_lines(tmp_path / "in.JSONL", [row])
+    call(inference, input_path=tmp_path / "in.JSONL", output_path=tmp_path / "out.jsonl", max_new_tokens=1)
+    (found,) = rows_of(tmp_path / "out.jsonl")
+    assert found | row == found
 
 
 @pytest.mark.parametrize(
