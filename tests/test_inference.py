@@ -422,7 +422,7 @@ def test_files_beside_the_sae_that_cannot_be_used_are_named(tiny_model_dir, sae_
     said = capsys.readouterr().err
     assert "Steered by latent 9 (nine): add, strength 30." in said
     assert said.count(f"{table} ") == said.count(f"sae.meaning_b.yaml names latent {N_LATENTS} of {N_LATENTS};") == 1
-    assert "Until then a strength counts in plain activation." in said
+    assert "Until then strengths are plain activations." in said
 
 
 def test_options_that_contradict_the_json_of_an_sae(tiny_model_dir, sae_path, capsys):

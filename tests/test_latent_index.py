@@ -6,11 +6,13 @@
 import html
 import json
 import math
+import os
 import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import blobfile
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -338,14 +340,15 @@ def refuse(monkeypatch, path: Path) -> None:
 
     def guarded(read):
         def attempt(source, *args, **kwargs):
-            if str(source) == str(path):
+            if os.fsdecode(source) == str(path):
                 raise PermissionError(13, "Permission denied", str(path))
             return read(source, *args, **kwargs)
 
         return attempt
 
-    monkeypatch.setattr(pq, "ParquetFile", guarded(pq.ParquetFile))
-    monkeypatch.setattr(Path, "read_text", guarded(Path.read_text))
+    monkeypatch.setattr(pa, "memory_map", guarded(pa.memory_map))
+    monkeypatch.setattr(Path, "read_bytes", guarded(Path.read_bytes))
+    monkeypatch.setattr(blobfile, "BlobFile", guarded(blobfile.BlobFile))
 
 
 # ---- HTML

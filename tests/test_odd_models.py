@@ -19,8 +19,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 import llama_3_inference as inference
 from llama_3 import load_model, load_tokenizer
 from llama_3.checkpoint import TINY_LLAMA_DIR, find_checkpoint
-from llama_3.generation import encode_text
+from llama_3.generation import encode_text, generate
 from llama_3.loading import read_params
+from llama_3.model import Intervention
 from llama_3.tokenizer import read_ranks
 from pipeline.errors import InputError
 
@@ -430,10 +431,11 @@ def test_a_model_that_gives_no_numbers_is_refused(tmp_path, capsys, value):
     assert "The model gives NaN, infinite or all the same numbers; check the checkpoint" in said
 
 
-@pytest.mark.parametrize("strength", ["1e20", "1e300"])
-def test_a_strength_that_overflows_is_refused(capsys, strength):
-    options = dict(max_new_tokens=2, prompts=["The file"], latents=[747], strengths=[strength])
-    assert "lower the strength" in refusal(capsys, inference, **options)
+@pytest.mark.parametrize("factor", [1e20, 1e300])
+def test_steering_that_overflows_is_refused(tiny_model_dir, factor):
+    overflowing = Intervention("layers.1.resid_post", lambda x: x * factor)
+    with pytest.raises(InputError, match="The steered model gives NaN.*lower the strength"):
+        list(generate(load_model(tiny_model_dir), [[1, 2, 3]], 2, stop_tokens=[], steering=overflowing))
 
 
 def test_a_temperature_too_small_to_divide_by_is_refused(capsys):
