@@ -343,7 +343,7 @@ def open_sentences(folder: str, num_samples: int, seed: int) -> SentenceDataset:
     sentences = SentenceDataset(folder, num_samples, seed)
     n_in_all = len(sentences.order)
     if not n_in_all:
-        raise InputError(f"There are no sentences in {folder}; name others.")
+        raise InputError(f"There are no sentences in {folder}; give another folder.")
     if num_samples > n_in_all and int(os.environ.get("RANK", 0)) == 0:
         print(f"--num_samples asks for {num_samples:,} sentences; {folder} has {n_in_all:,}: capturing all of them.")
     return sentences

@@ -40,7 +40,7 @@ TEMPERATURE: NotNegative = 0.7  # 0: always the most likely token
 TOP_P: Share = 0.95  # sample from the most likely tokens that together have this probability
 SEED: Seed = 0  # each prompt's samples depend only on this and on its place in the list
 
-_LEAST_NAME = 11  # letters of a latent's name, and the space before it, for which a column is opened
+_LEAST_NAME = 11  # a column needs room for this much of a name, with the space before it
 _COMMANDS = {"text": "complete text", "chat": "hold a dialogue"}
 
 if __name__ == "__main__":
@@ -269,18 +269,16 @@ def print_latents(opened: SteeredModel, ids: list[int], n: int, listed: list[int
     n_same = len(os.path.commonprefix([ids, listed]))
     rows = strongest_latents(opened, ids, n)[n_same:]
     digits = len(str(opened.need_sae().n_latents - 1))
-    console = Console(
-        width=None if sys.stdout.isatty() else 100 * (1 + n)
-    )  # None: the window's; nothing is cut in a pipe
+    # A pipe has no width: there nothing is cut.
+    console = Console(width=None if sys.stdout.isatty() else 100 * (1 + n))
     least = digits + max((len(f" {value:.2f}") for _, latents in rows for _, value in latents), default=0)
     longest = max((cell_len(repr(text)) for text, _ in rows), default=0)
     token_width = max(1, min(16, longest, console.width - 1 - least))
     room = console.width - token_width  # each column adds a space to its width
     n_columns = max(1, min(n, room // (1 + least + _LEAST_NAME)))
     width = max(least, room // n_columns - 1)
-    name = lambda latent: (
-        opened.meanings.get(latent, "") if width > least + 2 else ""
-    )  # only numbers if there is no room
+    has_room = width > least + 2  # for names beside the numbers
+    name = lambda latent: opened.meanings.get(latent, "") if has_room else ""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_header=False)
     table.add_column(no_wrap=True, width=token_width)
     for _ in range(n_columns):

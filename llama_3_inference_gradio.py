@@ -97,7 +97,7 @@ from serving.requests import Limits, Look, Served, at_most_every, chat, completi
 from serving.steered_model import ModelChoice, Sampling, open_model, taken_from
 from serving.steering import Steering, check_latents
 
-with past_proxies():  # it makes a client, which a SOCKS proxy fails, when it is imported
+with past_proxies():  # importing gradio makes an HTTP client, which fails with a SOCKS proxy
     import gradio as gr
 
 N = TypeVar("N", gr.Slider, gr.Number)
@@ -157,7 +157,7 @@ def unrepeated(growing: Iterable[tuple[Any, str]]) -> Iterator[tuple[Any, Any]]:
 
 
 def as_sent(number: N) -> N:
-    """A box of a number whose value is checked where it is used: gradio's own check fails where a box is empty."""
+    """A number box whose value is checked where it is used: gradio's own check crashes on an empty box."""
     number.preprocess = lambda payload: payload
     return number
 
@@ -482,7 +482,7 @@ def launch(served: Served, host: str, port: int, share: bool, auth: str | None, 
     blocks = build(served)
     blocks.queue(default_concurrency_limit=max_requests)
     try:
-        with past_proxies(f"{host},127.0.0.1,localhost" if share else "*"):  # to be shared, it asks gradio.live
+        with past_proxies(f"{host},127.0.0.1,localhost" if share else "*"):  # sharing needs gradio.live
             _, local, public = blocks.launch(
                 server_name=host,
                 server_port=port,
@@ -497,8 +497,10 @@ def launch(served: Served, host: str, port: int, share: bool, auth: str | None, 
                 max_file_size="1kb",  # nothing here takes files
                 prevent_thread_lock=True,
             )
-    except OSError:  # somebody took it while the model was loaded
-        raise InputError(f"{host}:{port} cannot be listened on any more; choose another --port.") from None
+    except OSError:  # another program took the port meanwhile
+        raise InputError(
+            f"{host}:{port} was taken by another program while the model was loading; choose another --port."
+        ) from None
     except (ImportError, ValueError) as error:
         if not share:
             raise

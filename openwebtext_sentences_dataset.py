@@ -180,7 +180,7 @@ def check_documents(workers: Workers, files: list[Path]) -> tuple[int, int]:
             bar.update(min(files_per_job, len(files) - bar.n))
     if not any_text:
         where = f"{files[0]}" if len(files) == 1 else f"the {len(files)} files from {files[0]} on"
-        raise InputError(f"There is no text in {where} ({documents:,} documents); name other documents.")
+        raise InputError(f"There is no text in {where} ({documents:,} documents); give other documents.")
     return documents, n_bytes
 
 

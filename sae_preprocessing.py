@@ -234,7 +234,7 @@ def plan_splits(
 
 
 def check_variety(store: ActivationStore) -> None:
-    """Raise InputError where all activations are the same; as a rule the first two differ."""
+    """Raise InputError if all activations are the same. Usually the first two differ."""
     first = None
     for shard in store.shards():
         first = shard.acts[:1] if first is None else first

@@ -207,7 +207,7 @@ def steering_section(path: Path) -> str:
 
 
 def unless_broken(title: str, made_by: str, path: Path, section: Callable[[], str]) -> str:
-    """A section, or one line that names the file it cannot be made of."""
+    """The section, or a line that names the broken file."""
     try:
         return section()
     except (OSError, ValueError, LookupError, TypeError, AttributeError, InputError) as error:
@@ -290,7 +290,7 @@ def read_cards(index: LatentIndex, latents: list[int], n_sentences: int) -> list
 
 def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # of a file name that is none
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may not be UTF-8
 
 
 def write_pages(where: Pages, name: str) -> list[Path]:

@@ -184,8 +184,7 @@ def empty_sae(options: RunOptions, manifest: dict[str, Any]) -> TopKSparseAutoen
         raise InputError(f"{error}; correct --k or --n_latents.") from None
     except RuntimeError as error:  # how torch reports a lack of memory
         raise InputError(
-            f"--n_latents {options.n_latents}: the memory does not hold so many ({str(error).partition(chr(10))[0]}); "
-            "give fewer."
+            f"--n_latents {options.n_latents} does not fit in memory ({str(error).partition(chr(10))[0]}); give fewer."
         ) from None
 
 
@@ -559,14 +558,14 @@ def announce(training: Training) -> None:
     )
     if options.warmup_steps >= training.n_steps:
         print(
-            f"Note: --warmup_steps {options.warmup_steps:,} is no less than the run's {training.n_steps:,} steps: the "
-            f"learning rate ends its way up to {options.learning_rate:g} before it gets there.",
+            f"Note: --warmup_steps {options.warmup_steps:,} is at least the run's {training.n_steps:,} steps: the "
+            f"run ends while the learning rate is still rising to {options.learning_rate:g}.",
             flush=True,
         )
     if step.options.dead_after_tokens <= training.batch_size:
         print(
             f"Note: --dead_after_tokens {step.options.dead_after_tokens:,} is no more than a step's "
-            f"{training.batch_size:,} activations: a latent that is silent in one step counts as dead.",
+            f"{training.batch_size:,} activations: a latent counts as dead after one silent step.",
             flush=True,
         )
     if step.world.size > 1:

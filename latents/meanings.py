@@ -64,7 +64,7 @@ def write_meanings(path: Path, meanings: dict[int, Meaning]) -> None:
 def read_meanings(
     path: Path, fix: str = "correct it or make it again.", n_latents: int | None = None
 ) -> dict[int, Meaning]:
-    """The meanings of one file, without their scores. An entry whose text is null or empty is no meaning.
+    """The meanings of one file, without their scores. Entries whose text is null or empty are skipped.
 
     Raises InputError, ending in `fix`, for a file that is missing or has anything but meanings, and for one that names
     a latent beyond n_latents.
@@ -91,8 +91,8 @@ def _meaning(key: Any, entry: Mapping[str, Any]) -> Meaning | None:
     text, certainty = entry["common_semantic"], entry["certainty"]
     if text is None or (isinstance(text, str) and not text.strip()):
         return None
-    if not isinstance(text, str):  # YAML takes no, 1e3 and 2024-01-01 for something else
-        raise ValueError(f"the meaning of latent {key} is {text!r}, not a text, which stands in quotes")
+    if not isinstance(text, str):  # YAML reads no, 1e3 and 2024-01-01 as other types
+        raise ValueError(f"the meaning of latent {key} is {text!r}, not a text; put it in quotes")
     if isinstance(certainty, bool) or not 0 <= float(certainty) <= 1:
         raise ValueError(f"the certainty of latent {key} is {certainty!r}, not a number from 0 to 1")
     return Meaning(text, float(certainty))

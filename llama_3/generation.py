@@ -77,8 +77,8 @@ def generate(
     """
     if temperature != 0 and not _LOWEST_TEMPERATURE <= temperature < math.inf:
         raise InputError(
-            f"A temperature of {temperature:g} cannot be used; write 0 for always the most likely token, or a number "
-            f"from {_LOWEST_TEMPERATURE:g} on."
+            f"A temperature of {temperature:g} cannot be used; write 0 for always the most likely token, or at "
+            f"least {_LOWEST_TEMPERATURE:g}."
         )
     batch, longest = len(prompts), max(map(len, prompts))
     check_context(model, longest, max_new_tokens)
@@ -111,7 +111,7 @@ def generate(
 
 
 def _check_logits(logits: Tensor, steering: Intervention | None) -> None:
-    """Raise InputError where a row is no preference among tokens: NaN, infinite, or all the same, as after an overflow.
+    """Raise InputError if a row says nothing about the next token: NaN, infinite, or all equal, as after an overflow.
 
     logits: (batch, vocab_size).
     """
@@ -120,7 +120,8 @@ def _check_logits(logits: Tensor, steering: Intervention | None) -> None:
         what = "model" if steering is None else "steered model"
         first = "" if steering is None else "lower the strength, or "
         raise InputError(
-            f"The {what} gives NaN, infinite or all the same numbers; {first}check the checkpoint, or use float32."
+            f"The {what} computes logits that are NaN, infinite or all equal; {first}check the checkpoint, or "
+            "use float32."
         )
 
 

@@ -59,7 +59,7 @@ HF_NAMES = {
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-# Its config.json's, of the fields of ModelArgs.
+# Fields of ModelArgs in Hugging Face's config.json.
 HF_CONFIG = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -92,9 +92,9 @@ GGUF_NAMES = {
 IGNORED = re.compile(
     r"(.+\.)?(rope\.freqs|freqs_cis|attn_rot_embd(\.weight)?|rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached))"
 )
-# Tensors that change nothing where keys and values are kept in the model's own dtype.
+# Tensors without effect when keys and values are kept in the model's own dtype.
 CACHE_SCALES = re.compile(r".+\.(k|v|kv|q|prob|output)_scale")
-# What other tensors that no model has here are.
+# What other unknown tensors are.
 STRANGERS = {
     r"\.bias$": "a bias, and biases are not supported here; use Llama 3.x, SmolLM2 or TinyLlama",
     r"lora_|\.adapter": "part of an adapter; merge it into its model (merge_and_unload of peft) and name that",
@@ -168,7 +168,7 @@ def model_args(found: Checkpoint, rope_scaling_factor: float | None = None) -> M
 
 
 def _fault(name: str, value: Any) -> str | None:
-    """What a field of ModelArgs has to be, where the value is something else."""
+    """What a field of ModelArgs must be, if the value is something else."""
     if name == "rope_divisors":
         return None
     if name in ("norm_eps", "rope_theta") or name.endswith("factor"):
@@ -325,7 +325,7 @@ def _is_remote(path: str) -> bool:
 
 
 def _utf8_name(path: str, file: BinaryIO) -> str:
-    """A name of the opened file for libraries that take names for UTF-8: its path, or where that is none its number."""
+    """A name of the opened file for libraries that expect UTF-8: its path, or its descriptor if the path is not UTF-8."""
     return path if os.fsencode(path) == path.encode(errors="replace") else f"/dev/fd/{file.fileno()}"
 
 
@@ -382,13 +382,13 @@ def _tie(loaded: dict[str, Loaded], found: Checkpoint) -> None:
 
 
 def _without_needless(loaded: dict[str, Loaded]) -> dict[str, Loaded]:
-    """The tensors without those that change nothing; scales of a cache and biases of zero are said."""
+    """The tensors that have an effect; prints a line for cache scales and zero biases left out."""
     kept: dict[str, Loaded] = {}
     for name, each in loaded.items():
         if IGNORED.fullmatch(each.name):
             continue
         if CACHE_SCALES.fullmatch(each.name):
-            say(f"{each.path} holds scales of an 8-bit cache ({each.name}), which are not used here.")
+            say(f"{each.path} holds scales of an 8-bit cache ({each.name}), which are ignored.")
         elif each.name.endswith(".bias") and not _values(each).any():
             say(f"{each.path} holds biases of zero ({each.name}), which change nothing.")
         else:

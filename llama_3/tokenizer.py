@@ -309,7 +309,7 @@ def _without_rowless(text: str, n_rows: int | None, path: str) -> str:
 
 
 def _say_rowless(path: str, names: Sequence[str]) -> None:
-    say(f"{path} has tokens that the model has no row for ({', '.join(names)}); in a text they are plain text.")
+    say(f"{path} has tokens that the model has no row for ({', '.join(names)}); they are read as plain text.")
 
 
 def find_template(folder: str) -> tuple[str, str] | None:

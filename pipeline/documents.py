@@ -25,7 +25,7 @@ def utf8_name(path: Path) -> str:
 
 
 def arrow_file(path: Path | str, mode: Literal["rb", "wb"] = "rb") -> pa.OSFile:
-    """A file opened by Arrow, which itself takes a name for UTF-8."""
+    """A file opened by Arrow, which on its own expects names in UTF-8."""
     return pa.OSFile(os.fsencode(path), mode)
 
 
@@ -96,7 +96,7 @@ def open_parquet(path: Path) -> Any:
 
 
 def holds_text(kind: Any) -> bool:
-    """Whether a column of this Arrow type is text in any of its forms. A column of nothing but nulls may be any."""
+    """Whether a column of this Arrow type holds text. A column of only nulls may have any type."""
     if isinstance(kind, pa.BaseExtensionType):
         return holds_text(kind.storage_type)
     if pa.types.is_dictionary(kind):
@@ -152,14 +152,14 @@ def iter_jsonl(path: Path) -> Iterator[bytes]:
 
 
 def marked_encoding(data: bytes) -> str | None:
-    """utf-16 or utf-32 where the data begin with its byte order mark, else None."""
+    """utf-16 or utf-32 if the data begin with its byte order mark, else None."""
     if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # before UTF-16: one mark begins with the other
         return "utf-32"
     return "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else None
 
 
 def read_text_file(path: Path) -> bytes:
-    """A text file in UTF-8 without a byte order mark; one that its mark says is UTF-16 or UTF-32 is decoded."""
+    """A text file as UTF-8 without a byte order mark; UTF-16 and UTF-32 are recognised by their marks."""
     data = path.read_bytes()
     if encoding := marked_encoding(data):
         return data.decode(encoding, errors="replace").encode()

@@ -38,18 +38,18 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     except OSError as error:
         raise Stop(f"Could not write {path} ({error}); {_fix(error)} and run again to continue.") from error
     finally:
-        with contextlib.suppress(OSError):  # it would hide the error that ended the block
+        with contextlib.suppress(OSError):  # must not hide the error that ended the block
             temporary.unlink(missing_ok=True)
 
 
 def _fix(error: OSError) -> str:
-    """What helps against an error of writing; libraries report a full disk without its number."""
+    """The fix for a write error; libraries report a full disk without its errno."""
     full = error.errno in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return "free some disk" if full else "fix that"
 
 
 def require_writable(*paths: Path | str) -> None:
-    """Raise InputError unless files can be written at all these places: call before the work that fills them."""
+    """Raise InputError unless files can be written at all these paths; call it before the work."""
     for path in map(Path, paths):
         try:
             if path.is_dir():
@@ -60,13 +60,14 @@ def require_writable(*paths: Path | str) -> None:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise InputError(
-                f"{path} cannot be written ({error.strerror}); make that possible, or work on a copy in another folder."
+                f"{path} cannot be written ({error.strerror}); change its permissions, or work on a copy in "
+                "another folder."
             ) from None
 
 
 @contextlib.contextmanager
 def utf8_path(path: Path | str) -> Iterator[str]:
-    """A name under which the file at `path` can be opened by a library that takes only UTF-8, whatever its own is."""
+    """A name with which a library that only accepts UTF-8 can open the file at `path`."""
     with open(path, "rb") as file:
         is_utf8 = os.fsencode(path) == str(path).encode(errors="replace")
         yield str(path) if is_utf8 else f"/dev/fd/{file.fileno()}"
@@ -81,7 +82,7 @@ def write_json(path: Path | str, value: Any) -> None:
 def read_json(path: Path | str, fix: str) -> Any:
     """Read a JSON file. Raises InputError, ending in `fix`, when it is missing or broken."""
     try:
-        return json.loads(Path(path).read_bytes())  # bytes: with a byte order mark too
+        return json.loads(Path(path).read_bytes())  # bytes may start with a byte order mark
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"No {Path(path).name} in {Path(path).parent}; {fix}") from None
     except (OSError, ValueError) as error:

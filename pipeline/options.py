@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn
 
 from pipeline.errors import InputError
 
-_LARGEST = 2**63 - 1  # whole number: what torch and numpy can hold, as a seed too
+_LARGEST = 2**63 - 1  # the largest whole number that torch and numpy accept, also as a seed
 
 
 class Bounds(NamedTuple):

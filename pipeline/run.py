@@ -20,7 +20,7 @@ def run(main: Callable[[], object]) -> None:
     rank = int(os.environ.get("RANK", 0))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names and texts that the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")  # for names and texts the terminal cannot show
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on Linux: huge pages make fresh tensors cost a quarter
     try:
         main()

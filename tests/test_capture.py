@@ -449,7 +449,7 @@ def test_refuses_a_missing_sentences_folder(options, tmp_path, capsys):
 def test_refuses_a_folder_without_sentences(options, tmp_path, capsys):
     folder = write_sentences_to(tmp_path / "empty", [])
     said = refusal(capsys, capture, **options | {"sentences_dir": folder}, sites=[SITE], output_dir=tmp_path / "out")
-    assert said == f"There are no sentences in {folder}; name others."
+    assert said == f"There are no sentences in {folder}; give another folder."
     assert not (tmp_path / "out").exists()
 
 

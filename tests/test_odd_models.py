@@ -428,13 +428,13 @@ def test_a_model_that_gives_no_numbers_is_refused(tmp_path, capsys, value):
     broken = weights(320)[name]
     broken[0] = value
     said = refused(capsys, write(tmp_path, extra={name: broken}))
-    assert "The model gives NaN, infinite or all the same numbers; check the checkpoint" in said
+    assert "The model computes logits that are NaN, infinite or all equal; check the checkpoint" in said
 
 
 @pytest.mark.parametrize("factor", [1e20, 1e300])
 def test_steering_that_overflows_is_refused(tiny_model_dir, factor):
     overflowing = Intervention("layers.1.resid_post", lambda x: x * factor)
-    with pytest.raises(InputError, match="The steered model gives NaN.*lower the strength"):
+    with pytest.raises(InputError, match="The steered model computes logits that are NaN.*lower the strength"):
         list(generate(load_model(tiny_model_dir), [[1, 2, 3]], 2, stop_tokens=[], steering=overflowing))
 
 

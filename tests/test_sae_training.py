@@ -408,8 +408,8 @@ def test_a_second_process_on_the_checkpoints_is_refused(data, tmp_path, capsys):
         ({"batch_size": 32 * 1000}, "fewer than --batch_size 32000"),
         ({"k": 97}, "k = 97 must lie between 1 and n_latents = 96; correct --k or --n_latents."),
         ({"k": 0}, "--k 0 is too small; it must be at least 1."),
-        ({"n_latents": 10**15}, "--n_latents 1000000000000000: the memory does not hold so many ("),
-        ({"n_latents": 2**62}, f"--n_latents {2**62}: the memory does not hold so many ("),
+        ({"n_latents": 10**15}, "--n_latents 1000000000000000 does not fit in memory ("),
+        ({"n_latents": 2**62}, f"--n_latents {2**62} does not fit in memory ("),
         ({"latent_parallel": 2}, "--latent_parallel 2 must divide the 1 processes and --n_latents 96"),
         ({"micro_batch_size": 0}, "--micro_batch_size 0 is too small; it must be at least 1."),
         ({"encoder_dtype": "float16"}, "--encoder_dtype float16 is unknown; write float32 or bfloat16."),
@@ -449,7 +449,7 @@ def test_held_out_activations_that_are_all_alike_measure_nothing(data, tmp_path)
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"warmup_steps": 100_000}, "Note: --warmup_steps 100,000 is no less than the run's 25 steps"),
+        ({"warmup_steps": 100_000}, "Note: --warmup_steps 100,000 is at least the run's 25 steps"),
         ({"dead_after_tokens": 1}, "Note: --dead_after_tokens 1 is no more than a step's"),
         ({}, ""),
     ],

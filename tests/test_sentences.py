@@ -510,9 +510,9 @@ def utf_16_lines(folder: Path) -> Path:
 
 
 BAD_INPUT = [
-    (no_lines, "There is no text in {folder}/a.jsonl (0 documents); name other documents."),
-    (no_rows, "There is no text in {folder}/a.parquet (0 documents); name other documents."),
-    (blanks, "There is no text in the 2 files from {folder}/a.txt on (2 documents); name other documents."),
+    (no_lines, "There is no text in {folder}/a.jsonl (0 documents); give other documents."),
+    (no_rows, "There is no text in {folder}/a.parquet (0 documents); give other documents."),
+    (blanks, "There is no text in the 2 files from {folder}/a.txt on (2 documents); give other documents."),
     (utf_16_lines, "{folder}/a.jsonl is in UTF-16; save it as UTF-8."),
     (nothing, "nothing at {folder}/nowhere; name a file or folder"),
     (unknown_ending, "{folder}/a.csv has an unknown ending; documents come as .parquet, .jsonl"),
