@@ -325,7 +325,7 @@ def _is_remote(path: str) -> bool:
 
 
 def _utf8_name(path: str, file: BinaryIO) -> str:
-    """A name of the opened file for libraries that expect UTF-8: its path, or its descriptor if the path is not UTF-8."""
+    """A name of the opened file for libraries that expect UTF-8: its path, or its descriptor if that is not UTF-8."""
     return path if os.fsencode(path) == path.encode(errors="replace") else f"/dev/fd/{file.fileno()}"
 
 
