@@ -331,11 +331,12 @@ def complete_tab(served: Served, panel: Panel | None) -> None:
             yield shown, status_html("Writing …")
         yield shown, status_html(f"Done in {time.monotonic() - started:.1f} s.")
 
-    def run(values: Values) -> Iterator[tuple[Any, Any]]:
-        with shown_in_the_page():
-            yield from unrepeated(complete(values))
+    inputs = [text, *sampling, *(panel.inputs if panel else [])]
 
-    inputs = {text, *sampling, *(panel.inputs if panel else [])}
+    def run(*values: Any) -> Iterator[tuple[Any, Any]]:
+        with shown_in_the_page():
+            yield from unrepeated(complete(dict(zip(inputs, values, strict=True))))
+
     running = gr.on([go.click, text.submit], run, inputs, [table, status], **_QUEUED)
     stop.click(lambda: status_html("Stopped."), None, status, cancels=[running], **_QUICK)
 
@@ -439,14 +440,15 @@ def chat_tab(served: Served, panel: Panel | None) -> None:
             yield grown, status_html(forgotten or "Writing …")
         yield grown, status_html(forgotten)
 
-    def run(values: Values) -> Iterator[tuple[Any, ...]]:
+    inputs = [dialogue, message, system, *sampling, *(panel.inputs if panel else [])]
+
+    def run(*values: Any) -> Iterator[tuple[Any, ...]]:
         sent = gr.update(value="")
         with shown_in_the_page():
-            for grown, line in unrepeated(grow(values)):
+            for grown, line in unrepeated(grow(dict(zip(inputs, values, strict=True)))):
                 yield grown, [turn._asdict() for turn in grown], sent, line
                 sent = gr.skip()  # the next message may be half written
 
-    inputs = {dialogue, message, system, *sampling, *(panel.inputs if panel else [])}
     running = gr.on([go.click, message.submit], run, inputs, [dialogue, shown, message, status], **_QUEUED)
     stop.click(lambda: status_html("Stopped."), None, status, cancels=[running], **_QUICK)
     forget = lambda: ([], [], "")

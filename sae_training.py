@@ -14,9 +14,19 @@ Cost    disk: a checkpoint is three times the size of the SAE; rates in docs/ben
     torchrun --standalone --nproc_per_node=8 sae_training.py --data_dir data/batches --model_save_path data/sae.pth
 """
 
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pipeline.options import Count, CountOrZero, NotNegative, Positive, Seed, Share, ShareBelowOne, parse_constants
+from pipeline.options import (
+    Bounds,
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    ShareBelowOne,
+    parse_constants,
+)
 from pipeline.run import exit_at_once, run
 
 DATA_DIR = "data/batches"  # shuffled batches
@@ -38,7 +48,7 @@ LEARNING_RATE: NotNegative = 5e-5  # peak learning rate
 LEARNING_RATE_MIN_RATIO: Share = 1 / 5  # the cosine ends at this share of the peak
 WARMUP_STEPS: CountOrZero = 0  # steps of linear warm-up
 BETAS: tuple[ShareBelowOne, ShareBelowOne] = (0.85, 0.9999)  # AdamW's betas; rare latents need a long second moment
-ADAM_EPS: Positive = 6.25e-10  # AdamW's epsilon
+ADAM_EPS: Annotated[float, Bounds(least=1e-30)] = 6.25e-10  # AdamW's epsilon
 WEIGHT_DECAY: NotNegative = 0.0  # AdamW's weight decay; the original's 0.01 shrank silent latents
 GRAD_CLIP: Positive | None = None  # largest norm of the whole gradient, after projection; no limit when not given
 ORTHOGONAL_START = False  # start with orthogonal blocks of d_model latents, instead of random latents

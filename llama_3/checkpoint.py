@@ -141,8 +141,8 @@ def with_siblings(names: list[str]) -> list[str]:
 
 def read_json(path: str) -> dict[str, Any]:
     try:
-        with blobfile.BlobFile(path, "r") as file:
-            return dict(json.load(file))
+        with blobfile.BlobFile(path, "rb") as file:
+            return dict(json.loads(file.read()))  # bytes may start with a byte order mark
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}).") from None
     except (TypeError, ValueError) as error:

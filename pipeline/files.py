@@ -60,8 +60,7 @@ def require_writable(*paths: Path | str) -> None:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise InputError(
-                f"{path} cannot be written ({error.strerror}); change its permissions, or work on a copy in "
-                "another folder."
+                f"{path} cannot be written ({error.strerror}); make it writable, or work on a copy in another folder."
             ) from None
 
 

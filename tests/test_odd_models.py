@@ -4,6 +4,7 @@ needs. What is right is transformers' own answer where it has one.
     .venv/bin/python -m pytest tests/test_odd_models.py
 """
 
+import codecs
 import json
 import shutil
 from pathlib import Path
@@ -312,6 +313,13 @@ def test_a_gguf_files_scaling_is_linear_unless_it_says_otherwise(tmp_path, tiny_
 
 
 # ---- files
+
+
+def test_a_config_may_begin_with_a_byte_order_mark(tmp_path):
+    config = write(tmp_path) / "config.json"
+    expected = read_params(str(tmp_path))
+    config.write_bytes(codecs.BOM_UTF8 + config.read_bytes())
+    assert read_params(str(tmp_path)) == expected
 
 
 def test_a_lost_shard_is_named_without_an_index(tmp_path, capsys):

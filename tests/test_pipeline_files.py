@@ -154,7 +154,7 @@ def test_require_writable(tmp_path, monkeypatch):
     require_writable(tmp_path / "file", tmp_path / "new" / "newer" / "a.txt")
     assert names(tmp_path) == ["file", "folder"]  # nothing is made
     for path, reason in (("folder", "Is a directory"), ("file/a.txt", "Not a directory")):
-        with pytest.raises(InputError, match=f"{tmp_path}/{path} cannot be written .{reason}.; change its permissions"):
+        with pytest.raises(InputError, match=f"{tmp_path}/{path} cannot be written .{reason}.; make it writable"):
             require_writable(tmp_path / "b.txt", tmp_path / path)
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     with pytest.raises(InputError, match="a.txt cannot be written .Read-only file system.; .* in another folder"):

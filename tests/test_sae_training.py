@@ -410,6 +410,7 @@ def test_a_second_process_on_the_checkpoints_is_refused(data, tmp_path, capsys):
         ({"k": 0}, "--k 0 is too small; it must be at least 1."),
         ({"n_latents": 10**15}, "--n_latents 1000000000000000 does not fit in memory ("),
         ({"n_latents": 2**62}, f"--n_latents {2**62} does not fit in memory ("),
+        ({"adam_eps": 1e-50}, "--adam_eps 1e-50 is too small; it must be at least 1e-30."),
         ({"latent_parallel": 2}, "--latent_parallel 2 must divide the 1 processes and --n_latents 96"),
         ({"micro_batch_size": 0}, "--micro_batch_size 0 is too small; it must be at least 1."),
         ({"encoder_dtype": "float16"}, "--encoder_dtype float16 is unknown; write float32 or bfloat16."),
