@@ -39,6 +39,8 @@ from serving.modes import DEFAULT_MODE, DEFAULT_STRENGTH
 from serving.steered_model import latent_meanings
 from serving.steering import Steering, highest_activations, make_steering
 
+pytestmark = pytest.mark.slow  # each test starts the script anew
+
 SCRIPT = inference.__file__
 LATENT = 747  # named state; steering changes every text here
 TEXTS = ["The file is", "If", "再见 é", "Returns a list of all the names in the module"]
