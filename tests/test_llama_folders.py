@@ -100,6 +100,7 @@ def test_a_saved_model_gives_transformers_logits_and_sites(pair):
     assert model.args.max_seq_len == 131072
 
 
+@pytest.mark.slow
 def test_greedy_generation_equals_transformers_over_200_tokens(pair):
     hf, folder = pair
     prompt = torch.randint(VOCAB_SIZE, (1, 11), generator=torch.Generator().manual_seed(2))
@@ -203,6 +204,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_loading_takes_little_more_private_memory_than_the_weights(tmp_path):
     """A bfloat16 checkpoint with 19 million parameters, in both formats."""
