@@ -151,6 +151,7 @@ def test_a_long_document_is_split_whatever_limit_nltk_sets(punkt_fields, monkeyp
 
 MANY_SHARDS = {"punkt": "corpus", "punkt_train_mb": 0.01, "shard_mb": 0.0001, "num_processes": 1}  # 1 doc per shard
 
+
 def script_command(input_path: Path | str, output_dir: Path, *options: str) -> list[str]:
     command = [sys.executable, "openwebtext_sentences_dataset.py", "--input_path", str(input_path), "--output_dir"]
     return [
