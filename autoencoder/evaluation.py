@@ -61,8 +61,9 @@ def evaluate(
             total += found[site][real].double().sum(0)
             room -= found[before].nbytes
             kept.append(found[before] if room >= 0 else None)
-        batches = padded_batches(sentences, batch_tokens, bos_id, model.device, "evaluation")
-        for number, (tokens, real) in enumerate(batches):
+        for number, (tokens, real) in enumerate(
+            padded_batches(sentences, batch_tokens, bos_id, model.device, "evaluation")
+        ):
             stream = kept[number]
             resume = Resume(layer, model.activations(tokens, before) if stream is None else stream)
             clean = model.activations(tokens, [site, last], resume)
