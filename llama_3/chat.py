@@ -11,6 +11,7 @@ Llama 3.1 on a system message always comes first, and begins with two lines: the
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from llama_3.chat_template import DEFAULT_DATE
 from llama_3.tokenizer import Tokenizer
 from pipeline.errors import InputError
 
@@ -34,6 +35,12 @@ def check_chat(tokenizer: Tokenizer) -> None:
                 f"This model has neither a chat template nor the token {name}, so it cannot chat; complete text with "
                 "it, or name an Instruct model."
             )
+
+
+def usual_date(rope_scaling_factor: float) -> str | None:
+    """The date that dialogues with a model carry if nobody names another: the header came with Llama 3.1, as did
+    scaled RoPE."""
+    return DEFAULT_DATE if rope_scaling_factor != 1 else None
 
 
 def encode_dialogue(tokenizer: Tokenizer, messages: Sequence[Message], date: str | None = None) -> list[int]:
