@@ -2,7 +2,8 @@
 
 Reads   INPUT_PATH: documents in parquet (a column `text`), jsonl, jsonl.gz or jsonl.zst (a string "text" on each line)
         or txt (each file a document): a file, a folder, or a dataset of the Hugging Face hub, OWNER/NAME or
-        OWNER/NAME/FOLDER, whose files are fetched into the hub's cache (HF_HOME)
+        OWNER/NAME/FOLDER, whose files are fetched into the hub's cache (HF_HOME). Of dialogues (`messages` instead of
+        `text`, as sample_dialogues.py writes them) it splits what the assistant says
 Writes  OUTPUT_DIR/sentences-*.parquet (text, doc_idx, start, gap), punkt.json, manifest.json; the reader
         (pipeline/sentences.py) adds sentences.arrow and the order of a seed
 Method  NLTK Punkt (Kiss and Strunk 2006, Computational Linguistics 32:4); spans untouched, so that joining texts and
