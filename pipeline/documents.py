@@ -86,6 +86,13 @@ def describe_files(listing: list[tuple]) -> dict[str, Any]:
     return {"files": len(listing), "bytes": sum(size for _, size, *_ in listing), "listing_sha256": digest}
 
 
+def local_identity(input_path: str, files: list[Path]) -> dict[str, Any]:
+    """`describe_files` of the documents in a local file or folder."""
+    root = Path(input_path) if Path(input_path).is_dir() else Path(input_path).parent
+    stats = [(utf8_name(file.relative_to(root)), file.stat()) for file in files]
+    return describe_files([(name, s.st_size, s.st_mtime_ns) for name, s in stats])
+
+
 def open_any_parquet(path: Path) -> Any:
     """The parquet file, whatever its columns. Raises InputError."""
     try:
