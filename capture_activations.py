@@ -14,8 +14,8 @@ Cost    disk: 2 bytes x d_model per token and site. Memory per process besides t
 
     python capture_activations.py --model_dir llama_3.2-3B --output_dir data/activations
     torchrun --standalone --nproc_per_node=4 capture_activations.py --model_dir llama_3.2-3B
-    python capture_activations.py --model_dir models/smollm2-135M-Instruct-Q4_1 --dialogues data/dialogues \\
-        --sites layers.15.resid_post
+    python capture_activations.py --model_dir models/smollm2-135M-Instruct-Q4_1 \\
+        --dialogues data/dialogues/dialogues.parquet --sites layers.15.resid_post
 """
 
 from typing import Literal, NamedTuple
