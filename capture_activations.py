@@ -113,7 +113,7 @@ class Window(NamedTuple):
         if self.spans is None:
             return acts, self.sentence_idx, self.token_ids
         token_ids = [token for ids in self.token_ids for token in ids]
-        rows = torch.tensor([row for span in self.spans.values() for row in span])
+        rows = torch.tensor([row for span in self.spans.values() for row in span], dtype=torch.int64)
         return acts[rows], list(self.spans), [token_ids[span.start : span.stop] for span in self.spans.values()]
 
 
@@ -313,8 +313,9 @@ class Capturer:
                 bad = int(batch.rows[(~batch.finite[site]).nonzero()[0, 0]])
                 offsets = window.offsets()
                 i = int(torch.searchsorted(offsets, bad, right=True)) - 1
+                read = "sentence" if window.spans is None else "dialogue"
                 raise InputError(
-                    f"The model gives NaN or infinity at {site} for sentence {window.sentence_idx[i]}, token "
+                    f"The model gives NaN or infinity at {site} for {read} {window.sentence_idx[i]}, token "
                     f"{bad - int(offsets[i])} (of {window.name}); check the checkpoint, or use --dtype float32."
                 )
             acts[site][batch.rows] = batch.acts[site]
@@ -323,8 +324,8 @@ class Capturer:
         """Halve the batches after one of n_sentences did not fit. Raises Stop if it was a single sentence."""
         if n_sentences == 1:
             raise Stop(
-                f"A sentence of {longest} tokens does not fit the memory of {self.model.device}; lower --max_tokens "
-                "or use a GPU with more memory."
+                f"A sentence of {longest} tokens does not fit the memory of {self.model.device}; lower --max_tokens, "
+                "or of dialogues --max_dialogue_tokens, or use a GPU with more memory."
             )
         self.batch_tokens = n_sentences * longest // 2
         if torch.cuda.is_available():

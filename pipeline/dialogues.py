@@ -9,6 +9,7 @@ OUTPUT_DIR/dialogues holds, dialogues in the seeded order:
     spans.arrow     text large_string; context int64, the row of contexts.arrow; first and n_tokens int32, in token_ids
 """
 
+import functools
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -94,14 +95,16 @@ class Context(NamedTuple):
     was_cut: bool = False
 
 
-class Cutter(NamedTuple):
+class Cutter:
     """How dialogues become contexts."""
 
-    tokenizer: Tokenizer
-    date: str | None
-    all_tokens: bool  # or the assistant's alone
-    max_tokens: int  # in a span
-    max_dialogue_tokens: int
+    def __init__(
+        self, tokenizer: Tokenizer, date: str | None, all_tokens: bool, max_tokens: int, max_dialogue_tokens: int
+    ):
+        """all_tokens: whether to store all, or the assistant's alone. max_tokens: in a span."""
+        self.tokenizer, self.date, self.all_tokens = tokenizer, date, all_tokens
+        self.max_tokens, self.max_dialogue_tokens = max_tokens, max_dialogue_tokens
+        self.token_bytes = functools.cache(tokenizer.token_bytes)
 
     def context(self, number: int, messages: Sequence[Message]) -> Context:
         """number: of the dialogue, for messages. Raises InputError."""
@@ -121,7 +124,7 @@ class Cutter(NamedTuple):
 
     def spans(self, ids: list[int], places: range) -> list[range]:
         """Cut places without a gap where a sentence or a line seems to end, and after max_tokens."""
-        tokens = [self.tokenizer.token_bytes(ids[i]) for i in places]
+        tokens = [self.token_bytes(ids[i]) for i in places]
         starts = list(accumulate(map(len, tokens), initial=0))[:-1]
         # A span begins with the first token that begins behind an end.
         begins = {bisect_left(starts, match.end()) for match in _SENTENCE_END.finditer(b"".join(tokens))}

@@ -29,8 +29,8 @@ from sae import load_sae_model
 OPTIONS = {
     "dtype": "float32",
     "sites": [SITE],
-    "max_tokens": 12,
-    "max_dialogue_tokens": 90,
+    "max_tokens": 30,
+    "max_dialogue_tokens": 150,
     "batch_tokens": 300,
     "window_sentences": 20,
     "shard_gb": 60 * 2 * 36 / 1e9,
@@ -129,10 +129,14 @@ def test_spans_are_the_sentences_of_what_was_stored(captured, model_dir):
     assert {"The sea is blue.", " It is wide.\n", "No.<|eot_id|>"} <= set(spans)
 
 
-def test_the_manifest_counts_dialogues(captured, options):
+def test_the_manifest_counts_dialogues(captured, model_dir):
+    tokenizer = load_tokenizer(str(model_dir))
+    lengths = [len(encode_answered(tokenizer, [Message(*m) for m in dialogue]).ids) for dialogue in DIALOGUES]
+    n_cut = sum(n > OPTIONS["max_dialogue_tokens"] for n in lengths)
+    assert 0 < n_cut < 3
     counts = read_manifest(captured / SITE, "capture_activations.py")["counts"]
     spans = read_manifest(captured / "dialogues", "capture_activations.py")["counts"]
-    assert (counts["dialogues"], counts["empty_dialogues"], counts["cut_dialogues"]) == (len(DIALOGUES) - 1, 1, 1)
+    assert (counts["dialogues"], counts["empty_dialogues"], counts["cut_dialogues"]) == (len(DIALOGUES) - 1, 1, n_cut)
     assert (counts["sentences"], counts["tokens"]) == (spans["spans"], spans["tokens"])
     assert spans["tokens_read"] > spans["tokens"]
 
