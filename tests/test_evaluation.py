@@ -492,3 +492,36 @@ def test_a_place_that_cannot_be_written_is_said_before_the_model_is_loaded(sae_p
     sae_path.with_name("sae.evaluation.png").mkdir()
     said = refusal(capsys, sae_evaluation, sae_model_path=sae_path)
     assert "sae.evaluation.png cannot be written (Is a directory)" in said
+
+
+# ---- parts of sentences, as of dialogues
+
+
+def test_tokens_that_do_not_count_are_read_and_passed_through(model, sae, sentences):
+    """Begin-of-text as a token that does not count gives what begin-of-text gives; a position further on."""
+    expected = run(model, sae, sentences, bos_id=BOS_ID)
+    longer = [[BOS_ID, *ids] for ids in sentences]
+    counted = [[range(1, 2), range(2, len(ids))] for ids in longer]
+    found = evaluate(model, {"it": sae}, SITE, longer, 40, None, counted)["it"]
+    assert [band["first"] for band in found.pop("by_position")] == [2, 4, 8, 16]
+    del expected["by_position"]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_only_what_counts_is_predicted_and_measured(model, sae, sentences):
+    counted = [[range(1, 2), *([range(4, len(ids))] if len(ids) > 5 else [])] for ids in sentences]
+    found = evaluate(model, {"it": sae}, SITE, sentences, 40, None, counted)["it"]
+    losses, spliced = [], []
+    for ids, places in zip(sentences, counted, strict=True):
+        chosen = [i for part in places for i in part]
+
+        def replace(x, chosen=chosen):
+            x = x.clone()
+            x[:, chosen] = sae(x[:, chosen])
+            return x
+
+        for into, rows in ((losses, log_probs(model, ids)), (spliced, log_probs(model, ids, replace))):
+            into += [-float(rows[i - 1][ids[i]]) for i in chosen]
+    assert found["tokens"] == found["predictions"] == len(losses) < sum(map(len, sentences))
+    assert found["loss_clean"] == pytest.approx(statistics.fmean(losses), rel=1e-5)
+    assert found["loss_spliced"] == pytest.approx(statistics.fmean(spliced), rel=1e-5)

@@ -389,6 +389,55 @@ def test_a_column_of_something_else_is_refused(tmp_path, kind):
         list(iter_documents([tmp_path / "a.parquet"]))
 
 
+SAID = [
+    [("user", "Why?"), ("assistant", "One is here. Two.")],
+    [("system", "Speak."), ("user", "Ä"), ("assistant", "Où?"), ("user", "No."), ("assistant", "Yes. Or\n\nno.")],
+    [("user", "Nothing?")],
+    [],
+]
+ANSWERS = ["One is here. Two.", "Où?\n\nYes. Or\n\nno.", "", ""]
+
+
+def as_objects(dialogue: list[tuple[str, str]], **more: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} | more for role, content in dialogue]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_dialogue_is_a_document_of_the_assistants_messages(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        objects = [as_objects(dialogue, name="N") for dialogue in SAID]
+        pq.write_table(pa.table({"topic": ["t"] * len(SAID), "messages": objects}), path)
+    else:
+        lines = [json.dumps({"id": i, "messages": as_objects(dialogue)}) for i, dialogue in enumerate(SAID)]
+        path.write_text("\n".join([*lines, '{"text": "Plain.", "messages": 1}']))
+    assert list(iter_documents([path])) == [text.encode() for text in ANSWERS + ["Plain."] * (kind == "jsonl")]
+    call(sentences, input_path=path, output_dir=tmp_path / "out", **FEW_SHARDS)
+    assert "Two." in list(SentenceDataset(tmp_path / "out"))
+
+
+def test_a_column_of_texts_is_read_although_there_are_messages(tmp_path):
+    pq.write_table(pa.table({"text": ["Text."], "messages": [as_objects(SAID[0])]}), tmp_path / "a.parquet")
+    assert list(iter_documents([tmp_path / "a.parquet"])) == [b"Text."]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [None, "text", ["text"], [{"role": "user"}], [{"role": "user", "content": None}], [{"role": 1, "content": "a"}]],
+)
+def test_malformed_messages_are_refused_in_a_sentence(tmp_path, capsys, messages):
+    good = as_objects(SAID[0])
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": each}) for each in [good, messages]))
+    pq.write_table(pa.table({"messages": [messages]}), tmp_path / "a.parquet")
+    for path, where in ((tmp_path / "a.jsonl", "Line 2"), (tmp_path / "a.parquet", "Row 0")):
+        said = refusal(capsys, sentences, input_path=path, output_dir=tmp_path / "out", **FEW_SHARDS)
+        assert said == (
+            f"{where} of {path} holds no dialogue: `messages` must be a list of objects, each with a text `role` and a "
+            "text `content`; correct it."
+        )
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
 def test_a_byte_order_mark_says_how_a_text_file_is_encoded(tmp_path, encoding):
     text = "Der Müller ging. \U0001f469 Ende."
