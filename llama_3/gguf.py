@@ -94,7 +94,7 @@ class _Cursor:
     """Reads a file's bytes in order. Raises ValueError where they end."""
 
     def __init__(self, data: np.ndarray):
-        self.data, self.bytes, self.position = data, memoryview(data), 0
+        self.data, self.bytes, self.position = data, data.data, 0
 
     def take(self, n_bytes: int) -> memoryview:
         begin, self.position = self.position, self.position + n_bytes
