@@ -45,7 +45,7 @@ DIALOGUES = [
         ("assistant", "On <|eot_id|>."),
     ],
     [("user", "Nobody answers.")],
-    [("user", "Tell me."), ("assistant", "the hello ring in the sea " * 9)],
+    [("user", "Tell me."), ("assistant", "the hello ring in the sea " * 20)],
     [("assistant", "I begin.")],
     *([("user", f"Number {i}?"), ("assistant", f"It is {i}. The hello of {i} is here. On it!")] for i in range(20)),
 ]  # fmt: skip
