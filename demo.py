@@ -9,17 +9,15 @@ Cost    minutes on two cores, no network
 from embedded import recipe
 from pipeline.options import Count, parse_constants
 from pipeline.run import run
-from serving.modes import DEFAULT_STRENGTH
 
 RUN_DIR = "demo_run"  # folder for everything; emptied first
 NUM_SAMPLES: Count = recipe.NUM_SAMPLES  # sentences to capture
 NUM_EPOCHS: Count = recipe.NUM_EPOCHS  # of SAE training
 REPORT_LATENTS: Count = 150  # latents with a card in the HTML report
 STEERING_SAMPLES: Count = 128  # completions to count, clean and steered each
-STRENGTH = DEFAULT_STRENGTH  # of steering, in multiples of the latent's highest activation
 
 _N_TRIED = 16  # latents tried for steering
-_PROMPTS = ("This is", "The", "It can be", "Note that", "When the", "A", "In this case", "The second")
+_N_PROMPTS = 8  # prompts to complete
 
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
@@ -41,9 +39,11 @@ from llama_3.generation import complete
 from pipeline.files import PROJECT_DIR, locked, read_json, write_json
 from pipeline.manifests import read_manifest
 from pipeline.progress import duration, progress_bar
+from pipeline.sae_files import SaeFiles
 from sae import load_sae_model
-from serving.modes import DEFAULT_MODE
-from serving.own_words import count_hits, promotes_own_words
+from serving.dose_response import neutral_prompts
+from serving.modes import Defaults, steering_defaults
+from serving.own_words import count_hits
 from serving.steering import Steering, highest_activations, make_steering
 
 Times = list[tuple[str, float]]  # title of a stage, seconds
@@ -88,6 +88,8 @@ class Steered(NamedTuple):
     """What steering by the best candidate did."""
 
     best: Candidate
+    how: Defaults
+    prompts: list[str]
     clean: list[str]  # completions
     steered: list[str]
 
@@ -103,50 +105,54 @@ def steering_candidates(index: LatentIndex) -> list[Candidate]:
     return [candidate for candidate in candidates if all(word.isalpha() for word in candidate.words)]
 
 
-def steer(run_dir: Path, candidates: list[Candidate], strength: float, n_samples: int) -> Steered:
-    """Try the candidates whose directions most promote their words, on a few completions; then make new completions,
-    clean and steered by the best one."""
+def steer(run_dir: Path, index: LatentIndex, n_samples: int) -> Steered:
+    """Try the candidates with the highest output scores, on a few completions; then make new completions, clean and
+    steered by the best one."""
     model, tokenizer = load_model(recipe.MODEL_DIR), load_tokenizer(recipe.MODEL_DIR)
     sae_path = str(run_dir / "sae" / "sae.pth")
     sae, highest = load_sae_model(sae_path), highest_activations(sae_path)
+    how = steering_defaults(sae.info, SaeFiles(sae_path).json)
+    neutral = neutral_prompts(recipe.MODEL_DIR)[:_N_PROMPTS]
 
     def completions(n: int, first_seed: int, candidate: Candidate | None) -> list[str]:
         steering = None
         if candidate:
-            steering = make_steering(sae, Steering({candidate.latent: strength}), highest, tokenizer.bos_id)
-        prompts = [_PROMPTS[i % len(_PROMPTS)] for i in range(n)]
+            asked_for = Steering({candidate.latent: how.strength}, how.mode)
+            steering = make_steering(sae, asked_for, highest, tokenizer.bos_id)
+        prompts = [neutral[i % len(neutral)] for i in range(n)]
         seeds = [first_seed + i for i in range(n)]
         options = {"max_new_tokens": 30, "temperature": 0.8, "top_p": 0.95, "seeds": seeds}
         return complete(model, tokenizer, prompts, **options, steering=steering)
 
-    promotes = lambda it: promotes_own_words(model, tokenizer, sae, highest, it.latent, it.words)
-    candidates = sorted(candidates, key=promotes, reverse=True)[:_N_TRIED]
+    output_score = lambda it: -index.output_score[it.latent]
+    candidates = sorted(steering_candidates(index), key=output_score)[:_N_TRIED]
     n_try = 16
     clean = completions(n_try, 0, None)
     gain = lambda it: count_hits(completions(n_try, 0, it), it.words) - count_hits(clean, it.words)
     best = max(progress_bar(candidates, unit="latent", desc="steering"), key=gain)
-    return Steered(best, completions(n_samples, 1_000_000, None), completions(n_samples, 1_000_000, best))
+    both = [completions(n_samples, 1_000_000, candidate) for candidate in (None, best)]
+    return Steered(best, how, list(neutral), *both)
 
 
-def write_steering(path: Path, found: Steered, strength: float) -> None:
+def write_steered(path: Path, found: Steered) -> None:
     """Write what sae_report.py shows of the steering."""
-    examples = {kind: texts[: len(_PROMPTS)] for kind, texts in (("clean", found.clean), ("steered", found.steered))}
+    examples = {kind: texts[:_N_PROMPTS] for kind, texts in (("clean", found.clean), ("steered", found.steered))}
     counts = {"n": len(found.clean), "hits": found.hits()}
-    how = {"mode": DEFAULT_MODE, "strength": strength, "prompts": _PROMPTS}
+    how = {"mode": found.how.mode, "strength": found.how.strength, "prompts": found.prompts}
     write_json(path, {**found.best._asdict(), **counts, **how, **examples})
 
 
 # ---- report.md
 
 
-def report_text(run_dir: Path, index: LatentIndex, found: Steered, strength: float, times: Times) -> str:
+def report_text(run_dir: Path, index: LatentIndex, found: Steered, times: Times) -> str:
     lines = [
         "# What the demo found",
         "",
         *measures_table(run_dir, found),
         "",
-        f"(Steering: same prompts and seeds, strength {strength:g} times the latent's highest activation. The "
-        f"latent was chosen from {_N_TRIED} by completions other than those counted.)",
+        f"(Steering: same prompts and seeds, strength {found.how.strength:g} times the latent's highest activation. "
+        f"The latent was chosen from {_N_TRIED} by completions other than those counted.)",
         "",
         "| stage | time |",
         "|---|---|",
@@ -217,10 +223,10 @@ def main() -> None:
         times = run_stages(recipe.stages(run_dir, config.num_samples, config.num_epochs))
         started = time.time()
         index = LatentIndex(sae_path)
-        found = steer(run_dir, steering_candidates(index), config.strength, config.steering_samples)
-        write_steering(run_dir / "sae" / "sae.steering.json", found, config.strength)
+        found = steer(run_dir, index, config.steering_samples)
+        write_steered(run_dir / "sae" / "sae.steered.json", found)
         times.append(("Steering", time.time() - started))
-        report = report_text(run_dir, index, found, config.strength, times)
+        report = report_text(run_dir, index, found, times)
         (run_dir / "report.md").write_text(report, encoding="utf-8")
         recipe.run_command(recipe.command("sae_report.py", sae_model_path=sae_path, latents=config.report_latents))
     print("\n" + report)
