@@ -15,14 +15,14 @@ Cost    for SmolLM2 on two cores: about a minute per 1,000 completions of 24 tok
     python sae_steering.py --model_path data/sae.pth
 """
 
+from typing import Literal
+
 from pipeline.options import Count, NotNegative, Seed, Share, parse_constants
 from pipeline.run import run
-from serving.modes import DEFAULT_MODE, Mode
 
 MODEL_PATH = "data/sae.pth"  # the SAE
 LLAMA_MODEL_DIR: str | None = None  # Llama checkpoint folder; the one the SAE was trained on when not given
-MODE: Mode = DEFAULT_MODE  # steering mode measured, and from then on the SAE's default; not ablate
-KEEP_ERROR = True  # steering keeps what the SAE does not reconstruct
+MODE: Literal["add", "clamp", "h_bias"] = "add"  # steering mode measured, and from then on the SAE's default
 N_CONCEPTS: Count = 16  # latents whose dose-response is measured
 N_PROMPTS: Count = 8  # prompts completed for each at each strength, 16 at most
 MAX_NEW_TOKENS: Count = 24  # tokens per completion
@@ -34,56 +34,114 @@ LATENTS_AT_ONCE: Count = 128  # latents scored together, each taking about 10 by
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
 
+from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from latents.tables import STEERING
+from llama_3 import load_model, load_tokenizer
+from llama_3.generation import encode_text
+from pipeline.errors import Stop
+from pipeline.files import read_json, require_writable, write_json
 from pipeline.manifests import git_commit
 from pipeline.progress import progress_bar
+from pipeline.sae_files import SaeFiles
+from pipeline.source import Source
+from sae import load_sae_model
 from serving.dose_response import (
-    Concept,
     Opened,
     Row,
     Setting,
     Task,
+    choose_concepts,
     climb,
+    find_best,
     measure,
+    neutral_prompts,
+    plot,
 )
+from serving.modes import Mode
+from serving.output_scores import STEERS_WELL, output_scores
+from serving.steered_model import Sampling
+from serving.steering import highest_activations
 
 
-def dose_response(opened: Opened, task: Task, concepts: list[Concept], mode: Mode, keep_error: bool) -> list[Row]:
-    """The figures of each strength, by strength; the first is clean."""
-    clean = measure(opened, task, concepts, None)
-    at = lambda strength: measure(opened, task, concepts, Setting(mode, strength, keep_error))
-    rows = []
-    with progress_bar(total=None, unit="strength", desc="dose-response") as bar:
-        for row in climb(at, clean):
-            rows.append(row)
-            bar.update()
-    return [clean, *sorted(rows, key=lambda row: row["strength"])]
+def dose_response(opened: Opened, task: Task, mode: Mode) -> tuple[Row, list[Row]]:
+    """The figures without steering, and of each strength, by strength."""
+    clean = measure(opened, task, None)
+    at = lambda strength: measure(opened, task, Setting(mode, strength))
+    rows = list(progress_bar(climb(at, clean), unit="strength", desc="dose-response"))
+    return clean, sorted(rows, key=lambda row: row["strength"])
 
 
 def steering_entry(clean: Row, rows: list[Row], best: Row, task: Task) -> dict[str, Any]:
     """The entry `steering` of NAME.json."""
     figures = lambda row: {name: round(row[name], 4) for name in ("words_share", "nats", "repeated")}
-    strongest = max(row["strength"] for row in rows)
-    measured = {
-        "latents": len(best["each"]),
+    strongest = rows[-1]["strength"]
+    how = {"mode": best["mode"], "strength": best["strength"], "slider": [-strongest, strongest]}
+    numbers = {
+        "latents": len(task.concepts),
         "prompts": len(task.prompts),
         "max_new_tokens": task.sampling.max_new_tokens,
-        "clean": figures(clean),
-        "steered": figures(best),
-        "git_commit": git_commit(),
     }
-    return {
-        "mode": best["mode"],
-        "keep_error": best["keep_error"],
-        "strength": best["strength"],
-        "slider": [-strongest, strongest],
-        "measured": measured,
-    }
+    measured = {**numbers, "clean": figures(clean), "steered": figures(best), "git_commit": git_commit()}
+    return {**how, "measured": measured}
 
 
-def table(rows: list[Row]) -> str:
-    lines = ["strength  texts with the words  nats per token  repeated trigrams"]
-    for row in rows:
-        lines.append(f"{row['strength']:8g}{row['words_share']:22.1%}{row['nats']:16.2f}{row['repeated']:19.1%}")
-    return "\n".join(lines)
+def score_latents(opened: Opened, setting: Setting, prompts: Sequence[list[int]], at_once: int) -> Tensor:
+    """(n_latents,) output scores, nan for latents that never fired."""
+    scores = torch.full((opened.sae.n_latents,), torch.nan)
+    living = int((opened.highest > 0).sum())
+    with progress_bar(total=living, unit="latent", desc="output scores") as bar:
+        for latents, found in output_scores(opened, setting, prompts, at_once):
+            scores[latents.cpu()] = found
+            bar.update(len(latents))
+    return scores
+
+
+def print_rows(clean: Row, rows: list[Row], best: Row) -> None:
+    print("strength  texts with the words  nats per token  repeated trigrams")
+    for row in [clean, *rows]:
+        figures = f"{row['strength']:8g}{row['words_share']:22.1%}{row['nats']:16.2f}{row['repeated']:19.1%}"
+        print(figures + ("   <- the default" if row is best else ""))
+
+
+def main() -> None:
+    config = parse_constants(globals())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sae, files = load_sae_model(config.model_path, device), SaeFiles(config.model_path)
+    table_path, figure_path = files.beside(STEERING.suffix), files.beside("steering.png")
+    require_writable(table_path, figure_path, files.json)
+    info = read_json(files.json, "train the SAE again.")
+    source = Source.read(sae.info, files.json)
+    source.need("site")
+    highest = highest_activations(config.model_path, sae.n_latents)
+    concepts = choose_concepts(config.model_path, config.n_concepts)
+    model_dir = source.model_dir(config.llama_model_dir)
+    model = load_model(model_dir, device, rope_scaling_factor=source.rope_scaling_factor, packed=True)
+    opened = Opened(model, load_tokenizer(model_dir), sae, highest)
+    print(f"Reading {config.model_path} and {model_dir}; writing {table_path}, {figure_path} and to {files.json}.")
+    print("Latents: " + "; ".join(f"{concept.latent} {', '.join(concept.words)}" for concept in concepts))
+
+    prompts = [encode_text(opened.tokenizer, prompt) for prompt in neutral_prompts(model_dir)]
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed)
+    task = Task(concepts, prompts[: config.n_prompts], sampling)
+    clean, rows = dose_response(opened, task, config.mode)
+    best = find_best(clean, rows)
+    if best is None:
+        raise Stop("Every strength measured costs too much fluency; measure more with --n_prompts and --n_concepts.")
+    print_rows(clean, rows, best)
+    scores = score_latents(opened, Setting(best["mode"], best["strength"]), prompts, config.latents_at_once)
+    steers_well = (scores >= STEERS_WELL).tolist()
+    columns = {"latent": range(sae.n_latents), "output_score": scores.numpy(), "steers_well": steers_well}
+    STEERING.write(table_path, {name: pa.array(column) for name, column in columns.items()})
+    plot(clean, rows, best, figure_path, lambda row: row["mode"])
+    write_json(files.json, info | {"steering": steering_entry(clean, rows, best, task)})
+    print(f"{sum(steers_well):,} of {sae.n_latents:,} latents steer well: {table_path}")
+
+
+if __name__ == "__main__":
+    run(main)

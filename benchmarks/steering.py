@@ -208,22 +208,17 @@ def main() -> None:
     default = steering_defaults(opened.sae.info, SaeFiles(sae_path).json).strength
 
     clean = measure(opened, task, None)
-    rows = []
-    for setting in progress_bar(settings(default, config.doses, config.factors), unit="setting", desc="steering"):
-        rows.append(measure(opened, task, setting))
+    chosen = progress_bar(settings(default, config.doses, config.factors), unit="setting", desc="steering")
+    rows = [measure(opened, task, setting) for setting in chosen]
     directions = difference_of_means(opened, index, concepts)
     for strength in progress_bar(config.differences, unit="setting", desc="difference of means"):
         steerings = [along(opened, direction, strength) for direction in directions]
-        rows.append(measure_each(opened, task, Setting("difference of means", strength), steerings))
+        way = {"mode": "difference of means", "strength": strength, "keep_error": True}
+        rows.append(way | measure_each(opened, task, steerings))
     best = find_best(clean, rows)
     asked = requests(opened, concepts, can_chat(opened, model_dir))
-    nothing = [None] * len(concepts)
-    rows.append(measure_each(opened, task, Setting("asked", 0.0), nothing, asked))
-    down = [
-        along(opened, opened.sae.decoder.weight[:, c.latent], -default * opened.highest[c.latent].item())
-        for c in concepts
-    ]
-    rows.append(measure_each(opened, task, Setting("asked, steered down", -default), down, asked))
+    rows.append(measure(opened, task, None, asked) | {"mode": "asked"})
+    rows.append(measure(opened, task, Setting("add", -default), asked) | {"mode": "asked, steered down"})
 
     folder = Path(config.output_dir)
     result = {"config": vars(config), "git_commit": git_commit(), "clean": clean, "settings": rows, "best": best}

@@ -59,7 +59,7 @@ class Concept(NamedTuple):
 class Setting(NamedTuple):
     """A way to steer."""
 
-    mode: Mode | str  # a mode, or what else was done
+    mode: Mode
     strength: float
     keep_error: bool = True
 
@@ -207,26 +207,28 @@ def measures(tokenizer: Tokenizer, concept: Concept, rows: Sequence[list[int]], 
     }
 
 
-def measure(opened: Opened, task: Task, setting: Setting | None) -> Row:
-    """The figures of a setting, None for clean: means over the concepts, and each one's own, `each`."""
+def measure(
+    opened: Opened, task: Task, setting: Setting | None, requests: Sequence[Sequence[int]] | None = None
+) -> Row:
+    """The figures of a setting, None for clean; requests: as of `measure_each`."""
     if setting is None:
-        return measure_each(opened, task, Setting("clean", 0.0), [None] * len(task.concepts))
+        clean = {"mode": "clean", "strength": 0.0, "keep_error": True}
+        return clean | measure_each(opened, task, [None] * len(task.concepts), requests)
     asked_for = [Steering({c.latent: setting.strength}, setting.mode, setting.keep_error) for c in task.concepts]
     bos_id = opened.tokenizer.bos_id
     steerings = [make_steering(opened.sae, steering, opened.highest, bos_id) for steering in asked_for]
-    return measure_each(opened, task, setting, steerings)
+    return setting._asdict() | measure_each(opened, task, steerings, requests)
 
 
 def measure_each(
     opened: Opened,
     task: Task,
-    setting: Setting,
     steerings: Sequence[Intervention | None],
     requests: Sequence[Sequence[int]] | None = None,
 ) -> Row:
-    """`measure` for any interventions, one per concept; `setting` says what they are.
+    """The figures with an intervention for each concept: means over the concepts, and each one's own, `each`.
 
-    requests: token ids that the model reads before the concept's prompts, and that nobody sees afterwards.
+    requests: token ids that the model reads before each concept's prompts, and that nobody sees afterwards.
     """
     asked = [[[*request, *prompt] for prompt in task.prompts] for request in requests or [[]] * len(task.concepts)]
     parts = completions(opened, task.sampling, asked, steerings)
@@ -236,7 +238,6 @@ def measure_each(
     ]
     shares = [one["words_share"] for one in each]
     return {
-        **setting._asdict(),
         **{name: fmean(one[name] for one in each) for name in ("words_share", "fired_share", "nats", "repeated")},
         "words_share_error": stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else 0.0,
         "each": each,
