@@ -153,4 +153,5 @@ def stages(run: Path, num_samples: int = NUM_SAMPLES, num_epochs: int = NUM_EPOC
         ),
         ("How well the names tell where a latent fires", scores(sae, run / "sae" / f"{MEANING}.yaml")),
         ("Tokens that the latents promote", command("promoted_tokens.py", model_path=sae)),
+        ("How strongly to steer, and which latents steer well", command("sae_steering.py", model_path=sae)),
     ]

@@ -42,9 +42,11 @@ def write_sae(found: SaeFiles, made: SaeFiles) -> None:
 
 
 def without_absolute_paths(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts of an SAE, except the folders and options that are absolute paths."""
+    """The facts of an SAE, except the folders and options that are absolute paths, and how to steer, which is measured
+    anew."""
     options = {name: value for name, value in facts["config"].items() if not os.path.isabs(str(value))}
-    return {name: value for name, value in facts.items() if name != "absolute"} | {"config": options}
+    others = {name: value for name, value in facts.items() if name not in ("absolute", "steering")}
+    return others | {"config": options}
 
 
 def copy_names(found: SaeFiles, meanings_dir: Path) -> None:
@@ -86,6 +88,7 @@ def main() -> None:
     recipe.run_command(measures)
     copy_names(found, Path(config.meanings_dir))
     write_top_places(run_dir, made)
+    recipe.run_command(recipe.command("sae_steering.py", model_path=made.path, n_concepts=24, n_prompts=16))
 
 
 if __name__ == "__main__":

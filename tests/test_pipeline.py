@@ -174,7 +174,7 @@ def test_count_hits_counts_texts_with_a_whole_word():
     assert count_hits(texts, ["file"]) == 2
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(11))
 def test_the_demo_passes_only_options_that_exist(tmp_path, number):
     _, command = recipe.stages(tmp_path, 10, 1)[number]
     script = next(part for part in command[1:] if part.endswith(".py") or part.startswith("embedded."))
