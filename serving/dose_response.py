@@ -7,6 +7,7 @@ on which the latent fires when the clean model reads the completion again. Fluen
 under the clean model, and repeated trigrams. Repetitive text is cheap in nats, so both count.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -120,7 +121,9 @@ def choose_concepts(sae_path: str, n: int, scores: Mapping[int, float] | None = 
     Raises InputError if there is none.
     """
     concepts = plain_concepts(sae_path)
-    rank = {latent: promotion if scores is None else scores[latent] for latent, (_, promotion) in concepts.items()}
+    rank = {latent: promotion for latent, (_, promotion) in concepts.items()}
+    if scores is not None:
+        rank = {latent: scores.get(latent, -math.inf) for latent in concepts}
     chosen: list[Concept] = []
     used: set[str] = set()
     for latent in sorted(concepts, key=lambda latent: (-rank[latent], latent)):
@@ -230,8 +233,11 @@ def measure_each(
 
     requests: token ids that the model reads before each concept's prompts, and that nobody sees afterwards.
     """
-    asked = [[[*request, *prompt] for prompt in task.prompts] for request in requests or [[]] * len(task.concepts)]
-    parts = completions(opened, task.sampling, asked, steerings)
+    starts = [task.prompts] * len(task.concepts)
+    if requests is not None:  # they begin with begin-of-text, where the model has one, and only they
+        bare = [[token for token in prompt if token != opened.tokenizer.bos_id] for prompt in task.prompts]
+        starts = [[[*request, *prompt] for prompt in bare] for request in requests]
+    parts = completions(opened, task.sampling, starts, steerings)
     each = [
         measures(opened.tokenizer, concept, rows, *read_again(opened, task.prompts, rows))
         for concept, rows in zip(task.concepts, parts, strict=True)

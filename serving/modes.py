@@ -30,8 +30,8 @@ class Defaults(NamedTuple):
 
     @property
     def step(self) -> float:
-        """Of the slider: 80 steps, as the default's range of 20 by 0.25."""
-        return (self.slider[1] - self.slider[0]) / 80
+        """Of the slider: a power of two, so that the strengths sae_steering.py tries lie on its steps."""
+        return 2.0 ** math.floor(math.log2((self.slider[1] - self.slider[0]) / 128))
 
 
 UNMEASURED = Defaults(DEFAULT_MODE, 4.0, (-10.0, 10.0))  # for an SAE that sae_steering.py has not measured

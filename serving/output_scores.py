@@ -19,7 +19,7 @@ from torch import Tensor
 
 from latents.promotion import plain_tokens, standard_logits
 from latents.tables import STEERING
-from llama_3.model import Transformer, check_site
+from llama_3.model import Intervention, Transformer, check_site
 from pipeline.sae_files import SaeFiles
 from serving.dose_response import Opened, Setting, part_by_part
 from serving.steering import Steering, make_steering
@@ -46,21 +46,34 @@ def output_scores(
     prompts: as token ids; the shortest are read. The first position counts for nothing: it is begin-of-text, or a word
     that models treat like it. Layers before the SAE's are computed once for all.
     """
-    model, tokenizer, sae, highest = opened
+    model, sae = opened.model, opened.sae
     layer_idx = check_site(sae.info["site"], model.args.n_layers)
     shortest = sorted((prompt for prompt in prompts if len(prompt) >= _SHORTEST), key=len)[:_N_PROMPTS]
+    plain = plain_tokens(opened.tokenizer, model.device)
     with torch.inference_mode():
         read = [read_once(model, layer_idx, prompt) for prompt in shortest]
-        plain = plain_tokens(tokenizer, model.device)
-        for latents in highest.nonzero()[:, 0].split(at_once):
-            directions = sae.decoder.weight.t()[latents] * highest.to(model.device)[latents, None]
-            promoted = standard_logits(model, sae.info["site"], directions, sae.b_pre, plain).topk(_N_PROMOTED).indices
-            asked_for = [Steering({int(i): setting.strength}, setting.mode, setting.keep_error) for i in latents]
-            steerings = [make_steering(sae, steering, highest, tokenizer.bos_id) for steering in asked_for]
-            together = steerings[0]._replace(fn=part_by_part([steering.fn for steering in steerings]))
-            with model.intervene(*together):
-                gains = [gain(model, layer_idx, prompt, plain[promoted]) for prompt in read]
-            yield latents, torch.cat(gains, 1).mean(1).cpu()
+    for latents in opened.highest.nonzero()[:, 0].split(at_once):
+        with torch.inference_mode():
+            promoted = promoted_tokens(opened, latents, plain)
+            with model.intervene(*one_latent_a_row(opened, latents, setting)):
+                gains = [gain(model, layer_idx, prompt, promoted) for prompt in read]
+        yield latents, torch.cat(gains, 1).mean(1).cpu()
+
+
+def promoted_tokens(opened: Opened, latents: Tensor, plain: Tensor) -> Tensor:
+    """(len(latents), _N_PROMOTED) the tokens that each latent's direction promotes most, of those in `plain`."""
+    sae = opened.sae
+    directions = sae.decoder.weight.t()[latents] * opened.highest.to(plain.device)[latents, None]
+    logits = standard_logits(opened.model, sae.info["site"], directions, sae.b_pre, plain)
+    return plain[logits.topk(_N_PROMOTED).indices]
+
+
+def one_latent_a_row(opened: Opened, latents: Tensor, setting: Setting) -> Intervention:
+    """Steers row i of a batch by latents[i]."""
+    asked_for = [Steering({latent: setting.strength}, setting.mode, setting.keep_error) for latent in latents.tolist()]
+    bos_id = opened.tokenizer.bos_id
+    steerings = [make_steering(opened.sae, steering, opened.highest, bos_id) for steering in asked_for]
+    return steerings[0]._replace(fn=part_by_part([steering.fn for steering in steerings]))
 
 
 def read_once(model: Transformer, layer_idx: int, prompt: Sequence[int]) -> Read:

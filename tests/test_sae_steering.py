@@ -1,5 +1,5 @@
-"""The strength that fits an SAE and its latents' output scores: against steering one latent after another in whole forward
-passes, and against responses whose best strength is known. Then the stage itself, on a random model.
+"""The strength that fits an SAE and its latents' output scores: against steering one latent after another in whole
+forward passes, and against responses whose best strength is known. Then the stage itself, on a random model.
 
 .venv/bin/python -m pytest tests/test_sae_steering.py
 """
@@ -136,7 +136,7 @@ def test_concepts_by_hand(sae_path):
 
 
 def response(best: float, repeated: float = 0.0):
-    """Words grow with strength; at `best` the text costs just what is allowed, and twice the strength four times that."""
+    """Words grow with strength; at `best` the text costs just what is allowed, at twice that four times as much."""
     cost = lambda strength: dose_response.MAX_NATS * (strength / best) ** 2
     return lambda strength: {
         "strength": strength,

@@ -29,8 +29,8 @@ TEXTS = ["hello the ring 12 é, seen", "再 llama\n\nédited <i>", "aaaa  on hel
 
 
 def write_latents(folder: Path, model_dir: Path, tokenizer, seed: int = 0) -> Path:
-    """NAME.json, latents, top, promoted, steering and scored meanings of N_LATENTS latents; returns the path of NAME.pth, which
-    is not there. Row groups are small, so that a latent's rows lie in two of them."""
+    """NAME.json, latents, top, promoted, steering and scored meanings of N_LATENTS latents; returns the path of
+    NAME.pth, which is not there. Row groups are small, so that a latent's rows lie in two of them."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     info: dict[str, Any] = {"n_latents": N_LATENTS, "k": 6, "d_model": 36, "site": "layers.1.attention_norm"}
