@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml poetry.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --requirement $(VENV)/requirements.txt --constraint $(VENV)/constraints.txt
 	touch $@
 
-demo: install  ## every stage on the embedded tiny Llama; ends with a steered completion
+demo: install  ## every stage on SmolLM2, which it fetches: 10 minutes; ends with steered texts
 	$(BIN)/python demo.py
 
 quick: install  ## tests without torchrun, terminal, browser, kills and benchmarks: two minutes
@@ -65,5 +65,6 @@ tiny: install
 	$(BIN)/python -m embedded.training --output_dir llama_3/tiny_llama
 
 # ... and its reference SAE: the demo's, in bfloat16, with its names.
-reference: demo
-	$(BIN)/python -m embedded.reference
+reference: install
+	$(BIN)/python demo.py --model tiny_llama
+	$(BIN)/python -m embedded.reference --model tiny_llama
