@@ -288,8 +288,8 @@ def benchmark():
 
 @pytest.mark.slow
 def test_benchmark(benchmark, tmp_path, capsys):
-    """Strength 0 gives the clean figures, clamping to 0 those of ablation; the best setting respects its limits; asking,
-    steering against it and the difference of means are settings of their own."""
+    """Strength 0 gives the clean figures, clamping to 0 those of ablation; the best setting respects its limits. The
+    baselines, and steering against what is asked for, change the texts."""
     options = {"n_latents": 2, "n_prompts": 8, "max_new_tokens": 12, "doses": [0, 2], "factors": [1]}
     call(benchmark, output_dir=tmp_path, **options, differences=[0, 3])
     result = json.loads((tmp_path / "steering.json").read_text())
