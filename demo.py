@@ -12,13 +12,11 @@ from typing import Literal
 from embedded.recipe import RECIPES
 from pipeline.options import Count, parse_constants
 from pipeline.run import run
-from serving.modes import DEFAULT_STRENGTH
 
 MODEL: Literal["smollm2", "tiny_llama"] = "smollm2"  # tiny_llama needs no network
 RUN_DIR = "demo_run"  # folder for everything; emptied first
 REPORT_LATENTS: Count = 150  # latents with a card in the HTML report
 STEERING_SAMPLES: Count = 128  # completions to count, clean and steered each
-STRENGTH = DEFAULT_STRENGTH  # of steering, in multiples of the latent's highest activation
 
 _N_TRIED = 16  # latents tried for steering
 _SAMPLING = {"temperature": 0.8, "top_p": 0.95}
@@ -53,9 +51,10 @@ from pipeline.figures import new_figure, save_figure
 from pipeline.files import PROJECT_DIR, locked, read_json, write_json
 from pipeline.manifests import read_manifest
 from pipeline.progress import duration, progress_bar
+from pipeline.sae_files import SaeFiles
 from sae import load_sae_model
-from serving.modes import DEFAULT_MODE, Mode
-from serving.own_words import count_hits, promotes_own_words
+from serving.modes import Mode, steering_defaults
+from serving.own_words import count_hits
 from serving.steering import Steering, highest_activations, make_steering
 
 Times = list[tuple[str, float]]  # title of a stage, seconds
@@ -137,13 +136,13 @@ def steering_candidates(index: LatentIndex) -> list[Candidate]:
     return [candidate for candidate in candidates if all(word.isalpha() for word in candidate.words)]
 
 
-def steer(recipe: Recipe, run_dir: Path, candidates: list[Candidate], strength: float, n_samples: int) -> Steered:
-    """Try the candidates whose directions most promote their words, on a few completions; then make new completions,
-    clean and steered by the best one."""
+def steer(recipe: Recipe, run_dir: Path, index: LatentIndex, n_samples: int) -> Steered:
+    """Try the candidates with the highest output scores, on a few completions; then make new completions, clean and
+    steered by the best one."""
     model, tokenizer = load_model(recipe.model_dir, packed=True), load_tokenizer(recipe.model_dir)
     sae_path = str(run_dir / "sae" / "sae.pth")
     sae, highest = load_sae_model(sae_path), highest_activations(sae_path)
-    mode = DEFAULT_MODE
+    mode, strength, _ = steering_defaults(sae.info, SaeFiles(sae_path).json)
 
     def steering(candidate: Candidate | None) -> Intervention | None:
         if candidate is None:
@@ -159,8 +158,8 @@ def steer(recipe: Recipe, run_dir: Path, candidates: list[Candidate], strength: 
         options = {"max_new_tokens": 80, **_SAMPLING, "seeds": [0], "steering": steering(candidate)}
         return "".join(text for (text,) in stream_chat(model, tokenizer, [[Message("user", _QUESTION)]], **options))
 
-    promotes = lambda it: promotes_own_words(model, tokenizer, sae, highest, it.latent, it.words)
-    candidates = sorted(candidates, key=promotes, reverse=True)[:_N_TRIED]
+    output_score = lambda it: index.output_score[it.latent]
+    candidates = sorted(steering_candidates(index), key=output_score, reverse=True)[:_N_TRIED]
     n_try = 16
     clean = completions(n_try, 0, None)
     gain = lambda it: count_hits(completions(n_try, 0, it), it.words) - count_hits(clean, it.words)
@@ -180,7 +179,7 @@ def steer(recipe: Recipe, run_dir: Path, candidates: list[Candidate], strength: 
     )
 
 
-def write_steering(path: Path, found: Steered) -> None:
+def write_steered(path: Path, found: Steered) -> None:
     """Write what sae_report.py shows of the steering."""
     prompts, clean, steered = zip(*found.pairs(), strict=True)
     examples = {"prompts": prompts, "clean": clean, "steered": steered}
@@ -188,7 +187,7 @@ def write_steering(path: Path, found: Steered) -> None:
     write_json(path, {**found.best._asdict(), "n": len(found.clean), "hits": found.hits(), **how, **examples})
 
 
-def draw_steering(path: Path, found: Steered) -> None:
+def draw_steered(path: Path, found: Steered) -> None:
     """A picture of the texts before and after steering; those with the latent's words are in colour."""
     pairs = found.pairs()
     wrapped = [
@@ -310,9 +309,9 @@ def main() -> None:
         times = run_stages(recipes.stages(recipe, run_dir))
         started = time.time()
         index = LatentIndex(sae_path)
-        found = steer(recipe, run_dir, steering_candidates(index), config.strength, config.steering_samples)
-        write_steering(run_dir / "sae" / "sae.steering.json", found)
-        draw_steering(run_dir / "steering.png", found)
+        found = steer(recipe, run_dir, index, config.steering_samples)
+        write_steered(run_dir / "sae" / "sae.steered.json", found)
+        draw_steered(run_dir / "steering.png", found)
         times.append(("Steering", time.time() - started))
         report = report_text(recipe, run_dir, index, found, times)
         (run_dir / "report.md").write_text(report, encoding="utf-8")

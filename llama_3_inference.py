@@ -14,7 +14,7 @@ from typing import Literal
 
 from pipeline.options import Count, CountOrZero, NotNegative, Positive, Seed, Share, parse_constants
 from pipeline.run import run
-from serving.modes import DEFAULT_MODE, DEFAULT_STRENGTH, Mode
+from serving.modes import Mode
 
 LLAMA_MODEL_DIR: str | None = None  # Llama folder; the embedded tiny Llama when not given
 DEVICE = "auto"  # auto: a GPU if there is one
@@ -25,8 +25,8 @@ K: Count | None = None  # for an SAE without a JSON: latents kept per token (pub
 NORMALIZE_EPS: NotNegative | None = None  # for an SAE without a JSON (published SAE: 1e-6)
 ROPE_SCALING_FACTOR: Positive | None = None  # overrides the checkpoint's (published SAE's activations: 8)
 LATENTS: list[int] = []  # latents to steer with
-STRENGTHS = [DEFAULT_STRENGTH]  # one per latent or one for all, in multiples of its highest observed activation
-MODE: Mode = DEFAULT_MODE  # steering mode: h_bias, add, clamp, scale (the strength is the factor) or ablate
+STRENGTHS: list[float] = []  # one per latent or one for all, x its highest activation; the SAE's own when not given
+MODE: Mode | None = None  # steering mode (scale: the strength is the factor); the SAE's own when not given
 KEEP_ERROR = True  # steering keeps what the SAE does not reconstruct
 SHOW_LATENTS: CountOrZero = 0  # strongest latents listed per token
 PROMPTS: list[str] = []  # text: what to complete; asked for when not given
@@ -53,7 +53,7 @@ import os
 import reprlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from latents.markup import visible
@@ -306,6 +306,15 @@ def check_files(prompts: Sequence[str], command: str, input_path: str | None, ou
         raise InputError(f"{output_path} is a folder; name a file for --output_path.")
 
 
+def asked_steering(
+    opened: SteeredModel, strengths: Mapping[int, float | None], mode: Mode | None, keep_error: bool
+) -> Steering:
+    """What the options ask for; mode and strength are the SAE's own where they are None."""
+    default = opened.defaults
+    known = {latent: default.strength if strength is None else strength for latent, strength in strengths.items()}
+    return Steering(known, mode or default.mode, keep_error)
+
+
 def announce(opened: SteeredModel, steering: Steering) -> None:
     """Print which latents steer."""
     for latent, strength in steering.strengths.items():
@@ -316,7 +325,7 @@ def announce(opened: SteeredModel, steering: Steering) -> None:
 
 def main() -> None:
     config = parse_constants(globals(), commands=_COMMANDS)
-    strengths = strength_of_each(config.latents, config.strengths) if config.latents else {}
+    strengths = strength_of_each(config.latents, config.strengths or [None]) if config.latents else {}
     check_files(config.prompts, config.command, config.input_path, config.output_path)
     requests = read_prompts(config.input_path, config.command) if config.input_path else []
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -327,7 +336,7 @@ def main() -> None:
     opened = open_model(taken_from(vars(config), ModelChoice), needs_sae)
     if config.command == "chat":
         check_chat(opened.tokenizer)
-    steering = Steering(strengths, config.mode, config.keep_error)
+    steering = asked_steering(opened, strengths, config.mode, config.keep_error)
     intervention = opened.intervention(steering)
     announce(opened, steering)
     sampling = taken_from(vars(config), Sampling)
@@ -336,6 +345,7 @@ def main() -> None:
         if requests:
             free = ("input_path", "output_path", "batch_size")  # options that do not affect the completions
             decides = {name: value for name, value in vars(config).items() if name not in free}
+            decides |= {"mode": steering.mode, "strengths": list(steering.strengths.values())}
             paths = (config.input_path, config.output_path)
             complete_file(session, requests, config.command, config.system, *paths, decides)
         elif config.command == "chat":

@@ -37,7 +37,6 @@ MAX_REQUESTS: Count = 4  # requests per tab served in turns; others queue
 
 _N_SLOTS = 4  # latents to steer with at once
 _N_ROWS = 50  # latents on a page of the list
-_STRENGTHS = (-10.0, 10.0)  # ends of a strength slider
 _REFRESH_S = 0.08  # seconds between updates of a growing text
 _NOTHING_CHOSEN = "Nothing steers yet. Find a latent above, or in the list of latents."
 _EXAMPLE_WORD = "state"  # the meaning of the latent that steers the embedded model when the page opens
@@ -80,7 +79,7 @@ from latents.index import SORTS, LatentIndex, Sort
 from llama_3.chat import Message, check_chat
 from pipeline.errors import InputError
 from serving.local_requests import past_proxies
-from serving.modes import DEFAULT_MODE, DEFAULT_STRENGTH, MODES
+from serving.modes import MODES
 from serving.page_html import (
     clicked,
     completions_html,
@@ -218,6 +217,7 @@ def slots(index: LatentIndex, chosen: list[int], strengths: Sequence[float]) -> 
 
 def steering_panel(served: Served, index: LatentIndex) -> Panel:
     unit = "Strength, in activation" if served.opened.highest is None else "Strength × its highest"
+    default = served.opened.defaults
     with gr.Column(scale=1, min_width=320, elem_classes="steering"):
         query = gr.Textbox(label="Find a latent to steer with", placeholder="a word of its meaning, or its number")
         results = markup()
@@ -230,10 +230,10 @@ def steering_panel(served: Served, index: LatentIndex) -> Panel:
                 with gr.Row():
                     labels.append(markup(slot_html(index, first[i]) if i < len(first) else ""))
                     removes.append(gr.Button("✕", size="sm", scale=0, min_width=30))
-                strength = gr.Slider(*_STRENGTHS, DEFAULT_STRENGTH, step=0.25, label=unit, buttons=[])
+                strength = gr.Slider(*default.slider, default.strength, step=default.step, label=unit, buttons=[])
                 strengths.append(as_sent(strength))
             groups.append(group)
-        mode = gr.Dropdown(list(MODES), value=DEFAULT_MODE, label="Mode", info=MODES[DEFAULT_MODE])
+        mode = gr.Dropdown(list(MODES), value=default.mode, label="Mode", info=MODES[default.mode])
         keep_error = gr.Checkbox(True, label="Keep what the SAE does not reconstruct")
     outputs = [chosen, hint, *(part for slot in zip(groups, labels, strengths, strict=True) for part in slot)]
     panel = Panel(chosen, strengths, mode, keep_error, labels, outputs)
@@ -285,7 +285,7 @@ def to_steering(served: Served, index: LatentIndex, links: gr.HTML, panel: Panel
             if kind != "steer":
                 return [gr.skip()] * (len(panel.outputs) + (tabs is not None))
             chosen = with_latent(served, index, chosen, latent)
-        strengths = (*strengths[: len(chosen) - 1], DEFAULT_STRENGTH)
+        strengths = (*strengths[: len(chosen) - 1], served.opened.defaults.strength)
         return [*slots(index, chosen, strengths), *([gr.Tabs(selected="complete")] if tabs else [])]
 
     links.select(add, [panel.chosen, *panel.strengths], [*panel.outputs, *([tabs] if tabs else [])], **_QUEUED)

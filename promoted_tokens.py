@@ -21,45 +21,18 @@ LATENTS_AT_ONCE: Count = 256  # latents handled at once, each taking 4 bytes x v
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
 
-from pathlib import Path
-
 import pyarrow as pa
 import torch
-from torch import Tensor
 
-from latents.promotion import promoted_logits
+from latents.promotion import plain_tokens, standard_logits
 from latents.tables import LATENTS, PROMOTED, highest_activations
 from llama_3 import load_model, load_tokenizer
-from llama_3.model import Transformer
-from llama_3.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.files import require_writable
 from pipeline.progress import progress_bar
 from pipeline.sae_files import SaeFiles
 from pipeline.source import Source
-from sae import TopKSparseAutoencoder, load_sae_model
-
-
-def highest_of(sae: TopKSparseAutoencoder, path: Path) -> Tensor:
-    """(n_latents,) highest activations, on the SAE's device. Raises InputError for another SAE's table."""
-    highest = highest_activations(path)
-    if len(highest) != sae.n_latents:
-        raise InputError(
-            f"{path} has {len(highest)} latents, but the SAE has {sae.n_latents}; run {LATENTS.made_by} again."
-        )
-    return torch.from_numpy(highest).to(sae.b_pre.device)
-
-
-def plain_tokens(tokenizer: Tokenizer, device: str) -> Tensor:
-    """The ids of all tokens except the special ones."""
-    special = set(tokenizer.special_tokens.values())
-    return torch.tensor([i for i in range(tokenizer.vocab_size) if i not in special], device=device)
-
-
-def standard_logits(model: Transformer, site: str, directions: Tensor, base: Tensor, tokens: Tensor) -> Tensor:
-    """(n, len(tokens)) how much directions add to the logits of these tokens, in standard deviations over them."""
-    logits = promoted_logits(model, site, directions, base)[:, tokens]
-    return (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp(min=1e-12)
+from sae import load_sae_model
 
 
 def main() -> None:
@@ -70,7 +43,7 @@ def main() -> None:
     require_writable(out_path)
     source = Source.read(sae.info, files.json)
     site = source.need("site")
-    highest = highest_of(sae, files.beside(LATENTS.suffix))
+    highest = torch.from_numpy(highest_activations(files.beside(LATENTS.suffix), sae.n_latents)).to(device)
     model_dir = source.model_dir(config.llama_model_dir)
     model = load_model(model_dir, device, rope_scaling_factor=source.rope_scaling_factor)
     tokenizer = load_tokenizer(model_dir)

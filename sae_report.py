@@ -1,7 +1,8 @@
 """Write what is known about an SAE as HTML that opens anywhere: no server, no network.
 
 Reads   NAME.json, NAME.metrics.jsonl (sae_training.py), NAME.evaluation.json and .png (sae_evaluation.py),
-        NAME.steering.json (demo.py), and the tables and meanings beside the SAE (latents/index.py); each may be missing
+        NAME.steering.png (sae_steering.py),
+        NAME.steered.json (demo.py), and the tables and meanings beside the SAE (latents/index.py); each may be missing
 Writes  NAME.report.html: what it is, training curves, evaluation, steering before and after, latents with a search.
         Up to CARDS_A_PAGE latents fit in this one file; more go to pages in NAME.report/
 Cost    about 6 kB per latent; reads NAME.top.parquet once at most
@@ -42,6 +43,7 @@ from pipeline.errors import InputError
 from pipeline.files import PROJECT_DIR, atomic_path, require_writable
 from pipeline.progress import gb, progress_bar
 from pipeline.sae_files import SaeFiles
+from serving.modes import steering_defaults
 
 # ---- which latents
 
@@ -168,20 +170,40 @@ def evaluation_section(json_path: Path, png_path: Path) -> str:
         for measure in MEASURES
         if quality.get(measure.key) is not None
     )
-    picture = ""
-    if png_path.is_file():
-        data = base64.b64encode(png_path.read_bytes()).decode()
-        picture = f'<div class=plot><img alt="Evaluation in pictures" src="data:image/png;base64,{data}"></div>'
     tokens, sentences = quality.get("tokens", 0), quality.get("sentences", 0)
     return (
         "<section><h2>Evaluation</h2>"
         f"<p>Measured on {tokens:,} tokens of {sentences:,} held-out sentences.</p>"
-        f"<table class=measures>{rows}</table>{picture}</section>"
+        f"<table class=measures>{rows}</table>{picture(png_path, 'Evaluation in pictures')}</section>"
     )
 
 
-def steering_section(path: Path) -> str:
-    """Completions before and after steering, from NAME.steering.json: latent, meaning, words, mode, strength, n, hits
+def picture(path: Path, about: str) -> str:
+    """A PNG inside the page; nothing where there is none."""
+    if not path.is_file():
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<div class=plot><img alt="{about}" src="data:image/png;base64,{data}"></div>'
+
+
+def strength_section(index: LatentIndex, png_path: Path) -> str:
+    """How strongly to steer, from NAME.json's entry `steering` and NAME.steering.png."""
+    if "steering" not in index.info:
+        return missing("How to steer", "Not measured: sae_steering.py does it.")
+    how, measured = steering_defaults(index.info, index.files.json), index.info["steering"]["measured"]
+    clean, steered = measured["clean"], measured["steered"]
+    return (
+        f"<section><h2>How to steer</h2><p>In mode {how.mode} at strength {how.strength:g}, in multiples of a latent's "
+        f"highest activation, <b>{steered['words_share']:.0%}</b> of the completions of neutral prompts hold the words "
+        f"of the latent that steers them, {clean['words_share']:.0%} without steering: the mean over "
+        f"{measured['latents']} latents. That costs {steered['nats'] - clean['nats']:.2f} nats per token. "
+        f"{int(index.steers_well.sum()):,} latents steer well, as far as their effect on the next token tells.</p>"
+        f"{picture(png_path, 'Words of the latent against fluency, by strength')}</section>"
+    )
+
+
+def steered_section(path: Path) -> str:
+    """Completions before and after steering, from NAME.steered.json: latent, meaning, words, mode, strength, n, hits
     (clean and steered), and some of the completions: prompts, clean, steered."""
     if not path.is_file():
         return missing("Steering", f"No {path.name}: demo.py writes it for its SAE.")
@@ -225,14 +247,17 @@ def index_table(index: LatentIndex, addresses: dict[int, str]) -> str:
     rows = []
     for latent, address in addresses.items():
         numbers = [(index.certainty[latent], "{:.2f}", 1), (index.score[latent], "{:.2f}", 1)]
-        numbers.append((index.frequency[latent], "{:.3f}", 100))
+        numbers += [(index.output_score[latent], "{:.2f}", 1), (index.frequency[latent], "{:.3f}", 100)]
         cells = "".join(
             "<td></td>" if math.isnan(value) else f"<td>{form.format(value * factor)}</td>"
             for value, form, factor in numbers
         )
         meaning = html.escape(index.meaning[latent] or "no meaning")
         rows.append(f'<tr><td>{latent}</td><td><a href="{address}">{meaning}</a></td>{cells}</tr>')
-    head = "".join(f"<th><button>{n}</button></th>" for n in ("latent", "meaning", "certainty", "score", "fires on, %"))
+    head = "".join(
+        f"<th><button>{n}</button></th>"
+        for n in ("latent", "meaning", "certainty", "score", "output score", "fires on, %")
+    )
     return (
         '<div class=search><input type=search id=query placeholder="Search the meanings" aria-label="Search the '
         'meanings" autocomplete=off><output id=found></output></div>'
@@ -341,13 +366,15 @@ def write_report(sae_path: str | Path, n_latents: int, cards_a_page: int, n_sent
     pages = [cards[i : i + cards_a_page] for i in range(0, len(cards), cards_a_page)]
     where = Pages(files.beside("report.html"), files.beside("report"), pages if len(pages) > 1 else [])
     written = write_pages(where, name)
-    metrics, steering = files.beside("metrics.jsonl"), files.beside("steering.json")
-    quality, picture = files.beside("evaluation.json"), files.beside("evaluation.png")
+    metrics, steered = files.beside("metrics.jsonl"), files.beside("steered.json")
+    quality, png = files.beside("evaluation.json"), files.beside("evaluation.png")
+    responses = files.beside("steering.png")
     parts = [
         header(index, name),
         unless_broken("Training", "sae_training.py", metrics, lambda: training_section(metrics)),
-        unless_broken("Evaluation", "sae_evaluation.py", quality, lambda: evaluation_section(quality, picture)),
-        unless_broken("Steering", "demo.py", steering, lambda: steering_section(steering)),
+        unless_broken("Evaluation", "sae_evaluation.py", quality, lambda: evaluation_section(quality, png)),
+        unless_broken("How to steer", "sae_steering.py", Path(files.json), lambda: strength_section(index, responses)),
+        unless_broken("Steering", "demo.py", steered, lambda: steered_section(steered)),
         latents_section(index, cards, where),
     ]
     write_text(where.report, page_html(f"{name}: what its latents mean", parts, read_part("report.js")))

@@ -105,6 +105,7 @@ def make_tiny_llamas(run_dir: Path) -> None:
     run_command(recipes.evaluation(Path(made.path)))
     copy_names(found, Path(_MEANINGS_DIR))
     write_top_places(run_dir, made)
+    run_command(command("sae_steering.py", model_path=made.path))
 
 
 # ---- SmolLM2's

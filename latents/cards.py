@@ -24,6 +24,8 @@ class Card(NamedTuple):
     meaning: str | None
     certainty: float
     score: float  # balanced accuracy of the meaning
+    output_score: float  # how much steering by it makes the model say what it promotes
+    steers_well: bool
     frequency: float  # share of tokens it fires on
     mean: float  # activation where it fires, normalised space
     highest: float  # highest observed activation
@@ -34,6 +36,7 @@ class Card(NamedTuple):
     co_firing: list[tuple[int, str | None, float]]  # latent, meaning, Jaccard index
 
 
+STEERS_WELL = ' <span class="latent-steers">steers well</span>'
 CARD_CSS = Path(__file__).with_name("card.css").read_text(encoding="utf-8")
 
 
@@ -56,6 +59,7 @@ def card_html(card: Card, href: Callable[[int], str | None] = lambda latent: Non
     facts = [
         ("certainty", card.certainty, "{:.2f}", "of the meaning, as stated by whoever gave it"),
         ("score", card.score, "{:.2f}", "balanced accuracy of the meaning on other sentences; guessing gives 0.50"),
+        ("output score", card.output_score, "{:.2f}", "how far steering by it makes the model say what it promotes"),
         ("fires on", 100 * card.frequency, "{:.3g} % of tokens", "of the captured tokens"),
         ("mean", card.mean, "{:.2f}", "activation where it fires, normalised space"),
         ("highest", card.highest, "{:.2f}", "activation observed, normalised space"),
@@ -68,7 +72,7 @@ def card_html(card: Card, href: Callable[[int], str | None] = lambda latent: Non
     title = '<span class="latent-none">no meaning</span>' if card.meaning is None else html.escape(card.meaning)
     parts = [
         f'<article class="latent-card" data-latent="{card.latent}">',
-        f'<h3><span class="latent-number">{card.latent}</span>{title}</h3>',
+        f'<h3><span class="latent-number">{card.latent}</span>{title}{STEERS_WELL if card.steers_well else ""}</h3>',
         f'<dl class="latent-facts">{"".join(known)}</dl>',
         "<h4>Sentences that activate it most</h4>",
         _sentences_html(card),

@@ -1,9 +1,10 @@
 """What is known about an SAE's latents, from the files beside it: a list to search and sort, and a card per latent.
 
-Reads   NAME.json, NAME.latents.parquet, NAME.top.parquet, NAME.promoted.parquet, NAME.meaning_*.yaml with their
-        .scores.parquet; each may be missing. The embedded SAE's meanings are in latent_index_meaning/. Its top
-        sentences belong to other projects' documentation: NAME.top_places.parquet says where to find them in packages
-        that every installation has, and the activations are computed when a card is opened
+Reads   NAME.json, NAME.latents.parquet, NAME.top.parquet, NAME.promoted.parquet, NAME.steering.parquet,
+        NAME.meaning_*.yaml with their .scores.parquet; each may be missing. The embedded SAE's meanings are in
+        latent_index_meaning/. Its top sentences belong to other projects' documentation: NAME.top_places.parquet says
+        where to find them in packages that every installation has, and the activations are computed when a card is
+        opened
 """
 
 import math
@@ -22,7 +23,7 @@ from embedded.places import text_at
 from latents.cards import Card, CardSentence
 from latents.meanings import Meaning, best_meanings
 from latents.origin import read_info, source_of, tokenizer_of
-from latents.tables import LATENTS, PROMOTED, TOP, Aggregation, Table, TopFile
+from latents.tables import LATENTS, PROMOTED, STEERING, TOP, Aggregation, Table, TopFile
 from llama_3 import load_model
 from llama_3.model import Transformer
 from llama_3.tokenizer import TextStream, Tokenizer
@@ -31,7 +32,8 @@ from pipeline.errors import InputError
 from pipeline.sae_files import SaeFiles
 from sae import TopKSparseAutoencoder, load_sae_model
 
-Sort = Literal["certainty", "score", "frequency", "latent"]  # orders of the list; all but latent: highest first
+# Orders of the list; all but latent: highest first.
+Sort = Literal["certainty", "score", "output_score", "frequency", "latent"]
 SORTS: tuple[Sort, ...] = get_args(Sort)
 
 T = TypeVar("T")
@@ -52,8 +54,9 @@ class _Given(NamedTuple):
 class LatentIndex:
     """An SAE's latents. A missing or broken file leaves fields empty; for each, `missing` says which script writes it.
 
-    Columns, numpy arrays of n_latents: meaning (None where there is none), certainty, score, frequency, mean, highest
-    (nan where unknown). The tokenizer and, for the embedded SAE, the model are loaded as NAME.json says unless given.
+    Columns, numpy arrays of n_latents: meaning (None where there is none), certainty, score, output_score, frequency,
+    mean, highest (nan where unknown), steers_well (False where unknown). The tokenizer and, for the embedded SAE, the
+    model are loaded as NAME.json says unless given.
     Raises InputError if nothing tells how many latents there are.
     """
 
@@ -72,6 +75,7 @@ class LatentIndex:
         self.n_latents = self._count_latents()
         self._latents = self._of_this_sae(LATENTS, self._latents)
         self._promoted = self._of_this_sae(PROMOTED, self._read_promoted())
+        scores = self._of_this_sae(STEERING, self._read(STEERING, STEERING.schema.names))
         self._top, self._places = self._open_sentences()
         meanings = self._best_meanings()
         self.meaning = np.full(self.n_latents, None, dtype=object)
@@ -80,6 +84,10 @@ class LatentIndex:
             self.meaning[latent], self.certainty[latent] = meaning.text, meaning.certainty
             self.score[latent] = np.nan if meaning.score is None else meaning.score
         self.frequency, self.mean, self.highest = (self._column(name) for name in ("frequency", "mean", "max"))
+        self.output_score, self.steers_well = np.full(self.n_latents, np.nan), np.zeros(self.n_latents, dtype=bool)
+        if scores is not None:
+            self.output_score = scores["output_score"].to_numpy().astype(np.float64)
+            self.steers_well = scores["steers_well"].to_numpy()
         self._lower = [(text or "").lower() for text in self.meaning]
         self._orders: dict[Sort, np.ndarray] = {}
 
@@ -176,8 +184,8 @@ class LatentIndex:
     ) -> list[dict]:
         """Latents whose meaning contains all words of the query, ignoring case; a latent named by number comes first.
 
-        Rows: latent, meaning, certainty, score, frequency, highest; None where unknown. A latent that fired on no
-        captured token is left out unless living_only is False or the query is its number.
+        Rows: latent, meaning, certainty, score, output_score, frequency, highest (None where unknown), steers_well. A
+        latent that fired on no captured token is left out unless living_only is False or the query is its number.
         """
         matches, number = self._matches(query, living_only)
         order = self._order(sort)
@@ -213,9 +221,11 @@ class LatentIndex:
         return self._orders[sort]
 
     def _row(self, latent: int) -> dict:
-        numbers = {name: float(getattr(self, name)[latent]) for name in ("certainty", "score", "frequency", "highest")}
+        names = ("certainty", "score", "output_score", "frequency", "highest")
+        numbers = {name: float(getattr(self, name)[latent]) for name in names}
         known = {name: None if math.isnan(value) else value for name, value in numbers.items()}
-        return {"latent": latent, "meaning": self.meaning[latent], **known}
+        steers_well = bool(self.steers_well[latent])
+        return {"latent": latent, "meaning": self.meaning[latent], **known, "steers_well": steers_well}
 
     def meaning_of(self, latent: int) -> str | None:
         return self.meaning.item(latent)
@@ -238,6 +248,8 @@ class LatentIndex:
             meaning=self.meaning_of(latent),
             certainty=float(self.certainty[latent]),
             score=float(self.score[latent]),
+            output_score=float(self.output_score[latent]),
+            steers_well=bool(self.steers_well[latent]),
             frequency=float(self.frequency[latent]),
             mean=float(self.mean[latent]),
             highest=float(self.highest[latent]),

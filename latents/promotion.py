@@ -2,9 +2,11 @@
 
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from llama_3.model import Transformer, TransformerBlock
+from llama_3.tokenizer import Tokenizer
 
 
 def promoted_logits(model: Transformer, site: str, directions: Tensor, base: Tensor) -> Tensor:
@@ -25,3 +27,15 @@ def promoted_logits(model: Transformer, site: str, directions: Tensor, base: Ten
     elif kind == "ffn_norm":
         directions = layer.feed_forward(base + directions) - layer.feed_forward(base)
     return model.output(directions * model.norm.weight)
+
+
+def plain_tokens(tokenizer: Tokenizer, device: torch.device | str) -> Tensor:
+    """The ids of all tokens except the special ones."""
+    special = set(tokenizer.special_tokens.values())
+    return torch.tensor([i for i in range(tokenizer.vocab_size) if i not in special], device=device)
+
+
+def standard_logits(model: Transformer, site: str, directions: Tensor, base: Tensor, tokens: Tensor) -> Tensor:
+    """(n, len(tokens)) how much directions add to the logits of these tokens, in standard deviations over them."""
+    logits = promoted_logits(model, site, directions, base)[:, tokens]
+    return (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True).clamp(min=1e-12)

@@ -134,6 +134,18 @@ PROMOTED = Table(
         }
     ),
 )
+STEERING = Table(
+    "steering.parquet",
+    "sae_steering.py",
+    "output scores",
+    pa.schema(
+        {
+            "latent": pa.int32(),
+            "output_score": pa.float32(),  # nan for a latent that never fired
+            "steers_well": pa.bool_(),
+        }
+    ),
+)
 
 
 # ---- writing sentences
@@ -343,6 +355,12 @@ class TopFile:
 # ---- statistics of latents
 
 
-def highest_activations(path: Path) -> np.ndarray:
-    """(n_latents,) float32: the column `max` of NAME.latents.parquet, 0 for a latent that never fired."""
-    return LATENTS.read(path, ["max"])["max"].to_numpy().astype(np.float32)
+def highest_activations(path: Path, n_latents: int | None = None) -> np.ndarray:
+    """(n_latents,) float32: the column `max` of NAME.latents.parquet, 0 for a latent that never fired.
+
+    Raises InputError where the file is missing or unreadable, and where it does not have n_latents rows.
+    """
+    highest = LATENTS.read(path, ["max"])["max"].to_numpy().astype(np.float32)
+    if n_latents is not None and len(highest) != n_latents:
+        raise InputError(f"{path} has {len(highest)} latents, the SAE {n_latents}; run {LATENTS.made_by} again.")
+    return highest

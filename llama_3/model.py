@@ -250,6 +250,18 @@ class Transformer(nn.Module):
         make = lambda: torch.zeros(shape, dtype=self.dtype, device=self.device)
         return Cache([LayerCache(make(), make()) for _ in range(self.args.n_layers)])
 
+    def continue_from(self, layer_idx: int, x: Tensor, tokens: Tensor) -> Tensor:
+        """Logits of the next token at every position, for a residual stream that enters layer `layer_idx` as x.
+
+        x: (batch, seq, d_model), as `activations(tokens, f"layers.{layer_idx}.resid_pre")` gives it; tokens:
+        (batch, seq), without padding at the left. Interventions act in the layers that are computed.
+        """
+        rope = rope_tables(rope_frequencies(self.args).to(x.device), torch.arange(x.shape[1], device=x.device))
+        hook = self._intervention_hook(tokens)
+        for layer in self.layers[layer_idx:]:
+            x = layer(x, rope, None, None, 0, hook)
+        return self.output(self.norm(x)).float()
+
     def forward(
         self, tokens: Tensor, cache: Cache | None = None, n_pad: Tensor | None = None, last_only: bool = False
     ) -> Tensor:

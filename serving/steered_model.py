@@ -19,7 +19,9 @@ from llama_3.generation import generate
 from llama_3.model import Intervention, Transformer, check_site
 from llama_3.tokenizer import Tokenizer
 from pipeline.errors import InputError
+from pipeline.sae_files import SaeFiles
 from sae import TopKSparseAutoencoder, load_sae_model
+from serving.modes import UNMEASURED, Defaults, steering_defaults
 from serving.steering import Steering, known_highest, make_steering
 
 TINY_SAE_PATH = str(Path(TINY_LLAMA_DIR) / "sae.pth")  # the embedded model's SAE
@@ -107,6 +109,11 @@ class SteeredModel:
     def highest(self) -> Tensor | None:
         """(n_latents,) each latent's highest observed activation; None, with a printed sentence, if unknown."""
         return known_highest(self.sae_path, self.need_sae().n_latents)
+
+    @cached_property
+    def defaults(self) -> Defaults:
+        """How to steer unless a user says otherwise. Raises InputError where the SAE's JSON is broken."""
+        return steering_defaults(self.sae.info, SaeFiles(self.sae_path).json) if self.sae else UNMEASURED
 
     @cached_property
     def meanings(self) -> Mapping[int, str]:

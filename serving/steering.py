@@ -17,7 +17,7 @@ Clamping follows Templeton et al. 2024, "Scaling Monosemanticity", under "Influe
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from pipeline.errors import InputError
 from pipeline.sae_files import SaeFiles
 from sae import TopKSparseAutoencoder
 from serving.modes import DEFAULT_MODE, MODES, Mode
+
+S = TypeVar("S", float, float | None)
 
 _MOST = 1_000_000  # of a strength; the model's sums of squares overflow long after
 
@@ -117,30 +119,24 @@ def check_latents(strengths: Mapping[int, float], highest: Tensor, mode: str = D
             )
 
 
-def highest_activations(sae_path: str | Path) -> Tensor:
+def highest_activations(sae_path: str | Path, n_latents: int | None = None) -> Tensor:
     """(n_latents,) float32, each latent's highest activation in NAME.latents.parquet, 0 for one that never fired.
 
-    Raises InputError where the file is missing or unreadable.
+    Raises InputError where the file is missing, unreadable or of another SAE.
     """
-    return torch.from_numpy(tables.highest_activations(SaeFiles(sae_path).beside(tables.LATENTS.suffix)))
+    return torch.from_numpy(tables.highest_activations(SaeFiles(sae_path).beside(tables.LATENTS.suffix), n_latents))
 
 
 def known_highest(sae_path: str | Path, n_latents: int) -> Tensor | None:
     """`highest_activations`; None, with a printed sentence, if they are missing, broken or of another SAE."""
     try:
-        highest = highest_activations(sae_path)
-        if len(highest) != n_latents:
-            path = SaeFiles(sae_path).beside(tables.LATENTS.suffix)
-            raise InputError(
-                f"{path} has {len(highest)} latents, the SAE {n_latents}; run {tables.LATENTS.made_by} again."
-            )
-        return highest
+        return highest_activations(sae_path, n_latents)
     except InputError as error:
         print(f"{error} Until then strengths are plain activations.", file=sys.stderr)
         return None
 
 
-def strength_of_each(latents: Sequence[int], strengths: Sequence[float]) -> dict[int, float]:
+def strength_of_each(latents: Sequence[int], strengths: Sequence[S]) -> dict[int, S]:
     """Latent -> strength, from the options --latents and --strengths. A single strength applies to all.
 
     Raises InputError if they do not fit together.

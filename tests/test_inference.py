@@ -3,6 +3,7 @@
 .venv/bin/python -m pytest tests/test_inference.py
 """
 
+import json
 import math
 from itertools import zip_longest
 
@@ -21,8 +22,9 @@ from llama_3.chat import Message
 from llama_3.generation import complete, generate, sample, stream_chat, stream_text
 from llama_3.model import Intervention
 from pipeline.errors import InputError
+from pipeline.files import write_json
 from sae import TopKSparseAutoencoder, save_sae
-from serving.modes import DEFAULT_STRENGTH
+from serving.modes import UNMEASURED
 from serving.steered_model import open_model
 from serving.steering import Steering, make_steering, steering_function
 
@@ -333,7 +335,7 @@ def sae_path(sae, tokenizer, tmp_path):
     ("flags", "strengths", "how"),
     [
         ({"latents": 9, "strengths": 3}, {9: 3.0}, ()),
-        ({"latents": 9}, {9: DEFAULT_STRENGTH}, ()),
+        ({"latents": 9}, {9: UNMEASURED.strength}, ()),
         ({"latents": [9, 4], "strengths": [3, -7], "mode": "add"}, {9: 3.0, 4: -7.0}, ("add",)),
         ({"latents": [9, 4], "strengths": 5, "mode": "h_bias", "keep_error": "no"}, {9: 5, 4: 5}, ("h_bias", False)),
     ],
@@ -355,6 +357,33 @@ def test_script_prints_clean_and_steered(tiny_model_dir, sae_path, model, tokeni
         clean, steered = greedy(model, ids, 8), greedy(model, ids, 8, *steering)
         assert f"clean    {tokenizer.decode(clean)!r}" in both and clean != steered
         assert f"steered  {tokenizer.decode(steered)!r}" in both
+
+
+def test_mode_and_strength_of_the_sae_unless_given(tiny_model_dir, sae_path, capsys):
+    """Also that an SAE's entry that says nothing sensible is refused."""
+    options = {"llama_model_dir": tiny_model_dir, "prompts": "the", "max_new_tokens": 8, "temperature": 0}
+    options |= {"sae_model_path": sae_path, "latents": [9, 4]}
+
+    def steered(**given):
+        call(inference, **options, **given)
+        return capsys.readouterr().out
+
+    explicit = steered(mode="clamp", strengths=7)
+    info = json.loads(sae_path.with_suffix(".json").read_text())
+    entry = {"mode": "clamp", "strength": 7, "slider": [-9, 9]}
+    write_json(sae_path.with_suffix(".json"), info | {"steering": entry})
+    assert steered() == explicit != steered(mode="add")
+    assert steered(strengths=-7) == steered(strengths=[-7, -7], mode="clamp") != explicit
+    for broken in (
+        {"mode": "push"},
+        {"slider": [1]},
+        {"strength": 10},
+        {"strength": "strong"},
+        {"slider": [0, math.inf]},
+    ):
+        write_json(sae_path.with_suffix(".json"), info | {"steering": entry | broken})
+        said = refusal(capsys, inference, **options)
+        assert f"{sae_path.with_suffix('.json')} does not say under `steering`" in said and "sae_steering.py" in said
 
 
 @pytest.mark.parametrize(

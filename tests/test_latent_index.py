@@ -135,6 +135,7 @@ def test_search_against_a_loop(index, words, sort, living_only, offset, limit):
     latents = pq.read_table(str(index.sae_path)[:-4] + ".latents.parquet").to_pylist()
     scored = pq.read_table(str(index.sae_path)[:-4] + ".meaning_a.scores.parquet").to_pylist()
     scores = {row["latent"]: row["balanced_accuracy"] for row in scored}
+    steering = pq.read_table(str(index.sae_path)[:-4] + ".steering.parquet").to_pylist()
     rows = []
     for i, of in enumerate(latents):
         text, certainty = MEANINGS.get(i, (None, None))
@@ -142,9 +143,15 @@ def test_search_against_a_loop(index, words, sort, living_only, offset, limit):
         fits = all(word.lower() in (text or "").lower() for word in words)
         if asked or (fits and not (living_only and i in DEAD)):
             row = {"certainty": certainty, "score": scores.get(i), "frequency": of["frequency"], "latent": i}
+            row["output_score"] = known(steering[i]["output_score"])
             order = [-1.0 if row[key] is None else row[key] for key in (sort, "score", "certainty")]
             key = (i,) if sort == "latent" else (*(-value for value in order), i)
-            rows.append(((not asked, *key), {**row, "meaning": text, "highest": of["max"]}))
+            rows.append(
+                (
+                    (not asked, *key),
+                    {**row, "meaning": text, "highest": of["max"], "steers_well": steering[i]["steers_well"]},
+                )
+            )
     expected = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
     found = index.search(query, sort, limit, offset, living_only)
     assert [row["latent"] for row in found] == [row["latent"] for row in expected[offset : offset + limit]]
@@ -171,6 +178,9 @@ def test_a_card_holds_what_the_files_say(index, sae_path, tokenizer, latent):
         *(row[n] for n in ("frequency", "mean", "max")),
     )
     assert card.sentences_by_tenth == row["sentences_by_tenth"]
+    steering = pq.read_table(sae_path.with_suffix(".steering.parquet")).to_pylist()[latent]
+    assert (known(card.output_score), card.steers_well) == (known(steering["output_score"]), steering["steers_well"])
+    assert (">steers well<" in card_html(card)) == card.steers_well
     assert (card.meaning, known(card.certainty)) == MEANINGS.get(latent, (None, None))
     after = (latent + 1) % N_LATENTS
     assert card.co_firing == [(after, index.meaning[after], 0.5), (35, None, 0.25)]
@@ -223,6 +233,7 @@ def test_missing_files_make_missing_fields(tmp_path):
     for script in (
         "capture_top_activating_sentences.py",
         "promoted_tokens.py",
+        "sae_steering.py",
         "interpret_top_sentences_parse_responses.py",
     ):
         assert script in said and (PROJECT_DIR / script).exists()
@@ -292,7 +303,7 @@ def test_files_of_another_sae_are_named_and_the_rest_works(tmp_path, tiny_model_
     ]
     assert index.meaning_of(0) == MEANINGS[0][0] and index.meaning_of(31) == "scored for others"
     index = LatentIndex(path, tokenizer, sae=Sae41())
-    for kind in ("latents", "promoted"):
+    for kind in ("latents", "promoted", "steering"):
         assert any(f"sae.{kind}.parquet has 40 latents, {path} 41; run" in line for line in index.missing)
     card = index.card(0)
     assert math.isnan(card.highest) and card.promoted == [] and len(card.sentences) == 4

@@ -29,13 +29,14 @@ from support.pipeline_runs import as_flags, refusal
 import llama_3_inference_gradio as page_script
 from latents.index import LatentIndex
 from latents.markup import visible
+from latents.origin import read_info
 from llama_3 import generation, load_model, load_tokenizer
 from llama_3.chat import Message
 from llama_3.checkpoint import TINY_LLAMA_DIR
 from llama_3.generation import stream_chat
 from sae import load_sae_model
 from serving.local_requests import past_proxies
-from serving.modes import DEFAULT_STRENGTH
+from serving.modes import steering_defaults
 from serving.requests import Limits
 from serving.steered_model import ModelChoice, taken_from
 from serving.steering import Steering, highest_activations, make_steering
@@ -48,6 +49,7 @@ needs_browser = lambda test: pytest.mark.slow(without_browser(test))
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
 SAE_PATH = str(Path(TINY_LLAMA_DIR) / "sae.pth")
+DEFAULT = steering_defaults(read_info(SAE_PATH), SAE_PATH)
 SECONDS = 30_000  # a busy machine is not a failure
 
 
@@ -285,7 +287,7 @@ def test_modes(visit, address, alone):
     window.get_by_text(page_script.MODES["clamp"]).wait_for()
     field(window, "Keep what the SAE does not reconstruct").uncheck()
     table = complete(window, ["The file"], 16, Temperature=0)()
-    steering = alone.steering({latent: DEFAULT_STRENGTH}, mode="clamp", keep_error=False)
+    steering = alone.steering({latent: DEFAULT.strength}, mode="clamp", keep_error=False)
     assert table["steered"] == alone.complete(["The file"], 16, steering, temperature=0)
     remove_all(window)
     press(window, "Complete")
@@ -383,7 +385,7 @@ def test_latents(visit, address, alone):
 def test_chat(visit, address, alone):
     """Two turns with a latent steering, answered as outside the page; then a new dialogue."""
     window = visit(address)
-    steering = alone.steering({alone.example(): DEFAULT_STRENGTH})
+    steering = alone.steering({alone.example(): DEFAULT.strength})
     tab(window, "Chat")
     set_slider(window, "Tokens", 12)
     dialogue = [Message("system", "Be brief.")]
@@ -423,7 +425,7 @@ def test_two_users_at_once(visit, address, alone):
         for window, request in zip(windows, requests, strict=True)
     ]
     for table, request in zip(tables, requests, strict=True):
-        steering = alone.steering({request["latent"]: DEFAULT_STRENGTH})
+        steering = alone.steering({request["latent"]: DEFAULT.strength})
         texts = table()
         assert texts["clean"] == alone.complete(request["prompts"], 40, seed=request["seed"])
         assert texts["steered"] == alone.complete(request["prompts"], 40, steering, request["seed"])

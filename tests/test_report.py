@@ -23,10 +23,11 @@ from latents.index import LatentIndex
 from latents.interesting import interesting_latents
 from latents.markup import mark_differences
 from llama_3 import load_tokenizer
+from pipeline.files import write_json
 
 LIVING = N_LATENTS - len(DEAD)
 PNG = b"\x89PNG not really"
-STEERING = {
+STEERED = {
     "latent": 3,
     "meaning": "Dogs in fiction",
     "words": ["dog"],
@@ -52,7 +53,12 @@ def sae_path(tmp_path, tiny_model_dir):
     quality = {"fvu": 0.12345, "l0": 6.0, "loss_recovered": None, "kl_spliced": 0.0625, "tokens": 5000, "sentences": 70}
     (tmp_path / "sae.evaluation.json").write_text(json.dumps(quality))
     (tmp_path / "sae.evaluation.png").write_bytes(PNG)
-    (tmp_path / "sae.steering.json").write_text(json.dumps(STEERING))
+    (tmp_path / "sae.steered.json").write_text(json.dumps(STEERED))
+    figures = {"words_share": 0.25, "nats": 3.5, "repeated": 0.01}
+    measured = {"latents": 16, "clean": figures, "steered": figures | {"words_share": 0.75, "nats": 3.875}}
+    how = {"mode": "clamp", "strength": 0.625, "slider": [-2, 2], "measured": measured}
+    write_json(tmp_path / "sae.json", json.loads((tmp_path / "sae.json").read_text()) | {"steering": how})
+    (tmp_path / "sae.steering.png").write_bytes(PNG)
     return path
 
 
@@ -107,6 +113,9 @@ def test_one_file_with_every_section(sae_path, capsys):
         and "loss recovered" not in page.text
     )
     assert "5,000 tokens of 70 held-out sentences" in page.text
+    assert "In mode clamp at strength 0.625" in page.text and "75% of the completions" in page.text
+    assert "25% without steering" in page.text and "costs 0.38 nats" in page.text
+    assert page.text.count(" steers well") == sum(LatentIndex(sae_path).steers_well) > 0
     assert "Steering with latent 3: Dogs in fiction" in page.text and "7 contained “dog” without" in page.text
     assert "This is a cat & a house." in page.text and "The <b> dogs" in page.text
     assert sorted(latents_of(page)) == [i for i in range(N_LATENTS) if i not in DEAD]
@@ -159,7 +168,14 @@ def test_many_latents_stand_on_pages(sae_path, capsys):
 def test_what_is_missing_is_said_with_the_script_that_makes_it(tmp_path):
     (tmp_path / "sae.json").write_text('{"n_latents": 3}')
     page = write(tmp_path / "sae.pth")
-    scripts = ["sae_training", "sae_evaluation", "demo", "capture_top_activating_sentences", "promoted_tokens"]
+    scripts = [
+        "sae_training",
+        "sae_evaluation",
+        "sae_steering",
+        "demo",
+        "capture_top_activating_sentences",
+        "promoted_tokens",
+    ]
     for script in (*scripts, "interpret_top_sentences_parse_responses"):
         assert f"{script}.py" in page.text
     assert latents_of(page) == [0, 1, 2] and "nan" not in page.text and "None" not in page.text
@@ -176,7 +192,7 @@ def test_bad_options_and_files_are_refused(sae_path, tmp_path, capsys):
 )
 @pytest.mark.parametrize(
     ("name", "script"),
-    [("metrics.jsonl", "sae_training"), ("evaluation.json", "sae_evaluation"), ("steering.json", "demo")],
+    [("metrics.jsonl", "sae_training"), ("evaluation.json", "sae_evaluation"), ("steered.json", "demo")],
 )
 def test_a_broken_file_is_named_and_the_rest_is_shown(sae_path, capsys, name, script, content):
     """None: no rights to read it, or a disk that fails."""
@@ -191,6 +207,13 @@ def test_a_broken_file_is_named_and_the_rest_is_shown(sae_path, capsys, name, sc
     assert f"{path} is not what {script}.py writes (" in page.text
     assert f"{path} is not what {script}.py writes (" in capsys.readouterr().out
     assert latents_of(page) == latents_of(whole)
+
+
+def test_a_broken_entry_of_steering_is_named_and_the_rest_is_shown(sae_path):
+    info = json.loads(sae_path.with_suffix(".json").read_text())
+    write_json(sae_path.with_suffix(".json"), info | {"steering": {"mode": "push"}})
+    page = write(sae_path)
+    assert "sae.json is not what sae_steering.py writes (" in page.text and "Steering with latent 3" in page.text
 
 
 def failing_for(path: Path):
@@ -233,6 +256,7 @@ def test_interesting_latents_by_hand(tmp_path):
             self.meaning = np.array([row[0] for row in rows], dtype=object)
             self.certainty, self.frequency, self.score = (np.array([row[i] for row in rows]) for i in (1, 2, 3))
             self.highest = self.frequency
+            self.output_score, self.steers_well = np.full(len(rows), np.nan), np.zeros(len(rows), dtype=bool)
 
     assert interesting_latents(Index()) == [1, 0, 10, 11]
     assert sae_report.chosen_latents(Index(), 6) == [1, 0, 10, 11, 3, 4]
@@ -315,7 +339,7 @@ def test_search_and_sort_in_a_browser(sae_path):
         for column, order in ((3, -1), (3, 1), (0, 1)):  # score, highest first; again: lowest first; number
             page.locator("#index th").nth(column).locator("button").click()
             cells = page.evaluate("[...document.querySelectorAll('#index td')].map(cell => cell.textContent)")
-            values = [float(text or -1) for text in cells[column::5]]
+            values = [float(text or -1) for text in cells[column::6]]
             assert values == sorted(values, reverse=order < 0)
         page.click(f"#index tbody tr >> nth={LIVING - 1} >> a")
         assert "/sae.report/latents-00" in page.url or "#latent-" in page.url

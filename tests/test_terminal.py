@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from support.pipeline_runs import as_flags, call, refusal
 
 import llama_3_inference as inference
+from latents.origin import read_info
 from llama_3 import generation, load_model, load_tokenizer
 from llama_3.chat import Message, encode_dialogue
 from llama_3.checkpoint import TINY_LLAMA_DIR
@@ -35,13 +36,14 @@ from llama_3.generation import stream_chat
 from pipeline.errors import InputError
 from sae import load_sae_model
 from serving import prompt_files
-from serving.modes import DEFAULT_MODE, DEFAULT_STRENGTH
+from serving.modes import steering_defaults
 from serving.steered_model import latent_meanings
 from serving.steering import Steering, highest_activations, make_steering
 
 pytestmark = pytest.mark.slow  # each test starts the script anew
 
 SCRIPT = inference.__file__
+DEFAULT = steering_defaults(read_info(Path(TINY_LLAMA_DIR) / "sae.pth"), "sae.json")
 LATENT = 747  # named state; steering changes every text here
 TEXTS = ["The file is", "If", "再见 é", "Returns a list of all the names in the module"]
 SAMPLED = {"temperature": 0.9, "top_p": 0.95}
@@ -175,7 +177,7 @@ def cells_of(shown: str, width: int) -> list[list[str]]:
 def test_text_in_a_terminal(alone):
     """A dropped line, prompts pasted together, side by side, Ctrl-C in a completion, a too long prompt, Ctrl-D."""
     texts = TEXTS[:2]
-    clean, steered = alone(texts, 60, **GREEDY), alone(texts, 60, strength=DEFAULT_STRENGTH, **GREEDY)
+    clean, steered = alone(texts, 60, **GREEDY), alone(texts, 60, strength=DEFAULT.strength, **GREEDY)
     assert all(one != other for one, other in zip(clean, steered, strict=True))
     whole = [[words(t + one), words(t + other)] for t, one, other in zip(texts, clean, steered, strict=True)]
     flags = {"latents": LATENT, "max_new_tokens": 60, "temperature": 0}
@@ -281,7 +283,7 @@ def test_latents_of_generated_tokens(capsys, model, tokenizer, sae, alone):
     options = {"max_new_tokens": 12, "temperature": 0, "latents": LATENT, "show_latents": 3}
     call(inference, prompts=["The file is"], **options)
     head, clean, steered = re.split(r"latents of 'The file is', .*\n", capsys.readouterr().out)
-    texts = [alone(["The file is"], 12, strength=strength, **GREEDY)[0] for strength in (None, DEFAULT_STRENGTH)]
+    texts = [alone(["The file is"], 12, strength=strength, **GREEDY)[0] for strength in (None, DEFAULT.strength)]
     assert head == printed(["The file is"], *[[text] for text in texts])
     meanings = latent_meanings(str(Path(TINY_LLAMA_DIR) / "sae.pth"))
     expected = []
@@ -391,7 +393,7 @@ def test_text_file(tmp_path, alone, tokenizer, sampling, batch_size):
     for i, row in enumerate(rows):
         assert row["n_prompt_tokens"] == len(tokenizer.encode(TEXTS[i], bos=True))
         assert row["seed"] == i
-        assert row["steering"] == {"mode": DEFAULT_MODE, "keep_error": True, "strengths": {str(LATENT): 2.0}}
+        assert row["steering"] == {"mode": DEFAULT.mode, "keep_error": True, "strengths": {str(LATENT): 2.0}}
         assert row["stopped"] == (row["n_tokens"] < 9)
     assert [path.name for path in output.parent.iterdir()] == ["out.jsonl"]  # nothing else stays
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latents.meanings import Meaning, Score, write_meanings, write_scores
-from latents.tables import LATENTS, PROMOTED, TOP
+from latents.tables import LATENTS, PROMOTED, STEERING, TOP
 
 N_LATENTS = 40
 DEAD = (7, 23)  # latents that fire on no token
@@ -29,8 +29,8 @@ TEXTS = ["hello the ring 12 é, seen", "再 llama\n\nédited <i>", "aaaa  on hel
 
 
 def write_latents(folder: Path, model_dir: Path, tokenizer, seed: int = 0) -> Path:
-    """NAME.json, latents, top, promoted and scored meanings of N_LATENTS latents; returns the path of NAME.pth, which
-    is not there. Row groups are small, so that a latent's rows lie in two of them."""
+    """NAME.json, latents, top, promoted, steering and scored meanings of N_LATENTS latents; returns the path of
+    NAME.pth, which is not there. Row groups are small, so that a latent's rows lie in two of them."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     info: dict[str, Any] = {"n_latents": N_LATENTS, "k": 6, "d_model": 36, "site": "layers.1.attention_norm"}
@@ -69,6 +69,12 @@ def write_latents(folder: Path, model_dir: Path, tokenizer, seed: int = 0) -> Pa
     promoted = {"latent": list(range(N_LATENTS)), "tokens": tokens, "scores": scores}
     promoted |= {"suppressed_tokens": tokens, "suppressed_scores": [[-s for s in row] for row in scores]}
     PROMOTED.write(folder / "sae.promoted.parquet", promoted)
+
+    scores = [rng.random() / 4 if living else math.nan for living in alive]
+    well = [score > 0.2 for score in scores]
+    STEERING.write(
+        folder / "sae.steering.parquet", {"latent": range(N_LATENTS), "output_score": scores, "steers_well": well}
+    )
 
     scored = {i: round(rng.random(), 2) for i in range(0, 30, 2)}
     write_meaning_file(folder / "sae.meaning_a.yaml", MEANINGS, scored)
