@@ -1,38 +1,68 @@
-"""Which latents are worth showing first."""
+"""Which latents are worth showing first: those whose meaning says what a text is about."""
 
 import re
+from typing import Protocol
 
-from latents.index import LatentIndex
+import numpy as np
 
 _CERTAIN = 0.9  # least certainty of an interesting latent's meaning
 _FREQUENCIES = (2e-4, 5e-3)  # of an interesting latent: neither rare nor everywhere
 
+# English words that say nothing about what a text is about.
+_FUNCTION_WORDS = """
+a an the this that these those some any each every either neither both all half such no none another other others
+i me my mine myself you your yours yourself he him his himself she her hers herself it its itself we us our ours
+ourselves they them their theirs themselves one ones who whom whose which what someone something anyone anything
+everyone everything nobody nothing
+about above across after against along amid among around as at before behind below beneath beside besides between
+beyond by despite down during except for from in inside into like near of off on onto out outside over past per
+since than through throughout to toward towards under unlike until unto up upon via with within without
+and or but nor so yet if because although though while whereas whether unless once when where why how whenever
+wherever however therefore thus hence moreover furthermore otherwise instead meanwhile
+be am is are was were been being have has had having do does did done doing can could may might must shall should
+will would ought cannot need dare let get gets got getting make makes made making
+not never ever also too very quite rather just only even still already again almost enough else here there now then
+always often sometimes usually perhaps maybe really actually simply well much many more most less least few several
+own same later soon ago yes okay etc
+said say says saying according known called named given based due able unable going
+zero two three four five six seven eight nine ten first second third last next new
+number line break
+"""
+_EMPTY = frozenset(_FUNCTION_WORDS.split())
 
-def interesting_latents(index: LatentIndex) -> list[int]:
-    """Latents worth showing, best score first: their meaning is certain and in plain words (no parts of words, signs or
-    numbers), most of them new in the list; and they fire neither rarely nor everywhere."""
-    certain = index.certainty >= _CERTAIN
-    medium = (index.frequency >= _FREQUENCIES[0]) & (index.frequency <= _FREQUENCIES[1])
+
+class Described(Protocol):
+    """What is known about latents: LatentIndex, of whose columns, arrays of n_latents, these are some."""
+
+    meaning: np.ndarray
+    certainty: np.ndarray
+    score: np.ndarray
+    frequency: np.ndarray
+
+
+def interesting_latents(latents: Described) -> list[int]:
+    """Latents worth showing, best score first: their meaning is certain and of content words (no parts of words, signs
+    or numbers), most of them new in the list; and they fire neither rarely nor everywhere."""
+    certain = latents.certainty >= _CERTAIN
+    medium = (latents.frequency >= _FREQUENCIES[0]) & (latents.frequency <= _FREQUENCIES[1])
+    best_first = np.lexsort([-np.nan_to_num(column, nan=-1.0) for column in (latents.certainty, latents.score)])
     chosen, used = [], set()
-    for latent in best_first(index):
-        meaning = index.meaning[latent]
-        if not (certain[latent] and medium[latent] and is_plain(meaning)):
-            continue
-        stems = {word[:4].lower() for word in re.findall(r"\w+", meaning) if len(word) > 3}
+    for latent in best_first[(certain & medium)[best_first]].tolist():
+        words = content_words(latents.meaning.item(latent))
+        stems = {word[:4] for word in words}
         if 2 * len(stems & used) < len(stems):
             used |= stems
             chosen.append(latent)
     return chosen
 
 
-def best_first(index: LatentIndex) -> list[int]:
-    """All living latents by score, then certainty; those without a meaning last."""
-    return [row["latent"] for row in index.search(sort="score", limit=index.n_latents)]
-
-
-def is_plain(meaning: str | None) -> bool:
-    """Whether a meaning has only whole words."""
-    if meaning is None:
-        return False
-    words = meaning.split(", ")
-    return len(words[0]) > 3 and "number" not in words and all(c.isalpha() or c in " ,.;:'\"()-/" for c in meaning)
+def content_words(meaning: str | None) -> list[str]:
+    """The words of a meaning that say what a text is about, in lower case; none if it is not in plain words, or if its
+    first part (a name's best feature) has none."""
+    if meaning is None or not all(c.isalpha() or c in " ,.;:'’\"“”()-/" for c in meaning):
+        return []
+    parts = [
+        [word for word in re.findall(r"[^\W\d_]+", part.lower()) if len(word) > 2 and word not in _EMPTY]
+        for part in meaning.split(", ")
+    ]
+    return [word for part in parts for word in part] if parts[0] else []

@@ -219,7 +219,9 @@ def test_interesting_latents_by_hand(tmp_path):
         ("doubtful", 0.8, 1e-3, 0.95),
         ("rare", 1.0, 1e-5, 0.95),
         ("frequent", 1.0, 0.2, 0.95),
-        ("the", 1.0, 1e-3, 0.95),  # short
+        ("both, each other", 1.0, 1e-3, 0.95),  # says nothing of what a text is about
+        ("in the, harbour", 1.0, 1e-3, 0.95),  # nor does its first part
+        ("sea", 1.0, 1e-3, 0.55),
         ('References to "rate" in contracts (legal)', 0.9, 2e-3, 0.6),
         ("unscored", 1.0, 1e-3, math.nan),
         (None, math.nan, 1e-3, math.nan),
@@ -234,9 +236,9 @@ def test_interesting_latents_by_hand(tmp_path):
             self.certainty, self.frequency, self.score = (np.array([row[i] for row in rows]) for i in (1, 2, 3))
             self.highest = self.frequency
 
-    assert interesting_latents(Index()) == [1, 0, 10, 11]
-    assert sae_report.chosen_latents(Index(), 6) == [1, 0, 10, 11, 3, 4]
-    assert sorted(sae_report.chosen_latents(Index(), 99)) == list(range(13))
+    assert interesting_latents(Index()) == [1, 0, 12, 11, 13]
+    assert sae_report.chosen_latents(Index(), 7) == [1, 0, 12, 11, 13, 3, 4]
+    assert sorted(sae_report.chosen_latents(Index(), 99)) == list(range(15))
 
 
 # ---- differences, charts
