@@ -6,7 +6,7 @@ Writes  completions to the terminal as they grow; with INPUT_PATH, JSON lines to
 Method  serving/steering.py explains the modes at the SAE's site; strength 1 is a latent's highest observed activation
 
     python llama_3_inference.py text                       # asks for prompts, one per line; completes them together
-    python llama_3_inference.py text --prompts "This function returns" "When the" --latents 747 --strengths 5
+    python llama_3_inference.py text --llama_model_dir llama_3/tiny_llama --prompts "When the" --latents 747
     python llama_3_inference.py chat --llama_model_dir models/llama_3.2-3B-Instruct --system "Answer in one sentence."
     python llama_3_inference.py text --input_path prompts.txt --output_path completions.jsonl
 """

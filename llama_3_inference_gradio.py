@@ -291,12 +291,12 @@ def steering_panel(served: Served, index: LatentIndex) -> Panel:
 
 
 def first_chosen(served: Served, index: LatentIndex) -> list[int]:
-    """The latent that steers when the page opens; none where no latent can."""
+    """The latent that steers when the page opens; none where nothing is known of any."""
     if is_embedded(index.sae_path):
         found = index.search(_TINY_LATENT, sort="score")
         return [row["latent"] for row in found if row["meaning"] == _TINY_LATENT][:1]
     highest = served.opened.highest
-    return [row["latent"] for row in index.search(limit=1) if highest is None or highest[row["latent"]] > 0]
+    return [] if highest is None else [latent for latent in interesting_latents(index) if highest[latent] > 0][:1]
 
 
 # ---- links from one part to another

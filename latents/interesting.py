@@ -1,15 +1,16 @@
 """Which latents are worth showing first: those whose meaning says what a text is about."""
 
-import re
 from typing import Protocol
 
 import numpy as np
 
-_CERTAIN = 0.9  # least certainty of an interesting latent's meaning
-_FREQUENCIES = (2e-4, 5e-3)  # of an interesting latent: neither rare nor everywhere
+from latents.words import WORD
 
-# English words that say nothing about what a text is about.
-_FUNCTION_WORDS = """
+_CERTAIN = 0.9  # least certainty of an interesting latent's meaning
+_FREQUENCIES = (0.025, 1.0)  # of an interesting latent, in multiples of the mean: neither rare nor everywhere
+
+# English words that say little about what a text is about.
+_EMPTY_WORDS = """
 a an the this that these those some any each every either neither both all half such no none another other others
 i me my mine myself you your yours yourself he him his himself she her hers herself it its itself we us our ours
 ourselves they them their theirs themselves one ones who whom whose which what someone something anyone anything
@@ -25,10 +26,21 @@ not never ever also too very quite rather just only even still already again alm
 always often sometimes usually perhaps maybe really actually simply well much many more most less least few several
 own same later soon ago yes okay etc
 said say says saying according known called named given based due able unable going
-zero two three four five six seven eight nine ten first second third last next new
-number line break
+zero two three four five six seven eight nine ten first second third last next new number line break
+add added adds ask asked asking become becomes became becoming begin began believe believes believed bring brings
+brought call calls come comes came coming create created creating find finds found finding follow following followed
+give gives gave giving go goes went gone help helps helped include includes included including keep keeps kept keeping
+know knows knew known like likes leave leaves left look looks looked looking mean means meant put puts putting run runs
+running see sees saw seen seem seems seemed set sets show shows showed shown start starts started stop stops stopped
+take takes took taken taking tell tells told think thinks thought thinking try tries tried trying turn turns turned
+turning use uses used using want wants wanted work works worked working feel feels felt
+bad best better big certain definitely different early entire far full good great high large late likely little long low
+main major old possible present pretty previous probably quick right short similar single small special sure together
+unfortunately usual various whole wide wrong
+bit case cases course day days end example fact kind lot part parts people person place rest role side sort thing things
+time times today way ways year years
 """
-_EMPTY = frozenset(_FUNCTION_WORDS.split())
+_EMPTY = frozenset(_EMPTY_WORDS.split())
 
 
 class Described(Protocol):
@@ -44,7 +56,8 @@ def interesting_latents(latents: Described) -> list[int]:
     """Latents worth showing, best score first: their meaning is certain and of content words (no parts of words, signs
     or numbers), most of them new in the list; and they fire neither rarely nor everywhere."""
     certain = latents.certainty >= _CERTAIN
-    medium = (latents.frequency >= _FREQUENCIES[0]) & (latents.frequency <= _FREQUENCIES[1])
+    least, most = (bound * np.nan_to_num(latents.frequency).mean() for bound in _FREQUENCIES)
+    medium = (latents.frequency >= least) & (latents.frequency <= most)
     best_first = np.lexsort([-np.nan_to_num(column, nan=-1.0) for column in (latents.certainty, latents.score)])
     chosen, used = [], set()
     for latent in best_first[(certain & medium)[best_first]].tolist():
@@ -61,8 +74,6 @@ def content_words(meaning: str | None) -> list[str]:
     first part (a name's best feature) has none."""
     if meaning is None or not all(c.isalpha() or c in " ,.;:'’\"“”()-/" for c in meaning):
         return []
-    parts = [
-        [word for word in re.findall(r"[^\W\d_]+", part.lower()) if len(word) > 2 and word not in _EMPTY]
-        for part in meaning.split(", ")
-    ]
-    return [word for part in parts for word in part] if parts[0] else []
+    words = [WORD.findall(part.lower()) for part in meaning.split(", ")]
+    content = [[word for word in part if len(word) > 2 and word not in _EMPTY] for part in words]
+    return [word for part in content for word in part] if all(words) and content[0] else []

@@ -76,9 +76,9 @@ def clicked(address: object) -> tuple[str, int]:
 def results_html(index: LatentIndex, query: str, n_suggested: int) -> str:
     """The first latents that a search finds, to click; without a search, interesting ones."""
     if not query.strip():
-        rows = index.search(limit=n_suggested)
+        rows = [row for row in index.search(limit=n_suggested) if row["meaning"]]
         links = " ".join(f"<a href='#steer-{row['latent']}'>{html.escape(row['meaning'])}</a>" for row in rows)
-        return f"<p class='suggested'>or one of these: {links}</p>"
+        return f"<p class='suggested'>or one of these: {links}</p>" if rows else ""
     rows = index.search(query, sort="score", limit=_N_RESULTS)
     if not rows:
         return status_html(why_nothing_is_found(index, query), is_error=True)

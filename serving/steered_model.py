@@ -56,7 +56,7 @@ class ModelChoice:
             return self.llama_model_dir
         if self.sae_model_path is not None and (source := source_of(self.sae_model_path)).folders.get("model_dir"):
             return source.model_dir()
-        return next(model for model in REFERENCE_SAES if preferred_files(model) and reference_sae(model))
+        return fetched_reference() or TINY_LLAMA_DIR
 
     @property
     def is_embedded(self) -> bool:
@@ -84,6 +84,12 @@ def reference_sae(model_dir: str) -> str | None:
     """The SAE in this repository that belongs to a model, if there is one."""
     paths = (sae for model, sae in REFERENCE_SAES.items() if same_folder(model, model_dir) and Path(sae).exists())
     return next(paths, None)
+
+
+def fetched_reference() -> str | None:
+    """The first model that was fetched and whose reference SAE is here; None if there is only the tiny Llama."""
+    fetched = (model for model in REFERENCE_SAES if not same_folder(model, TINY_LLAMA_DIR))
+    return next((model for model in fetched if preferred_files(model) and reference_sae(model)), None)
 
 
 def same_folder(one: str, other: str) -> bool:

@@ -32,13 +32,13 @@ from latents.interesting import interesting_latents
 from latents.markup import visible
 from llama_3 import generation, load_model, load_tokenizer
 from llama_3.chat import Message
-from llama_3.checkpoint import TINY_LLAMA_DIR, preferred_files
+from llama_3.checkpoint import TINY_LLAMA_DIR
 from llama_3.generation import stream_chat
 from sae import load_sae_model
 from serving.local_requests import past_proxies
 from serving.modes import DEFAULT_STRENGTH
 from serving.requests import Limits
-from serving.steered_model import REFERENCE_SAES, ModelChoice, reference_sae, taken_from
+from serving.steered_model import ModelChoice, fetched_reference, taken_from
 from serving.steering import Steering, highest_activations, make_steering
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -49,8 +49,7 @@ needs_browser = lambda test: pytest.mark.slow(without_browser(test))
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
 SAE_PATH = str(Path(TINY_LLAMA_DIR) / "sae.pth")
-SMOLLM2 = next((model for model in REFERENCE_SAES if model != TINY_LLAMA_DIR and reference_sae(model)), None)
-SMOLLM2 = SMOLLM2 if SMOLLM2 and preferred_files(SMOLLM2) else None
+SMOLLM2 = fetched_reference()
 SECONDS = 30_000  # a busy machine is not a failure
 
 
@@ -669,3 +668,8 @@ def test_sae_without_a_json(capsys, tmp_path):
     assert served.opened.sae.info["site"] == "layers.6.attention_norm"
     assert served.opened.sae.k == 32 and served.index.n_latents == 4096
     assert served.opened.highest is None  # no file beside it has the highest activations
+    assert page_script.first_chosen(served, served.index) == []
+    config = page_script.build(served).get_config_file()
+    shown = [part["props"].get("value") for part in config["components"] if part["type"] == "html"]
+    assert any("Nothing steers yet" in str(value) for value in shown)
+    assert any("latent-card" in str(value) and "no meaning" in str(value) for value in shown)
