@@ -26,14 +26,14 @@ $(VENV)/.installed: pyproject.toml poetry.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --requirement $(VENV)/requirements.txt --constraint $(VENV)/constraints.txt
 	touch $@
 
-demo: install  ## every stage on the embedded tiny Llama; ends with a steered completion
+demo: install  ## every stage on SmolLM2, which it fetches: 10 minutes; ends with steered texts
 	$(BIN)/python demo.py
 
 page: install  ## the web page on SmolLM2 and its reference SAE, at http://127.0.0.1:7860
 	@$(BIN)/python fetch_model.py --model smollm2-135M-Instruct-Q4_1 || echo "SmolLM2 could not be fetched; the page opens on what is here."
 	$(BIN)/python llama_3_inference_gradio.py
 
-quick: install  ## tests without torchrun, terminal, browser, kills and benchmarks: two minutes
+quick: install  ## tests without processes, browser, kills and benchmarks: at most 90 seconds
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m "not slow"
 
 check: lint types quick  ## what to run before a commit: lint, types, quick
@@ -69,5 +69,6 @@ tiny: install
 	$(BIN)/python -m embedded.training --output_dir llama_3/tiny_llama
 
 # ... and its reference SAE: the demo's, in bfloat16, with its names.
-reference: demo
-	$(BIN)/python -m embedded.reference
+reference: install
+	$(BIN)/python demo.py --model tiny_llama
+	$(BIN)/python -m embedded.reference --model tiny_llama

@@ -26,12 +26,14 @@ MAX_TOKENS: Count = 192  # longer sentences are cut to this length
 BEGIN_OF_TEXT = False  # put begin-of-text before each sentence (its own activation is never stored)
 DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # for the computation; activations are stored as bfloat16
 BATCH_TOKENS: Count = 4096  # tokens per forward pass, including about 2 % padding; a CPU is fastest at 1024
-WINDOW_SENTENCES: Count = 16_384  # sentences sorted by length together; more means less padding but more memory
+WINDOW_SENTENCES: Count = 16_384  # sentences sorted by length together, at most; more: less padding, more memory
 SHARD_GB: Size = 1.0  # size of a shard
 ROPE_SCALING_FACTOR: Positive | None = None  # overrides the checkpoint's; 8 reproduces the published activations
 SEED: Seed = 42  # of the sentence order; 42 is the published one
 
 _DECIDING = ("max_tokens", "begin_of_text", "dtype", "batch_tokens", "window_sentences", "shard_gb")  # the result
+_FEWEST_WINDOWS = 8  # where there are sentences enough, so that as many processes have work
+_SMALL_WINDOW = 256  # sentences; windows are not made smaller than this for more of them
 _READERS = 4  # threads that tokenise a window each, ahead of the model
 
 if __name__ == "__main__":
@@ -112,6 +114,11 @@ def read_window(
         window.sentence_idx.append(i)
         window.token_ids.append(ids[:max_tokens])
     return window._replace(n_empty=n_empty, n_cut=n_cut)
+
+
+def window_size(n_sentences: int, at_most: int) -> int:
+    """Sentences per window. The number of processes has no say in it, or it would change the batches."""
+    return min(at_most, max(_SMALL_WINDOW, -(-n_sentences // _FEWEST_WINDOWS)))
 
 
 class Windows(NamedTuple):
@@ -434,11 +441,12 @@ def main() -> None:
     if config.begin_of_text and tokenizer.bos_id is None:
         raise InputError(f"The tokenizer of {config.model_dir} has no begin-of-text; leave out --begin_of_text.")
     sentences = open_sentences(config.sentences_dir, config.num_samples, config.seed)
-    windows = Windows(sentences, tokenizer, config.window_sentences, config.max_tokens)
+    windows = Windows(sentences, tokenizer, window_size(len(sentences), config.window_sentences), config.max_tokens)
     packed = not torch.cuda.is_available()  # packed weights are for CPUs
     model = load_model(config.model_dir, "cpu", getattr(torch, config.dtype), config.rope_scaling_factor, packed)
     source = describe_source(config.model_dir, args, windows, config.seed, config.begin_of_text)
     decides = {name: getattr(config, name) for name in _DECIDING}
+    decides["window_sentences"] = windows.window_sentences
     decides |= {name: getattr(source, name) for name in ("model", "dataset", "rope_scaling_factor")}
     if not sentences.manifest:  # published sentences, without checksums
         decides["sentence_files"] = sentences.files_sha256

@@ -8,8 +8,9 @@ Method  next-token cross-entropy, and KL divergence from the clean model, with t
         2024, arXiv:2406.04093, section 4.1), and the same against the mean. A token's mean is taken over all other
         evaluated sentences, never its own. FVU = squared error / squared distance from the mean, over all tokens, in
         normalised space. Begin-of-text is passed through and never counted (autoencoder/evaluation.py)
-Cost    three passes of the model over the sentences, a fourth up to the site, and one for each SAE; SAEs at one site
-        share all the others. Only finished files are written: a killed run starts over
+Cost    one pass of the model over the sentences, then its layers from the site's on again for zero, for the mean and
+        for each SAE, with the output layer. Memory: 4 bytes x d_model per token, 2 GB at most, so that the layers
+        before the site are computed once. Only finished files are written: a killed run starts over
 
     python sae_evaluation.py --sae_model_path data/sae.pth
     python sae_evaluation.py --sae_model_path a.pth b.pth c.pth
@@ -31,6 +32,7 @@ if __name__ == "__main__":
 
 import reprlib
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -244,12 +246,15 @@ def seconds_per_pass(model: Transformer, sentences: list[list[int]]) -> float:
 
 
 def announce(model: Transformer, held_out: HeldOut, sites: dict[str, str]) -> None:
-    n_passes = 4 * len(set(sites.values())) + len(sites)
+    n_layers, n_passes = model.args.n_layers, 0.0
+    for site, n_saes in Counter(sites.values()).items():
+        layer = check_site(site, n_layers)
+        n_passes += (layer + 1 + (3 + n_saes) * (n_layers - layer)) / n_layers  # clean, zeroed, mean, and each SAE
     print(
         f"Reading {len(held_out.sentences):,} held-out sentences, {sum(map(len, held_out.sentences)):,} tokens, from "
         f"{held_out.folder}; writing evaluation.json and evaluation.png for {', '.join(sites)} (under 1 MB each); "
-        f"{n_passes} passes of the model, about {duration(n_passes * seconds_per_pass(model, held_out.sentences))} on "
-        f"{model.device}."
+        f"{n_passes:.1f} passes of the model, about {duration(n_passes * seconds_per_pass(model, held_out.sentences))} "
+        f"on {model.device}."
     )
 
 

@@ -19,9 +19,9 @@ from pipeline.run import run
 MODEL_DIR: str  # folder or GGUF file of a model that can chat
 OUTPUT_DIR = "data/dialogues"  # folder for the dialogues
 NUM_DIALOGUES: CountOrZero = 0  # questions to ask, from the start of the seeded order; 0 for all
-MAX_NEW_TOKENS: Count = 320  # longer answers are cut
-TEMPERATURE: Positive = 0.7  # sampling temperature
-TOP_P: Share = 0.9  # nucleus sampling
+MAX_NEW_TOKENS: Count = 256  # longer answers are cut
+TEMPERATURE: Positive = 0.8  # sampling temperature
+TOP_P: Share = 0.95  # nucleus sampling
 BATCH_SIZE: Count = 256  # answers sampled together
 DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # of the computation
 SEED: Seed = 0  # of the order and of the samples
@@ -87,7 +87,7 @@ KINDS = (
 )  # fmt: skip
 
 _MIN_WORDS = 40  # of an answer
-_MIN_DISTINCT = 0.75  # share of an answer's runs of four words that are new in it
+_MIN_DISTINCT = 0.7  # share of an answer's runs of four words that are new in it
 _MIN_ASCII = 0.97  # share of an answer's characters
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from autoencoder.frequencies import frequency_histogram
 from autoencoder.measures import DENSE
-from llama_3.model import Transformer
+from llama_3.model import Resume, Transformer, check_site
 from llama_3.padding import make_batches
 from pipeline.errors import InputError
 from pipeline.progress import progress_bar
 from sae import TopKSparseAutoencoder
 
 ROWS = 512  # tokens whose logits or pre-activations are in memory at once: 263 MB each at a vocabulary of 128,256
+KEPT_BYTES = 2 * 10**9  # of activations kept from one pass to the next; those beyond it are computed twice
 _EPS = 1e-5  # of the normalisation, for reconstructions that are plain functions
 
 Reconstruction = Callable[[Tensor], Tensor]  # raw activations (n_tokens, d_model) -> their reconstruction
@@ -43,7 +44,8 @@ def evaluate(
     Raises InputError if a loss is not finite, nothing is predicted, or all activations are the same.
     """
     n_tokens, n_starts = sum(map(len, sentences)), 0 if bos_id is None else 1
-    last = f"layers.{model.args.n_layers - 1}.resid_post"
+    layer, last = check_site(site, model.args.n_layers), f"layers.{model.args.n_layers - 1}.resid_post"
+    before = f"layers.{layer}.resid_pre"  # the layers up to here are computed once for all variants
     quality = [Quality(sae, model.args.dim, max(map(len, sentences)), model.device) for sae in saes.values()]
     has_mean = len(sentences) > 1
     variants = ["clean", "zeroed", *(["mean"] if has_mean else []), *(f"replaced by {name}" for name in saes)]
@@ -52,10 +54,18 @@ def evaluate(
 
     with torch.inference_mode():
         total = torch.zeros(model.args.dim, dtype=torch.float64, device=model.device)
+        kept: list[Tensor | None] = []  # the residual stream there, batch by batch
+        room = KEPT_BYTES
         for tokens, real in padded_batches(sentences, batch_tokens, bos_id, model.device, "mean of the site"):
-            total += model.activations(tokens, site)[real].double().sum(0)
-        for tokens, real in padded_batches(sentences, batch_tokens, bos_id, model.device, "evaluation"):
-            clean = model.activations(tokens, [site, last])
+            found = model.activations(tokens, [before, site])
+            total += found[site][real].double().sum(0)
+            room -= found[before].nbytes
+            kept.append(found[before] if room >= 0 else None)
+        batches = padded_batches(sentences, batch_tokens, bos_id, model.device, "evaluation")
+        for number, (tokens, real) in enumerate(batches):
+            stream = kept[number]
+            resume = Resume(layer, model.activations(tokens, before) if stream is None else stream)
+            clean = model.activations(tokens, [site, last], resume)
             x = clean[site]
             position = real.nonzero()[:, 1] - n_starts
             replacements = [torch.zeros_like(x)]
@@ -70,7 +80,7 @@ def evaluate(
             for replacement in replacements:
                 x_new = torch.where(real[..., None], replacement, x)
                 with model.intervene(site, lambda _, x_new=x_new: x_new):
-                    streams.append(model.activations(tokens, last)[predicts])
+                    streams.append(model.activations(tokens, last, resume)[predicts])
             sums += losses_and_kl(model, streams, targets)
             check_finite(sums[0].tolist(), variants, site)
     if n_predictions == 0:

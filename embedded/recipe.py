@@ -1,6 +1,6 @@
-"""The demo's recipe: every stage on the embedded tiny Llama, with suitable sizes. Needs no torch.
+"""The demo's recipes: every stage on SmolLM2, or on the embedded tiny Llama, with sizes that suit it. Needs no torch.
 
-demo.py, the reference SAE, benchmarks and tests take their commands from here; the README trains with the same options.
+demo.py, the reference SAEs and tests take their commands from here; the README trains with the same options.
 """
 
 import os
@@ -8,15 +8,67 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.errors import Stop
 from pipeline.files import PROJECT_DIR
 
-MODEL_DIR = "llama_3/tiny_llama"
-SITE = "layers.6.attention_norm"  # of 8 layers: about 5/6 of the depth
+
+class Recipe(NamedTuple):
+    """A model for the demo, and the sizes that suit it."""
+
+    model: str  # its name, for people
+    model_dir: str
+    fetched_as: str | None  # its name for fetch_model.py; None: it comes with the project
+    site: str
+    documents: str | None  # the text that comes with the project; None: the documentation on this machine
+    dtype: str  # of the capture; bfloat16 is faster only on CPUs that know it
+    num_samples: int  # sentences to capture; 0 for all
+    n_latents: int
+    num_epochs: int  # of SAE training
+    training: Mapping[str, object]  # other options of sae_training.py
+    prompts: Sequence[str]  # that completions continue
+
+
+SMOLLM2_DIR = "llama_3/smollm2"  # what comes with the project for it: its own words, its reference SAE
+SMOLLM2 = Recipe(
+    model="SmolLM2-135M-Instruct",
+    model_dir="models/smollm2-135M-Instruct-Q4_1",
+    fetched_as="smollm2-135M-Instruct-Q4_1",
+    site="layers.15.resid_post",  # half of the depth
+    documents=f"{SMOLLM2_DIR}/dialogues.parquet",
+    dtype="float32",
+    num_samples=8_000,
+    n_latents=4096,
+    num_epochs=6,
+    training={"k_aux": 256, "learning_rate": 2e-3},
+    prompts=(
+        "My favourite place in the world is",
+        "The most important thing in life is",
+        "Yesterday I went to",
+        "I have always wanted to",
+        "Let me tell you about",
+        "When I was young,",
+        "People often ask me about",
+        "The best day of my life was",
+    ),
+)
+TINY_LLAMA = Recipe(
+    model="the tiny Llama",
+    model_dir="llama_3/tiny_llama",
+    fetched_as=None,
+    site="layers.6.attention_norm",  # of 8 layers: about 5/6 of the depth
+    documents=None,
+    dtype="float32",
+    num_samples=32_000,
+    n_latents=4096,
+    num_epochs=2,
+    training={"k_aux": 128, "learning_rate": 4e-3},
+    prompts=("This is", "The", "It can be", "Note that", "When the", "A", "In this case", "The second"),
+)
+RECIPES = {"smollm2": SMOLLM2, "tiny_llama": TINY_LLAMA}
+
 MEANING = "sae.meaning_distinctive-words_max"  # names by the highest token
-NUM_SAMPLES = 32_000  # sentences to capture
-NUM_EPOCHS = 2  # of SAE training
 TOP_SENTENCES = 20  # kept for each latent
 
 
@@ -58,41 +110,7 @@ def run_command(words: Sequence[str], quiet: bool = False) -> None:
         raise Stop(f"This command failed with exit code {code} (its message is above): {' '.join(words[1:])}")
 
 
-# ---- stages that others begin with
-
-
-def documents(run: Path) -> list[str]:
-    return command("embedded/corpus.py", output_dir=run / "documents", max_mb=6)
-
-
-def sentences(run: Path) -> list[str]:
-    return command(
-        "openwebtext_sentences_dataset.py",
-        input_path=run / "documents",
-        output_dir=run / "sentences",
-        punkt="corpus",
-        punkt_train_mb=1,
-        shard_mb=2,
-    )
-
-
-def capture(run: Path, sites: Sequence[str] = (SITE,), num_samples: int = NUM_SAMPLES, processes: int = 1) -> list[str]:
-    return command(
-        "capture_activations.py",
-        processes=processes,
-        model_dir=MODEL_DIR,
-        sentences_dir=run / "sentences",
-        output_dir=run / "activations",
-        num_samples=num_samples,
-        sites=list(sites),
-        dtype="float32",
-        batch_tokens=1024,
-        window_sentences=4000,
-    )
-
-
-def preprocessing(run: Path, site: str, output_dir: Path) -> list[str]:
-    return command("sae_preprocessing.py", input_dir=run / "activations" / site, output_dir=output_dir, shard_gb=0.1)
+# ---- the stages
 
 
 def scores(sae: Path, meanings: Path) -> list[str]:
@@ -105,18 +123,48 @@ def scores(sae: Path, meanings: Path) -> list[str]:
     )
 
 
-# ---- the whole demo
-
-
-def stages(run: Path, num_samples: int = NUM_SAMPLES, num_epochs: int = NUM_EPOCHS) -> list[tuple[str, list[str]]]:
-    """(title, command) of every stage of the demo, files in the folder `run`."""
+def training_stages(recipe: Recipe, run: Path) -> list[tuple[str, list[str]]]:
+    """(title, command) of every stage up to an evaluated SAE of a recipe's model, files in the folder `run`."""
+    documents = recipe.documents or run / "documents"
     sae = run / "sae" / "sae.pth"
-    activations = run / "activations" / SITE
+    corpus = command("embedded/corpus.py", output_dir=documents, max_mb=6)
     return [
-        ("Documents: the documentation on this machine", documents(run)),
-        ("Sentences", sentences(run)),
-        ("Activations of the tiny Llama, two processes", capture(run, num_samples=num_samples, processes=2)),
-        ("Shuffled batches", preprocessing(run, SITE, run / "batches")),
+        *([] if recipe.documents else [("Documents: the documentation on this machine", corpus)]),
+        (
+            "Sentences",
+            command(
+                "openwebtext_sentences_dataset.py",
+                input_path=documents,
+                output_dir=run / "sentences",
+                punkt="corpus",
+                punkt_train_mb=1,
+                shard_mb=2,
+            ),
+        ),
+        (
+            f"Activations of {recipe.model}, two processes",
+            command(
+                "capture_activations.py",
+                processes=2,
+                model_dir=recipe.model_dir,
+                sentences_dir=run / "sentences",
+                output_dir=run / "activations",
+                num_samples=recipe.num_samples,
+                sites=recipe.site,
+                dtype=recipe.dtype,
+                batch_tokens=1024,
+                window_sentences=4000,
+            ),
+        ),
+        (
+            "Shuffled batches",
+            command(
+                "sae_preprocessing.py",
+                input_dir=run / "activations" / recipe.site,
+                output_dir=run / "batches",
+                shard_gb=0.1,
+            ),
+        ),
         (
             "Sparse autoencoder, two processes",
             command(
@@ -125,22 +173,29 @@ def stages(run: Path, num_samples: int = NUM_SAMPLES, num_epochs: int = NUM_EPOC
                 data_dir=run / "batches",
                 model_save_path=sae,
                 checkpoint_dir=run / "checkpoints",
-                n_latents=4096,
+                n_latents=recipe.n_latents,
                 k=32,
-                k_aux=128,
-                num_epochs=num_epochs,
+                num_epochs=recipe.num_epochs,
                 batch_size=1024,
-                learning_rate=4e-3,
                 learning_rate_min_ratio=0.05,
                 warmup_steps=20,
                 dead_after_tokens=300_000,
                 wandb="off",
+                **recipe.training,
             ),
         ),
-        (
-            "What the SAE keeps of the model",
-            command("sae_evaluation.py", sae_model_path=sae, num_sentences=1000, batch_tokens=1024),
-        ),
+        ("What the SAE keeps of the model", evaluation(sae)),
+    ]
+
+
+def evaluation(sae: Path) -> list[str]:
+    return command("sae_evaluation.py", sae_model_path=sae, num_sentences=1000, batch_tokens=1024)
+
+
+def naming_stages(sae: Path, activations: Path) -> list[tuple[str, list[str]]]:
+    """(title, command) of every stage that says what the latents of an SAE mean, by their sentences in `activations`;
+    files beside the SAE."""
+    return [
         (
             "Top sentences of every latent",
             command(
@@ -151,6 +206,14 @@ def stages(run: Path, num_samples: int = NUM_SAMPLES, num_epochs: int = NUM_EPOC
             "Names of the latents",
             command("interpret_top_sentences_distinctive_words.py", model_path=sae, top_sentences=TOP_SENTENCES),
         ),
-        ("How well the names tell where a latent fires", scores(sae, run / "sae" / f"{MEANING}.yaml")),
+        ("How well the names tell where a latent fires", scores(sae, sae.with_name(f"{MEANING}.yaml"))),
         ("Tokens that the latents promote", command("promoted_tokens.py", model_path=sae)),
+    ]
+
+
+def stages(recipe: Recipe, run: Path) -> list[tuple[str, list[str]]]:
+    """(title, command) of every stage on a recipe's model, files in the folder `run`."""
+    return [
+        *training_stages(recipe, run),
+        *naming_stages(run / "sae" / "sae.pth", run / "activations" / recipe.site),
     ]

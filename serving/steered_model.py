@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from embedded.recipe import SMOLLM2, SMOLLM2_DIR
 from latents.meanings import best_meanings
 from latents.origin import source_of
 from llama_3 import load_model, load_tokenizer
@@ -25,7 +26,7 @@ from sae import TopKSparseAutoencoder, load_sae_model
 from serving.steering import Steering, known_highest, make_steering
 
 REFERENCE_SAES = {  # models with an SAE in this repository; the first that is here opens when none is named
-    str(PROJECT_DIR / "models" / "smollm2-135M-Instruct-Q4_1"): str(PROJECT_DIR / "llama_3" / "smollm2" / "sae.pth"),
+    str(PROJECT_DIR / SMOLLM2.model_dir): str(PROJECT_DIR / SMOLLM2_DIR / "sae.pth"),
     TINY_LLAMA_DIR: str(Path(TINY_LLAMA_DIR) / "sae.pth"),
 }
 

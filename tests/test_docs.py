@@ -167,7 +167,7 @@ def test_the_readme_trains_as_the_demo_does():
 
     readme = (PROJECT_DIR / "README.md").read_text(encoding="utf-8")
     shown = [words for code in code_blocks(readme, "bash") for words in commands(code) if "sae_training.py" in words]
-    demo = next(words for _, words in recipe.stages(Path("run")) if "sae_training.py" in words)
+    demo = next(words for _, words in recipe.stages(recipe.SMOLLM2, Path("run")) if "sae_training.py" in words)
     number = lambda values: {name: float(v) if re.match(r"[\d.]", v) else v for name, v in values.items()}
     assert [number(options(words)) for words in shown] == [number(options(demo))]
 
