@@ -389,11 +389,12 @@ def complete_tab(served: Served, panel: Panel | None) -> None:
 
 
 def example_html(served: Served, prompts: Sequence[str], steering: Steering, sampling: Sampling) -> str:
-    """The completions with which the page opens, as far as they come in _EXAMPLE_S. They also pack the weights."""
-    until = time.monotonic() + _EXAMPLE_S
+    """The completions with which the page opens, as far as they come in _EXAMPLE_S. The first step also packs the
+    weights; it does not count."""
     texts: dict[str, list[str]] = {}
+    until = 0.0
     for grown in completions(served, prompts, steering, sampling):
-        texts = grown
+        texts, until = grown, until or time.monotonic() + _EXAMPLE_S
         if time.monotonic() > until:
             break
     return completions_html(prompts, texts)

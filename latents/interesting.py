@@ -7,7 +7,7 @@ import numpy as np
 from latents.words import WORD
 
 _CERTAIN = 0.9  # least certainty of an interesting latent's meaning
-_FREQUENCIES = (0.025, 1.0)  # of an interesting latent, in multiples of the mean: neither rare nor everywhere
+_FREQUENCIES = (0.025, 0.65)  # of an interesting latent, in multiples of the mean: neither rare nor everywhere
 
 # English words that say little about what a text is about.
 _EMPTY_WORDS = """
@@ -34,13 +34,14 @@ know knows knew known like likes leave leaves left look looks looked looking mea
 running see sees saw seen seem seems seemed set sets show shows showed shown start starts started stop stops stopped
 take takes took taken taking tell tells told think thinks thought thinking try tries tried trying turn turns turned
 turning use uses used using want wants wanted work works worked working feel feels felt
-bad best better big certain definitely different early entire far full good great high large late likely little long low
-main major old possible present pretty previous probably quick right short similar single small special sure together
-unfortunately usual various whole wide wrong
-bit case cases course day days end example fact kind lot part parts people person place rest role side sort thing things
+bad best better big change changes changing certain definitely different early entire far full good great high large
+late likely little long low main major old possible real true yeah latter leaving ending united present pretty previous
+probably quick right short similar single small special sure together unfortunately usual various whole wide wrong bit
+case cases course day days end example fact kind lot part parts people person place rest role side sort thing things
 time times today way ways year years
 """
 _EMPTY = frozenset(_EMPTY_WORDS.split())
+_NO_ADVERBS = frozenset(("family", "supply", "assembly", "monopoly", "anomaly", "butterfly", "elderly", "melancholy"))
 
 
 class Described(Protocol):
@@ -70,10 +71,18 @@ def interesting_latents(latents: Described) -> list[int]:
 
 
 def content_words(meaning: str | None) -> list[str]:
-    """The words of a meaning that say what a text is about, in lower case; none if it is not in plain words, or if its
-    first part (a name's best feature) has none."""
+    """The words of a meaning that say what a text is about, in lower case; none if it is not in plain words, if its
+    first part (a name's best feature) has none, or most parts have none."""
     if meaning is None or not all(c.isalpha() or c in " ,.;:'’\"“”()-/" for c in meaning):
         return []
-    words = [WORD.findall(part.lower()) for part in meaning.split(", ")]
-    content = [[word for word in part if len(word) > 2 and word not in _EMPTY] for part in words]
-    return [word for part in content for word in part] if all(words) and content[0] else []
+    words = [WORD.findall(part.lower().replace("’", "'")) for part in meaning.split(", ")]
+    content = [[word for word in part if not is_empty(word)] for part in words]
+    says_something = all(words) and content[0] and 2 * sum(map(bool, content)) >= len(content)
+    return [word for part in content for word in part] if says_something else []
+
+
+def is_empty(word: str) -> bool:
+    """Whether a word in lower case says little: also contractions (it's, don't) and most adverbs in -ly."""
+    stem = word.partition("'")[0]
+    is_adverb = stem.endswith("ly") and len(stem) > 5 and stem not in _NO_ADVERBS
+    return len(stem) < 3 or stem in _EMPTY or word.endswith("n't") or is_adverb
