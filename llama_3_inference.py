@@ -1,11 +1,12 @@
 """Complete text or hold a chat with Llama 3, optionally steered by latents of a sparse autoencoder.
 
-Reads   LLAMA_MODEL_DIR; SAE_MODEL_PATH and what lies beside it. Without either: the embedded model and its SAE
+Reads   LLAMA_MODEL_DIR; SAE_MODEL_PATH and what lies beside it. Without either: SmolLM2 and its reference SAE if
+        fetch_model.py has fetched it, else the embedded tiny Llama and its
 Writes  completions to the terminal as they grow; with INPUT_PATH, JSON lines to OUTPUT_PATH
 Method  serving/steering.py explains the modes at the SAE's site; strength 1 is a latent's highest observed activation
 
     python llama_3_inference.py text                       # asks for prompts, one per line; completes them together
-    python llama_3_inference.py text --prompts "This function returns" "When the" --latents 747 --strengths 5
+    python llama_3_inference.py text --llama_model_dir llama_3/tiny_llama --prompts "When the" --latents 747
     python llama_3_inference.py chat --llama_model_dir models/llama_3.2-3B-Instruct --system "Answer in one sentence."
     python llama_3_inference.py text --input_path prompts.txt --output_path completions.jsonl
 """
@@ -16,10 +17,12 @@ from pipeline.options import Count, CountOrZero, NotNegative, Positive, Seed, Sh
 from pipeline.run import run
 from serving.modes import Mode
 
-LLAMA_MODEL_DIR: str | None = None  # Llama folder; the embedded tiny Llama when not given
+LLAMA_MODEL_DIR: str | None = (
+    None  # Llama folder; when not given: the SAE's, else SmolLM2's if fetched, else the tiny one
+)
 DEVICE = "auto"  # auto: a GPU if there is one
 DTYPE: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
-SAE_MODEL_PATH: str | None = None  # the SAE; the embedded one with the embedded model when not given
+SAE_MODEL_PATH: str | None = None  # the SAE; the model's reference SAE in llama_3/ when not given
 SAE_LAYER_IDX: CountOrZero | None = None  # for an SAE without a JSON: its layer, at attention_norm (published SAE: 22)
 K: Count | None = None  # for an SAE without a JSON: latents kept per token (published SAE: 64)
 NORMALIZE_EPS: NotNegative | None = None  # for an SAE without a JSON (published SAE: 1e-6)
@@ -330,10 +333,11 @@ def main() -> None:
     requests = read_prompts(config.input_path, config.command) if config.input_path else []
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
-    print(f"Loading {config.llama_model_dir or 'the embedded tiny Llama'} ...", file=sys.stderr, flush=True)
+    choice = taken_from(vars(config), ModelChoice)
+    print(f"Loading {choice.name} ...", file=sys.stderr, flush=True)
 
     needs_sae = bool(config.latents or config.show_latents)
-    opened = open_model(taken_from(vars(config), ModelChoice), needs_sae)
+    opened = open_model(choice, needs_sae)
     if config.command == "chat":
         check_chat(opened.tokenizer)
     steering = asked_steering(opened, strengths, config.mode, config.keep_error)

@@ -1,7 +1,8 @@
 """A web page for Llama 3 and its sparse autoencoder: complete and chat, steered or not, and look inside.
 
-Reads   LLAMA_MODEL_DIR; SAE_MODEL_PATH and what lies beside it. Without either: the embedded model and its SAE.
-        With a model and no SAE: a plain page to complete and chat
+Reads   LLAMA_MODEL_DIR; SAE_MODEL_PATH and what lies beside it. Without either: SmolLM2 and its reference SAE if
+        fetch_model.py has fetched it, else the embedded tiny Llama and its. With a model and no SAE: a plain page to
+        complete and chat
 Writes  nothing; serves on HOST:PORT until Ctrl-C
 Method  serving/steering.py explains the modes; strength 1 is a latent's highest observed activation. Requests share
         only the model and the SAE: latents, strengths and dialogues belong to the browser window that set them
@@ -12,13 +13,16 @@ Method  serving/steering.py explains the modes; strength 1 is a latent's highest
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pipeline.options import Count, CountOrZero, NotNegative, Port, Positive, parse_constants
 from pipeline.run import run
 
-LLAMA_MODEL_DIR: str | None = None  # Llama folder; the embedded tiny Llama when not given
-SAE_MODEL_PATH: str | None = None  # the SAE; the embedded one with the embedded model when not given
+LLAMA_MODEL_DIR: str | None = (
+    None  # Llama folder; when not given: the SAE's, else SmolLM2's if fetched, else the tiny one
+)
+SAE_MODEL_PATH: str | None = None  # the SAE; the model's reference SAE in llama_3/ when not given
 SAE_LAYER_IDX: CountOrZero | None = None  # for an SAE without a JSON: its layer, at attention_norm (published SAE: 22)
 K: Count | None = None  # for an SAE without a JSON: latents kept per token (published SAE: 64)
 NORMALIZE_EPS: NotNegative | None = None  # for an SAE without a JSON (published SAE: 1e-6)
@@ -38,12 +42,32 @@ MAX_REQUESTS: Count = 4  # requests per tab served in turns; others queue
 _N_SLOTS = 4  # latents to steer with at once
 _N_ROWS = 50  # latents on a page of the list
 _REFRESH_S = 0.08  # seconds between updates of a growing text
+_EXAMPLE_S = 20  # most seconds spent at the start on the completions with which the page opens
+_SUGGESTED = 10  # latents offered before anything is searched
 _NOTHING_CHOSEN = "Nothing steers yet. Find a latent above, or in the list of latents."
-_EXAMPLE_WORD = "state"  # the meaning of the latent that steers the embedded model when the page opens
-_EXAMPLES = "This function returns\nThe first argument\nWhen the"  # the embedded model knows documentation
-_OTHER_EXAMPLES = "The best thing about the town is\nWhen I was young,\nThe letter said that"
-_EXAMPLE = "Open the file and read all of its lines. If it does not exist, an error is raised."
+_TINY_LATENT = "state"  # the meaning of the latent that steers the tiny Llama when the page opens
 _NO_CHAT_MODEL = "The embedded model completes text; it was not trained to chat."
+
+
+class Examples(NamedTuple):
+    """What the boxes hold when the page opens."""
+
+    prompts: Sequence[str]
+    text: str  # to look inside
+    message: str  # of a chat
+
+
+_TINY_EXAMPLES = Examples(  # the tiny Llama knows nothing but documentation
+    ("This function returns", "The first argument", "When the"),
+    "Open the file and read all of its lines. If it does not exist, an error is raised.",
+    "",
+)
+_EXAMPLES = Examples(
+    ("My favourite place in the world is", "The most important thing in life is", "When I woke up this morning,"),
+    "When I was a child we spent every summer by the sea. My grandmother cooked fish and told us stories of the war, "
+    "and after dinner my uncle played old songs on his guitar.",
+    "What should I do with a free day?",
+)
 
 # A click on a link to #action-number becomes the component's select event, with that address as its value.
 _CLICKS = """
@@ -71,11 +95,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from latents.index import SORTS, LatentIndex, Sort
+from latents.interesting import interesting_latents
+from latents.meanings import is_embedded
 from llama_3.chat import Message, check_chat
 from pipeline.errors import InputError
 from serving.local_requests import past_proxies
@@ -86,6 +112,7 @@ from serving.page_html import (
     list_html,
     look_html,
     page_css,
+    page_title,
     results_html,
     slot_html,
     status_html,
@@ -109,7 +136,7 @@ Values = dict[Any, Any]  # what the components of a browser window hold
 def build(served: Served) -> gr.Blocks:
     """The page. What a browser window chooses is kept in its own components."""
     index = served.index
-    with gr.Blocks(title="Look inside Llama 3, and steer it", analytics_enabled=False, fill_width=True) as blocks:
+    with gr.Blocks(title=page_title(served), analytics_enabled=False, fill_width=True) as blocks:
         markup(title_html(served), elem_classes="title")
         with gr.Row():
             panel = steering_panel(served, index) if index else None
@@ -120,7 +147,7 @@ def build(served: Served) -> gr.Blocks:
                     with gr.Tab("Look inside", id="look"):
                         strongest = look_tab(served, index)
                     with gr.Tab("Latents", id="latents"):
-                        latents, card = latents_tab(index)
+                        latents, card = latents_tab(served, index)
                     for links in (latents, card, strongest, *panel.labels):
                         to_card(served, index, links, card, tabs)
                     for links in (card, strongest):
@@ -152,6 +179,10 @@ def unrepeated(growing: Iterable[tuple[Any, str]]) -> Iterator[tuple[Any, Any]]:
         shown = line
 
 
+def examples_for(served: Served) -> Examples:
+    return _TINY_EXAMPLES if served.opened.choice.is_embedded else _EXAMPLES
+
+
 # ---- how to sample, and how to steer
 
 
@@ -173,20 +204,27 @@ class SamplingInputs(NamedTuple):
         return Sampling(**{name: values[component] for name, component in self._asdict().items()})
 
 
-def sampling_inputs(served: Served) -> SamplingInputs:
+def first_sampling(served: Served, max_new_tokens: int) -> Sampling:
+    """What the sampling inputs hold when the page opens."""
+    most = min(served.limits.max_new_tokens, served.opened.model.args.max_seq_len // 2)
+    return Sampling(min(max_new_tokens, most), temperature=0.7, top_p=0.95, seed=0)
+
+
+def sampling_inputs(served: Served, first: Sampling) -> SamplingInputs:
     most = min(served.limits.max_new_tokens, served.opened.model.args.max_seq_len - 1)
     with gr.Row():
         return SamplingInputs(
-            as_sent(gr.Slider(1, most, min(48, most), step=1, label="Tokens", buttons=[])),
-            as_sent(gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", buttons=[])),
-            as_sent(gr.Slider(0, 1, 0.95, step=0.01, label="Top-p", buttons=[])),
-            as_sent(gr.Number(0, precision=0, minimum=0, label="Seed", min_width=80)),
+            as_sent(gr.Slider(1, most, first.max_new_tokens, step=1, label="Tokens", buttons=[])),
+            as_sent(gr.Slider(0, 2, first.temperature, step=0.05, label="Temperature", buttons=[])),
+            as_sent(gr.Slider(0, 1, first.top_p, step=0.01, label="Top-p", buttons=[])),
+            as_sent(gr.Number(first.seed, precision=0, minimum=0, label="Seed", min_width=80)),
         )
 
 
 class Panel(NamedTuple):
     """The components that say how to steer."""
 
+    first: Steering  # when the page opens
     chosen: gr.State  # list of latents
     strengths: list[gr.Slider]  # one per slot; the first ones are those of the chosen latents
     mode: gr.Dropdown
@@ -220,8 +258,8 @@ def steering_panel(served: Served, index: LatentIndex) -> Panel:
     default = served.opened.defaults
     with gr.Column(scale=1, min_width=320, elem_classes="steering"):
         query = gr.Textbox(label="Find a latent to steer with", placeholder="a word of its meaning, or its number")
-        results = markup()
-        first = first_chosen(index) if served.opened.choice.is_embedded else []
+        results = markup(results_html(index, "", _SUGGESTED))
+        first = first_chosen(served, index)
         chosen = gr.State(first)
         hint = markup("" if first else status_html(_NOTHING_CHOSEN))
         groups, labels, removes, strengths = [], [], [], []
@@ -236,23 +274,29 @@ def steering_panel(served: Served, index: LatentIndex) -> Panel:
         mode = gr.Dropdown(list(MODES), value=default.mode, label="Mode", info=MODES[default.mode])
         keep_error = gr.Checkbox(True, label="Keep what the SAE does not reconstruct")
     outputs = [chosen, hint, *(part for slot in zip(groups, labels, strengths, strict=True) for part in slot)]
-    panel = Panel(chosen, strengths, mode, keep_error, labels, outputs)
+    steering = Steering(dict.fromkeys(first, default.strength), default.mode, keep_error=True)
+    panel = Panel(steering, chosen, strengths, mode, keep_error, labels, outputs)
 
     def remove(i: int, chosen: list[int], *strengths: float) -> list[Any]:
         return slots(index, chosen[:i] + chosen[i + 1 :], strengths[:i] + strengths[i + 1 :])
 
     for i, button in enumerate(removes):
         button.click(functools.partial(remove, i), [chosen, *strengths], outputs, **_QUICK)
-    query.change(lambda text: results_html(index, text), query, results, trigger_mode="always_last", **_QUICK)
+    query.change(
+        lambda text: results_html(index, text, _SUGGESTED), query, results, trigger_mode="always_last", **_QUICK
+    )
     mode.change(lambda name: gr.Dropdown(info=MODES.get(name)), mode, mode, **_QUICK)
     to_steering(served, index, results, panel)
     return panel
 
 
-def first_chosen(index: LatentIndex) -> list[int]:
-    """The latent that steers the embedded model when the page opens."""
-    found = index.search(_EXAMPLE_WORD, sort="score", limit=_N_ROWS)
-    return [row["latent"] for row in found if row["meaning"] == _EXAMPLE_WORD][:1]
+def first_chosen(served: Served, index: LatentIndex) -> list[int]:
+    """The latent that steers when the page opens; none where nothing is known of any."""
+    if is_embedded(index.sae_path):
+        found = index.search(_TINY_LATENT, sort="score")
+        return [row["latent"] for row in found if row["meaning"] == _TINY_LATENT][:1]
+    highest = served.opened.highest
+    return [] if highest is None else [latent for latent in interesting_latents(index) if highest[latent] > 0][:1]
 
 
 # ---- links from one part to another
@@ -306,18 +350,21 @@ def with_latent(served: Served, index: LatentIndex, chosen: Sequence[int], laten
 
 
 def complete_tab(served: Served, panel: Panel | None) -> None:
+    prompts = examples_for(served).prompts[: served.limits.max_prompts]
     text = gr.Textbox(
-        _EXAMPLES if served.opened.choice.is_embedded else _OTHER_EXAMPLES,
+        "\n".join(prompts),
         lines=3,
         max_lines=8,
         label=f"Prompts, one per line, at most {served.limits.max_prompts}",
     )
-    sampling = sampling_inputs(served)
+    first_sampled = first_sampling(served, 48)
+    sampling = sampling_inputs(served, first_sampled)
     with gr.Row(elem_classes="buttons"):
         go = gr.Button("Complete", variant="primary", scale=0)
         stop = gr.Button("Stop", scale=0)
-        status = markup()
-    table = markup()
+        change = "the prompts or what steers" if panel else "the prompts"
+        status = markup(status_html(f"An example, written at the start. Change {change}, then press Complete."))
+    table = markup(example_html(served, prompts, panel.first if panel else Steering(), first_sampled))
 
     def complete(values: Values) -> Iterator[tuple[str, str]]:
         """The growing table of completions, and a line of status."""
@@ -341,20 +388,35 @@ def complete_tab(served: Served, panel: Panel | None) -> None:
     stop.click(lambda: status_html("Stopped."), None, status, cancels=[running], **_QUICK)
 
 
+def example_html(served: Served, prompts: Sequence[str], steering: Steering, sampling: Sampling) -> str:
+    """The completions with which the page opens, as far as they come in _EXAMPLE_S. The first step also packs the
+    weights; it does not count."""
+    texts: dict[str, list[str]] = {}
+    until = 0.0
+    for grown in completions(served, prompts, steering, sampling):
+        texts, until = grown, until or time.monotonic() + _EXAMPLE_S
+        if time.monotonic() > until:
+            break
+    return completions_html(prompts, texts)
+
+
 # ---- Look inside
 
 
 def look_tab(served: Served, index: LatentIndex) -> gr.HTML:
     """Returns the list of a token's latents."""
-    look = gr.State(None)
-    text = gr.Textbox(_EXAMPLE, lines=3, max_lines=8, label="Text")
+    example = examples_for(served).text
+    first = first_look(served, index, example)
+    look = gr.State(first)
+    text = gr.Textbox(example, lines=3, max_lines=8, label="Text")
     with gr.Row(elem_classes="buttons"):
         go = gr.Button("Look", variant="primary", scale=0)
     with gr.Row():
+        coloured, listed = look_html(index, served.opened.highest, first)
         with gr.Column(scale=1, min_width=300):
-            tokens = markup()
+            tokens = markup(coloured)
         with gr.Column(scale=1, min_width=300):
-            strongest = markup(elem_classes="side")
+            strongest = markup(listed, elem_classes="side")
 
     def begin(text: str) -> tuple[Any, ...]:
         with shown_in_the_page():
@@ -379,21 +441,37 @@ def look_tab(served: Served, index: LatentIndex) -> gr.HTML:
     return strongest
 
 
+def first_look(served: Served, index: LatentIndex, text: str) -> Look:
+    """The look with which the page opens: at the token on which an interesting latent comes closest to its highest."""
+    look, interesting = look_at(served, text), set(interesting_latents(index))
+    nearest = max(
+        (
+            (activation / index.highest[latent], i, latent)
+            for i, latents in enumerate(look.latents)
+            for latent, activation in latents
+            if latent in interesting
+        ),
+        default=None,
+    )
+    return look if nearest is None else look._replace(token=nearest[1], latent=nearest[2])
+
+
 # ---- Latents
 
 
-def latents_tab(index: LatentIndex) -> tuple[gr.HTML, gr.HTML]:
+def latents_tab(served: Served, index: LatentIndex) -> tuple[gr.HTML, gr.HTML]:
     """Returns the list of latents and the card."""
     with gr.Row():
         with gr.Column(scale=1, min_width=340):
             with gr.Row():
                 query = gr.Textbox(label="Search the meanings", placeholder="words, or a latent's number", scale=2)
-                sort = gr.Dropdown(list(SORTS), value="score", label="Sort by", scale=1, min_width=110)
-            rows, where = map(markup, list_html(index, "", "score", 0, _N_ROWS))
+                sort = gr.Dropdown(list(SORTS), value=SORTS[0], label="Sort by", scale=1, min_width=110)
+            rows, where = map(markup, list_html(index, "", SORTS[0], 0, _N_ROWS))
             with gr.Row():
                 before, after = gr.Button("Previous", size="sm"), gr.Button("Next", size="sm")
         with gr.Column(scale=1, min_width=340):
-            card = markup(status_html("Click a latent to see its card."), elem_classes="side-card")
+            first = [row["latent"] for row in index.search(limit=1)]
+            card = markup("".join(steerable_card_html(index, latent) for latent in first), elem_classes="side-card")
     offset = gr.State(0)
 
     def find(query: str, sort: Sort, offset: int, step: int) -> tuple[str, str, int]:
@@ -420,13 +498,14 @@ def chat_tab(served: Served, panel: Panel | None) -> None:
         return
     dialogue = gr.State([])
     system = gr.Textbox(label="System message", placeholder="none")
-    shown = gr.Chatbot(show_label=False, height=420, render_markdown=False, buttons=[])
-    message = gr.Textbox(label="Message", placeholder="write, then Enter")
+    steers = "What is chosen in the panel steers the answers." if panel else ""
+    shown = gr.Chatbot(show_label=False, height=420, render_markdown=False, buttons=[], placeholder=steers)
+    message = gr.Textbox(examples_for(served).message, label="Message", placeholder="write, then Enter")
     with gr.Row(elem_classes="buttons"):
         go = gr.Button("Send", variant="primary", scale=0)
         stop, clear = gr.Button("Stop", scale=0), gr.Button("New dialogue", scale=0)
         status = markup(status_html(_NO_CHAT_MODEL if served.opened.choice.is_embedded else ""))
-    sampling = sampling_inputs(served)
+    sampling = sampling_inputs(served, first_sampling(served, 200))
 
     def grow(values: Values) -> Iterator[tuple[list[Message], str]]:
         """The growing dialogue, and a line of status."""
@@ -459,19 +538,14 @@ def chat_tab(served: Served, panel: Panel | None) -> None:
 
 
 def open_served(choice: ModelChoice, limits: Limits) -> Served:
-    """Load everything and warm it up. Raises InputError for what does not fit together."""
-    opened = open_model(choice, needs_sae=choice.is_embedded)
-    index, steering = None, Steering()
+    """Load everything. Raises InputError for what does not fit together."""
+    opened = open_model(choice, needs_sae=choice.sae_path is not None)
+    index = None
     if opened.sae is not None:
         index = LatentIndex(opened.sae_path, opened.tokenizer, opened.model, opened.sae)
         for line in index.missing:
             print(line, file=sys.stderr)
-        strongest = 0 if opened.highest is None else int(opened.highest.argmax())
-        if opened.highest is None or opened.highest[strongest] > 0:
-            steering = Steering({strongest: 1.0})
-    served = Served(opened, limits, index, threading.Lock())
-    list(completions(served, ["Warm"], steering, Sampling(2, 0.0, 1.0, 0)))  # the first pass packs the weights
-    return served
+    return Served(opened, limits, index, threading.Lock())
 
 
 def launch(served: Served, host: str, port: int, share: bool, auth: str | None, max_requests: int) -> None:
@@ -532,9 +606,9 @@ def main() -> None:
     config = parse_constants(globals())
     check_access(config.auth, config.share)
     port = free_port(config.host, config.port)
-    print(f"Loading {config.llama_model_dir or 'the embedded tiny Llama'} ...", file=sys.stderr, flush=True)
-    limits = Limits(config.max_prompts, config.max_prompt_chars, config.max_new_tokens)
-    served = open_served(taken_from(vars(config), ModelChoice), limits)
+    choice = taken_from(vars(config), ModelChoice)
+    print(f"Loading {choice.name} ...", file=sys.stderr, flush=True)
+    served = open_served(choice, Limits(config.max_prompts, config.max_prompt_chars, config.max_new_tokens))
     launch(served, config.host, port, config.share, config.auth, config.max_requests)
 
 

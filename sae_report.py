@@ -37,7 +37,6 @@ import numpy as np
 from autoencoder.measures import MEASURES
 from latents.cards import CARD_CSS, Card, card_html
 from latents.index import LatentIndex
-from latents.interesting import best_first, interesting_latents
 from latents.markup import mark_differences
 from pipeline.errors import InputError
 from pipeline.files import PROJECT_DIR, atomic_path, require_writable
@@ -50,8 +49,7 @@ from serving.modes import steering_defaults
 
 def chosen_latents(index: LatentIndex, n: int) -> list[int]:
     """n latents, interesting ones first."""
-    first = interesting_latents(index)
-    return (first + [latent for latent in best_first(index) if latent not in set(first)])[:n]
+    return [row["latent"] for row in index.search(sort="interesting", limit=n)]
 
 
 # ---- sections

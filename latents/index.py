@@ -8,6 +8,7 @@ Reads   NAME.json, NAME.latents.parquet, NAME.top.parquet, NAME.promoted.parquet
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 
 from embedded.places import text_at
 from latents.cards import Card, CardSentence
+from latents.interesting import interesting_latents
 from latents.meanings import Meaning, best_meanings
 from latents.origin import read_info, source_of, tokenizer_of
 from latents.tables import LATENTS, PROMOTED, STEERING, TOP, Aggregation, Table, TopFile
@@ -32,8 +34,8 @@ from pipeline.errors import InputError
 from pipeline.sae_files import SaeFiles
 from sae import TopKSparseAutoencoder, load_sae_model
 
-# Orders of the list; all but latent: highest first.
-Sort = Literal["certainty", "score", "output_score", "frequency", "latent"]
+# Orders of the list; all but interesting (latents/interesting.py) and latent: highest first.
+Sort = Literal["interesting", "score", "output_score", "certainty", "frequency", "latent"]
 SORTS: tuple[Sort, ...] = get_args(Sort)
 
 T = TypeVar("T")
@@ -180,16 +182,21 @@ class LatentIndex:
     # ---- the list
 
     def search(
-        self, query: str = "", sort: Sort = "certainty", limit: int = 50, offset: int = 0, living_only: bool = True
+        self, query: str = "", sort: Sort = "interesting", limit: int = 50, offset: int = 0, living_only: bool = True
     ) -> list[dict]:
         """Latents whose meaning contains all words of the query, ignoring case; a latent named by number comes first.
 
-        Rows: latent, meaning, certainty, score, output_score, frequency, highest (None where unknown), steers_well. A
-        latent that fired on no captured token is left out unless living_only is False or the query is its number.
+        Then come meanings that have them as whole words, then as beginnings of words ("sea" in "seaside"), then as
+        parts ("research"), each in the order asked for. Rows: latent, meaning, certainty, score, output_score,
+        frequency, highest (None where unknown), steers_well. A latent that fired on no captured token is left out
+        unless living_only is False or the query is its number.
         """
         matches, number = self._matches(query, living_only)
         order = self._order(sort)
         found = order[matches[order]]
+        if words := query.lower().split():
+            ranks = [match_rank(self._lower[latent], words) for latent in found]
+            found = found[np.argsort(ranks, kind="stable")]
         if number is not None:
             found = np.concatenate([[number], found[found != number]])
         return [self._row(int(latent)) for latent in found[offset : offset + limit]]
@@ -214,11 +221,19 @@ class LatentIndex:
         if sort not in SORTS:
             raise ValueError(f"{sort!r} is not one of {SORTS}")
         if sort not in self._orders:
-            keys = [np.arange(self.n_latents)]
-            if sort != "latent":
-                keys += [-np.nan_to_num(getattr(self, name), nan=-1.0) for name in ("certainty", "score", sort)]
-            self._orders[sort] = np.lexsort(keys)
+            self._orders[sort] = self._interesting_first() if sort == "interesting" else self._by(sort)
         return self._orders[sort]
+
+    def _by(self, column: str) -> np.ndarray:
+        keys = [np.arange(self.n_latents)]
+        if column != "latent":
+            keys += [-np.nan_to_num(getattr(self, name), nan=-1.0) for name in ("certainty", "score", column)]
+        return np.lexsort(keys)
+
+    def _interesting_first(self) -> np.ndarray:
+        first = np.array(interesting_latents(self), dtype=np.int64)
+        others = self._order("score")
+        return np.concatenate([first, others[~np.isin(others, first)]])
 
     def _row(self, latent: int) -> dict:
         names = ("certainty", "score", "output_score", "frequency", "highest")
@@ -313,6 +328,15 @@ class LatentIndex:
     def _model_and_sae(self) -> tuple[Transformer, TopKSparseAutoencoder]:
         model = self._given.model or load_model(source_of(self.sae_path).model_dir(option=_OPTION))
         return model, self._given.sae or load_sae_model(self.sae_path, model.device)
+
+
+def match_rank(text: str, words: Sequence[str]) -> int:
+    """0 if all words stand in the text as whole words, 1 if all at least begin a word, 2 otherwise; both lower case."""
+    rank = 0
+    for word in words:
+        begins = rf"(?<![\w…]){re.escape(word)}"  # "…sea" names a part of a word
+        rank = max(rank, 0 if re.search(rf"{begins}(?![\w…])", text) else 1 if re.search(begins, text) else 2)
+    return rank
 
 
 def pieces(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[str]:

@@ -165,7 +165,7 @@ def check_files(paths: Sequence[str]) -> None:
 def checkpoint_identity(model_dir: str) -> dict[str, Any]:
     """What tells one checkpoint from another without reading all of it (`sample_sha256`).
 
-    `name` is the folder's, or the GGUF file's without its ending.
+    `name` is `model_name`'s.
     """
     found = find_checkpoint(model_dir)
     check_files(found.weights)
@@ -174,11 +174,28 @@ def checkpoint_identity(model_dir: str) -> dict[str, Any]:
     else:
         params = blobfile.read_text(found.config_path)
     return {
-        "name": blobfile.basename(str(model_dir).rstrip("/")).removesuffix(".gguf"),
+        "name": model_name(model_dir),
         "params_sha256": hashlib.sha256(params.encode()).hexdigest(),
         "weights_bytes": sum(blobfile.stat(path).size for path in found.weights),
         "weights_sha256": sample_sha256(found.weights),
     }
+
+
+def model_name(model_dir: str) -> str:
+    """What a model is called: a folder's name, a GGUF file's without its quantisation. Raises InputError for no model.
+
+    Not what the files themselves say: SmolLM2-135M-Instruct's GGUF calls itself "Smollm2 135M 8k Lc100K Mix1 Ep2", and
+    a fine-tuned model's config.json often names the model it began as.
+    """
+    found = find_checkpoint(model_dir)
+    if found.format == "gguf":
+        stem = blobfile.basename(found.config_path).removesuffix(".gguf")
+        name = re.sub(r"[.\-_](i?q\d\w*|bf16|f16|f32)$", "", stem, flags=re.IGNORECASE)
+        is_any_model = name.lower() in ("", "model", "ggml-model")
+        return str(found.config.get("general.name", stem)) if is_any_model else name
+    if cached := re.search(r"/models--[^/]+?--([^/]+)/snapshots/[^/]+/*$", str(model_dir)):  # the hub's cache
+        return cached[1]
+    return blobfile.basename(str(model_dir).rstrip("/"))
 
 
 def differing_field(known: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:

@@ -23,15 +23,18 @@ def page_css() -> str:
     return CARD_CSS + PAGE_CSS.read_text(encoding="utf-8")
 
 
+def page_title(served: Served) -> str:
+    name = served.opened.choice.name
+    return f"Complete with {name}" if served.index is None else f"Look inside {name}, and steer it"
+
+
 def title_html(served: Served) -> str:
-    choice = served.opened.choice
-    about = "the embedded tiny Llama" if choice.is_embedded else html.escape(Path(choice.model_dir).name)
+    about = "No SAE, so nothing to look into"
     if served.index is not None:
         n_named = sum(meaning is not None for meaning in served.index.meaning)
         site = html.escape(served.opened.need_sae().info["site"])
-        about += f" · SAE at {site} · {served.index.n_latents:,} latents, {n_named:,} with a meaning"
-        return f"<h1>Look inside Llama 3, and steer it</h1><p>{about}</p>"
-    return f"<h1>Complete with Llama 3</h1><p>{about} · no SAE, so nothing to look into</p>"
+        about = f"SAE at {site} · {served.index.n_latents:,} latents, {n_named:,} with a meaning"
+    return f"<h1>{html.escape(page_title(served))}</h1><p>{about}</p>"
 
 
 def status_html(text: str, is_error: bool = False) -> str:
@@ -70,10 +73,12 @@ def clicked(address: object) -> tuple[str, int]:
 # ---- choosing latents
 
 
-def results_html(index: LatentIndex, query: str) -> str:
-    """The first latents that a search finds, to click."""
+def results_html(index: LatentIndex, query: str, n_suggested: int) -> str:
+    """The first latents that a search finds, to click; without a search, interesting ones."""
     if not query.strip():
-        return ""
+        rows = [row for row in index.search(limit=n_suggested) if row["meaning"]]
+        links = " ".join(f"<a href='#steer-{row['latent']}'>{html.escape(row['meaning'])}</a>" for row in rows)
+        return f"<p class='suggested'>or one of these: {links}</p>" if rows else ""
     rows = index.search(query, sort="score", limit=_N_RESULTS)
     if not rows:
         return status_html(why_nothing_is_found(index, query), is_error=True)

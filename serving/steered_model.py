@@ -1,6 +1,7 @@
 """A model with its tokenizer and its SAE, opened as a user's options say; shared by the terminal and the page."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,20 +12,26 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from embedded.recipe import SMOLLM2, SMOLLM2_DIR
 from latents.meanings import best_meanings
+from latents.origin import source_of
 from llama_3 import load_model, load_tokenizer
 from llama_3.chat import usual_date
-from llama_3.checkpoint import TINY_LLAMA_DIR
+from llama_3.checkpoint import TINY_LLAMA_DIR, model_name, preferred_files
 from llama_3.generation import generate
 from llama_3.model import Intervention, Transformer, check_site
 from llama_3.tokenizer import Tokenizer
 from pipeline.errors import InputError
+from pipeline.files import PROJECT_DIR
 from pipeline.sae_files import SaeFiles
 from sae import TopKSparseAutoencoder, load_sae_model
 from serving.modes import UNMEASURED, Defaults, steering_defaults
 from serving.steering import Steering, known_highest, make_steering
 
-TINY_SAE_PATH = str(Path(TINY_LLAMA_DIR) / "sae.pth")  # the embedded model's SAE
+REFERENCE_SAES = {  # models with an SAE in this repository; the first that is here opens when none is named
+    str(PROJECT_DIR / SMOLLM2.model_dir): str(PROJECT_DIR / SMOLLM2_DIR / "sae.pth"),
+    TINY_LLAMA_DIR: str(Path(TINY_LLAMA_DIR) / "sae.pth"),
+}
 
 
 # ---- a user's options
@@ -34,7 +41,7 @@ TINY_SAE_PATH = str(Path(TINY_LLAMA_DIR) / "sae.pth")  # the embedded model's SA
 class ModelChoice:
     """What to open. The fields are options of the terminal and the page, whose comments explain each."""
 
-    llama_model_dir: str | None = None  # None: the embedded tiny Llama
+    llama_model_dir: str | None = None
     device: str = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     date: str = "auto"  # of a chat, "none", or "auto"
@@ -44,13 +51,28 @@ class ModelChoice:
     normalize_eps: float | None = None
     rope_scaling_factor: float | None = None  # also the model's, if there is no SAE
 
-    @property
-    def is_embedded(self) -> bool:
-        return self.llama_model_dir is None
+    @cached_property
+    def model_dir(self) -> str:
+        """The model named, or the SAE's, or the first with a reference SAE. Raises InputError if the SAE's is gone."""
+        if self.llama_model_dir is not None:
+            return self.llama_model_dir
+        if self.sae_model_path is not None and (source := source_of(self.sae_model_path)).folders.get("model_dir"):
+            return source.model_dir()
+        return fetched_reference() or TINY_LLAMA_DIR
 
     @property
-    def model_dir(self) -> str:
-        return self.llama_model_dir or TINY_LLAMA_DIR
+    def is_embedded(self) -> bool:
+        return same_folder(self.model_dir, TINY_LLAMA_DIR)
+
+    @property
+    def name(self) -> str:
+        """What the model is called. Raises InputError if there is none."""
+        return "the tiny Llama" if self.is_embedded else model_name(self.model_dir)
+
+    @property
+    def sae_path(self) -> str | None:
+        """The SAE named, or the model's reference SAE, or None."""
+        return self.sae_model_path or reference_sae(self.model_dir)
 
     def about_sae(self) -> dict[str, Any]:
         """What the options say about the SAE: it must not contradict its JSON, and replaces a missing one."""
@@ -58,6 +80,22 @@ class ModelChoice:
         if self.sae_layer_idx is not None:
             facts["site"] = f"layers.{self.sae_layer_idx}.attention_norm"
         return {name: value for name, value in facts.items() if value is not None}
+
+
+def reference_sae(model_dir: str) -> str | None:
+    """The SAE in this repository that belongs to a model, if there is one."""
+    paths = (sae for model, sae in REFERENCE_SAES.items() if same_folder(model, model_dir) and Path(sae).exists())
+    return next(paths, None)
+
+
+def fetched_reference() -> str | None:
+    """The first model that was fetched and whose reference SAE is here; None if there is only the tiny Llama."""
+    fetched = (model for model in REFERENCE_SAES if not same_folder(model, TINY_LLAMA_DIR))
+    return next((model for model in fetched if preferred_files(model) and reference_sae(model)), None)
+
+
+def same_folder(one: str, other: str) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 @dataclass(frozen=True)
@@ -143,16 +181,14 @@ class SteeredModel:
 
 
 def open_model(choice: ModelChoice, needs_sae: bool = False) -> SteeredModel:
-    """Open what is named. needs_sae: if no SAE is named, open the embedded model's own.
+    """Open what is named. needs_sae: if no SAE is named, open the model's reference SAE.
 
     Raises InputError for anything missing, broken, or mismatched.
     """
     device = pick_device(choice.device)
-    sae_path = choice.sae_model_path
+    sae_path = choice.sae_path if needs_sae else choice.sae_model_path
     if needs_sae and sae_path is None:
-        if not choice.is_embedded:
-            raise InputError("Latents need an SAE of this model; name it with --sae_model_path.")
-        sae_path = TINY_SAE_PATH
+        raise InputError("Latents need an SAE of this model; name it with --sae_model_path.")
     sae = open_sae(sae_path, device, choice) if sae_path else None
     rope_scaling_factor = sae.info.get("rope_scaling_factor") if sae else choice.rope_scaling_factor
     dtype = pick_dtype(choice.dtype, device)

@@ -192,7 +192,10 @@ def test_equals_the_naive_computation(model, sae, sentences, batch_tokens, bos_i
 def test_layers_before_the_site_are_computed_once(model, sae, sentences, site, monkeypatch):
     """Unless they do not fit the memory set aside for them; the results are the same."""
     layer, n_layers = int(site.split(".")[1]), TINY_PARAMS["n_layers"]
-    n_batches = sum(1 for _ in padded_batches(sentences, [[range(len(ids))] for ids in sentences], 40, None, model.device, "batches"))
+    n_batches = sum(
+        1
+        for _ in padded_batches(sentences, [[range(len(ids))] for ids in sentences], 40, None, model.device, "batches")
+    )
     ran = []
     handles = [
         each.attention.register_forward_pre_hook(lambda m, inputs, i=i: ran.append(i))

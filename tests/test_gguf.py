@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from support.gguf_files import as_stored, write_gguf
 from support.llama_cpp_reference import LINES, OUT, PROMPT
 
-from llama_3 import load_model, load_tokenizer
-from llama_3.checkpoint import TINY_LLAMA_DIR, checkpoint_identity
+from llama_3 import checkpoint, load_model, load_tokenizer
+from llama_3.checkpoint import TINY_LLAMA_DIR, Checkpoint, checkpoint_identity, model_name
 from llama_3.gguf import PRE_TOKENIZERS, _read_gguf, read_gguf
 from llama_3.loading import read_params
 from llama_3.packed import PackedLinear
@@ -184,6 +184,27 @@ def test_a_folder_with_one_file_is_that_file(tiny_gguf, tmp_path):
     shutil.copy(tiny_gguf, tmp_path / "b.gguf")
     with pytest.raises(InputError, match=r"several GGUF files \(a.gguf, b.gguf\); name one"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"),
+        ("Llama-3.2-1B-Instruct-Q4_K_M.gguf", "Llama-3.2-1B-Instruct"),
+        ("tiny-v1.0.gguf", "tiny-v1.0"),
+        ("ggml-model-f16.gguf", "as the file says"),
+    ],
+)
+def test_a_file_is_called_by_its_name(tmp_path, monkeypatch, path, name):
+    found = Checkpoint(str(tmp_path), f"{tmp_path}/{path}", {"general.name": "as the file says"}, [], "gguf")
+    monkeypatch.setattr(checkpoint, "find_checkpoint", lambda _: found)
+    assert model_name(str(tmp_path)) == name
+
+
+def test_a_folder_is_called_by_its_name(tmp_path, tiny_model_dir):
+    for place, name in (("Llama-3.2-1B", "Llama-3.2-1B"), ("models--meta-llama--Llama-3.2-1B/snapshots/0a1b", None)):
+        shutil.copytree(tiny_model_dir, tmp_path / place)
+        assert model_name(f"{tmp_path / place}/") == (name or "Llama-3.2-1B")
 
 
 def test_identity_tells_files_apart(tiny_gguf, tmp_path, tiny_model_dir):

@@ -5,6 +5,7 @@
 
 import json
 import math
+import shutil
 from itertools import zip_longest
 
 import pyarrow as pa
@@ -19,13 +20,15 @@ from support.pipeline_runs import SITE, call, refusal
 import llama_3_inference as inference
 from llama_3 import generation, load_model, load_tokenizer
 from llama_3.chat import Message
+from llama_3.checkpoint import TINY_LLAMA_DIR
 from llama_3.generation import complete, generate, sample, stream_chat, stream_text
 from llama_3.model import Intervention
 from pipeline.errors import InputError
 from pipeline.files import write_json
 from sae import TopKSparseAutoencoder, save_sae
+from serving import steered_model
 from serving.modes import UNMEASURED
-from serving.steered_model import open_model
+from serving.steered_model import ModelChoice, open_model
 from serving.steering import Steering, make_steering, steering_function
 
 N_LATENTS, K = 50, 4
@@ -329,6 +332,26 @@ def sae_path(sae, tokenizer, tmp_path):
     latents = pa.table({"latent": range(N_LATENTS), "max": pa.array(highest, pa.float32())})
     pq.write_table(latents, tmp_path / "sae.latents.parquet")
     return path
+
+
+def test_what_opens_when_no_model_is_named(tmp_path, tiny_model_dir, monkeypatch):
+    """The SAE's model, or the first of those with a reference SAE of which everything is here."""
+    fetched, sae = tmp_path / "models" / "fetched", tmp_path / "sae.pth"
+    references = {str(fetched): str(sae), **steered_model.REFERENCE_SAES}
+    monkeypatch.setattr(steered_model, "REFERENCE_SAES", references)
+    sae.touch()
+    fetched.mkdir(parents=True)  # a fetch that has just begun
+    assert ModelChoice().model_dir != str(fetched)
+    shutil.copytree(tiny_model_dir, fetched, dirs_exist_ok=True)
+    choice = ModelChoice()
+    assert (choice.model_dir, choice.name, choice.sae_path) == (str(fetched), "fetched", str(sae))
+    sae.unlink()
+    assert ModelChoice().model_dir != str(fetched)
+    tiny = ModelChoice(TINY_LLAMA_DIR + "/")
+    assert (tiny.name, tiny.sae_path) == ("the tiny Llama", f"{TINY_LLAMA_DIR}/sae.pth")
+    (tmp_path / "sae.json").write_text(json.dumps({"model_dir": "models/fetched"}))
+    assert ModelChoice(sae_model_path=str(sae)).model_dir == str(fetched)
+    assert ModelChoice(str(tiny_model_dir), sae_model_path=str(sae)).model_dir == str(tiny_model_dir)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from embedded import corpus as documentation_corpus
 from embedded.places import write_places
 from latents.cards import card_html, tokens_html
 from latents.index import SORTS, LatentIndex, pieces
+from latents.interesting import interesting_latents
 from latents.meanings import Meaning, best_meanings, read_meanings
 from llama_3 import load_tokenizer
 from llama_3.checkpoint import TINY_LLAMA_DIR, checkpoint_identity
@@ -140,24 +141,43 @@ def test_search_against_a_loop(index, words, sort, living_only, offset, limit):
     for i, of in enumerate(latents):
         text, certainty = MEANINGS.get(i, (None, None))
         asked = query == str(i)
+        in_words = re.findall(r"\w+|[^\w\s]", (text or "").lower())
         fits = all(word.lower() in (text or "").lower() for word in words)
+        rank = max((rank_by_hand(word.lower(), in_words) for word in words), default=0)
         if asked or (fits and not (living_only and i in DEAD)):
             row = {"certainty": certainty, "score": scores.get(i), "frequency": of["frequency"], "latent": i}
             row["output_score"] = known(steering[i]["output_score"])
-            order = [-1.0 if row[key] is None else row[key] for key in (sort, "score", "certainty")]
+            column = "score" if sort == "interesting" else sort
+            order = [-1.0 if row[key] is None else row[key] for key in (column, "score", "certainty")]
             key = (i,) if sort == "latent" else (*(-value for value in order), i)
-            rows.append(
-                (
-                    (not asked, *key),
-                    {**row, "meaning": text, "highest": of["max"], "steers_well": steering[i]["steers_well"]},
-                )
-            )
+            if sort == "interesting":
+                first = interesting_latents(index)
+                key = (first.index(i) if i in first else len(first), *key)
+            others = {"meaning": text, "highest": of["max"], "steers_well": steering[i]["steers_well"]}
+            rows.append(((not asked, rank, *key), {**row, **others}))
     expected = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
     found = index.search(query, sort, limit, offset, living_only)
     assert [row["latent"] for row in found] == [row["latent"] for row in expected[offset : offset + limit]]
     for row, right in zip(found, expected[offset : offset + limit], strict=True):
         assert row == right
     assert index.count(query, living_only) == len(expected)
+
+
+def rank_by_hand(word: str, in_words: list[str]) -> int:
+    return 0 if word in in_words else 1 if any(other.startswith(word) for other in in_words) else 2
+
+
+def test_whole_words_are_found_before_parts_of_words(tmp_path):
+    """Whatever the scores; "…sea" and "sea…" name parts of words."""
+    (tmp_path / "sae.json").write_text('{"n_latents": 9}')
+    texts = ["a researcher", "seaside", "the Sea", "sea, marine", "sea…", "…sea", "at sea level", "search", "season"]
+    named = {i: (text, 0.9) for i, text in enumerate(texts)}
+    write_meaning_file(tmp_path / "sae.meaning_a.yaml", named, {i: 0.9 - i / 20 for i in named})
+    index = LatentIndex(tmp_path / "sae.pth")
+    found = [index.meaning_of(row["latent"]) for row in index.search("sea", sort="score")]
+    assert found[:3] == ["the Sea", "sea, marine", "at sea level"]
+    assert found[3:] == ["seaside", "sea…", "search", "season", "a researcher", "…sea"]
+    assert [row["latent"] for row in index.search("sea lev")] == [6]
 
 
 def test_what_is_not_known_is_none_and_json(index):

@@ -446,6 +446,7 @@ def test_steering_that_overflows_is_refused(tiny_model_dir, factor):
         list(generate(load_model(tiny_model_dir), [[1, 2, 3]], 2, stop_tokens=[], steering=overflowing))
 
 
-def test_a_temperature_too_small_to_divide_by_is_refused(capsys):
-    said = refusal(capsys, inference, max_new_tokens=2, prompts=["The file"], temperature="1e-310")
+def test_a_temperature_too_small_to_divide_by_is_refused(capsys, tiny_model_dir):
+    options = {"llama_model_dir": tiny_model_dir, "max_new_tokens": 2, "prompts": ["the"], "temperature": "1e-310"}
+    said = refusal(capsys, inference, **options)
     assert "A temperature of 1e-310 cannot be used; write 0" in said

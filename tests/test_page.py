@@ -1,7 +1,7 @@
 """llama_3_inference_gradio.py in a real browser (Debian's Chromium, driven by Playwright), used as a person would.
 
 What the page shows is compared with what `complete` and the SAE give in this process, one prompt and one user at a
-time. Without Chromium these tests skip; PAGE_PICTURE=page.png also writes the picture of the README.
+time. Without Chromium these tests skip. PAGE_PICTURE=page.png also writes the picture of the README, of SmolLM2.
 
 .venv/bin/python -m pytest tests/test_page.py
 """
@@ -28,6 +28,7 @@ from support.pipeline_runs import as_flags, refusal
 
 import llama_3_inference_gradio as page_script
 from latents.index import LatentIndex
+from latents.interesting import interesting_latents
 from latents.markup import visible
 from latents.origin import read_info
 from llama_3 import generation, load_model, load_tokenizer
@@ -38,7 +39,7 @@ from sae import load_sae_model
 from serving.local_requests import past_proxies
 from serving.modes import steering_defaults
 from serving.requests import Limits
-from serving.steered_model import ModelChoice, taken_from
+from serving.steered_model import ModelChoice, fetched_reference, taken_from
 from serving.steering import Steering, highest_activations, make_steering
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -50,6 +51,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 FLAGS += ["--disable-component-update", "--disable-sync"]
 SAE_PATH = str(Path(TINY_LLAMA_DIR) / "sae.pth")
 DEFAULT = steering_defaults(read_info(SAE_PATH), SAE_PATH)
+SMOLLM2 = fetched_reference()
 SECONDS = 30_000  # a busy machine is not a failure
 
 
@@ -82,8 +84,8 @@ class Alone:
 
     def example(self) -> int:
         """The latent that steers the embedded model when the page opens."""
-        found = self.index.search(page_script._EXAMPLE_WORD, sort="score", limit=100)
-        return next(row["latent"] for row in found if row["meaning"] == page_script._EXAMPLE_WORD)
+        found = self.index.search(page_script._TINY_LATENT, sort="score", limit=100)
+        return next(row["latent"] for row in found if row["meaning"] == page_script._TINY_LATENT)
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +98,11 @@ def alone():
 
 @contextlib.contextmanager
 def serving(**options):
-    """The real command; yields the page's address."""
+    """The real command, on the tiny Llama unless another is named; yields the page's address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, page_script.__file__, *as_flags({"port": port, **options})]
+    options = {"port": port, "llama_model_dir": TINY_LLAMA_DIR, **options}
+    command = [sys.executable, page_script.__file__, *as_flags(options)]
     process = subprocess.Popen(command, cwd=PROJECT_DIR, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
@@ -229,18 +232,54 @@ def error_of(window) -> str:
 
 @needs_browser
 def test_first_visit(visit, address, alone):
-    """One click after opening the page a newcomer sees a steered completion."""
+    """A newcomer sees something in every tab without a click: steered completions, the latents of a text, a card."""
     window = visit(address)
     latent = alone.example()
     window.locator(f".slot a[href='#card-{latent}']").wait_for()
+    opened = window.locator(".completions .text").all_text_contents()
     press(window, "Complete")
     table = table_of(window, 3)
     count = lambda kind: sum(text.lower().count("state") for text in table[kind])
     assert count("clean") == 0 and count("steered") > 3
-    if path := os.environ.get("PAGE_PICTURE"):
-        window.set_viewport_size({"width": 1400, "height": 1000})
-        window.mouse.move(0, 0)
-        window.screenshot(path=path)
+    whole = [text for row in zip(table["clean"], table["steered"], strict=True) for text in row]
+    assert len(opened) == 6  # and as long as _EXAMPLE_S allowed
+    assert all(text.startswith(begun) for begun, text in zip(opened, whole, strict=True))
+    assert opened[0] != page_script._TINY_EXAMPLES.prompts[0]
+
+    tab(window, "Look inside")
+    here = window.locator(".strongest li.here")
+    colouring = int(here.locator(".latent-number").text_content())
+    assert colouring in interesting_latents(alone.index)
+    assert "--a" in window.locator(".look a.here").get_attribute("style")
+    tab(window, "Latents")
+    first = alone.index.search(limit=1)[0]
+    window.locator(f".latent-card[data-latent='{first['latent']}']").wait_for()
+    assert first["meaning"] in window.locator(".latents tr:has(td)").first.text_content()
+    suggested = window.locator(".suggested a")
+    assert suggested.first.text_content() == first["meaning"]
+    suggested.first.click()
+    window.locator(f".slot a[href='#card-{first['latent']}']").wait_for()
+
+
+@needs_browser
+@pytest.mark.skipif(not SMOLLM2, reason="no SmolLM2 with a reference SAE: make page fetches it")
+def test_smollm2(visit):
+    """What `make page` opens: a real model, of which a word of everyday life is found and turned up."""
+    picture = os.environ.get("PAGE_PICTURE")
+    with serving(llama_model_dir=SMOLLM2, **({} if picture else {"max_new_tokens": 12})) as address:
+        window = visit(address)
+        assert "SmolLM2-135M-Instruct" in window.locator("h1").text_content()
+        remove_all(window)
+        search(window, "sea")
+        window.locator(".results a").first.click()
+        named = window.locator(".slot a").locator("visible=true").first.text_content()
+        assert re.search(r"\bsea\b", named)
+        press(window, "Complete")
+        assert table_of(window, 3)["steered"]
+        if picture:
+            window.set_viewport_size({"width": 1400, "height": 1000})
+            window.mouse.move(0, 0)
+            window.screenshot(path=picture)
 
 
 @needs_browser
@@ -484,7 +523,7 @@ def test_stop(visit, address):
     """The text so far stays, nothing more comes, and the next request is served."""
     window = visit(address)
     complete(window, ["The file is"] * 8, 250)
-    window.locator(".completions .text").first.wait_for()
+    playwright.expect(window.locator(".completions .text")).to_have_count(16, timeout=SECONDS)
     press(window, "Stop")
     status(window, "^Stopped")
     window.wait_for_timeout(300)
@@ -615,7 +654,7 @@ def test_sae_without_a_json(capsys, tmp_path):
     path = shutil.copy(SAE_PATH, tmp_path / "published.pth")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    refused = lambda **options: refusal(capsys, page_script, port=port, **options)
+    refused = lambda **options: refusal(capsys, page_script, port=port, llama_model_dir=TINY_LLAMA_DIR, **options)
     told = {"sae_layer_idx": 6, "k": 32, "normalize_eps": 1e-5}
     assert "name its layer with --sae_layer_idx" in refused(sae_model_path=path, k=32, normalize_eps=1e-5)
     assert "give k" in refused(sae_model_path=path, sae_layer_idx=6)
@@ -624,9 +663,15 @@ def test_sae_without_a_json(capsys, tmp_path):
     assert "says k = 32, not 64" in refused(k=64)
     assert "says rope_scaling_factor = 1.0, not 8.0" in refused(rope_scaling_factor=8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["page", *as_flags({"sae_model_path": path, **told})])
+        options = {"llama_model_dir": TINY_LLAMA_DIR, "sae_model_path": path, **told}
+        patch.setattr(sys, "argv", ["page", *as_flags(options)])
         config = page_script.parse_constants(vars(page_script))
     served = page_script.open_served(taken_from(vars(config), ModelChoice), Limits(8, 4000, 256))
     assert served.opened.sae.info["site"] == "layers.6.attention_norm"
     assert served.opened.sae.k == 32 and served.index.n_latents == 4096
     assert served.opened.highest is None  # no file beside it has the highest activations
+    assert page_script.first_chosen(served, served.index) == []
+    config = page_script.build(served).get_config_file()
+    shown = [part["props"].get("value") for part in config["components"] if part["type"] == "html"]
+    assert any("Nothing steers yet" in str(value) for value in shown)
+    assert any("latent-card" in str(value) and "no meaning" in str(value) for value in shown)

@@ -1,11 +1,14 @@
 """The HTML report: every section from its file, working links, nothing loaded from elsewhere; read in a browser.
 
 .venv/bin/python -m pytest tests/test_report.py
+
+REPORT_PICTURE=report.png also writes the picture of the README, of SmolLM2.
 """
 
 import html
 import json
 import math
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -19,12 +22,14 @@ from support.latent_files import DEAD, MEANINGS, N_LATENTS, write_latents
 from support.pipeline_runs import call, refusal
 
 import sae_report
-from latents.index import LatentIndex
+from latents.index import LatentIndex, match_rank
 from latents.interesting import interesting_latents
 from latents.markup import mark_differences
 from llama_3 import load_tokenizer
 from pipeline.files import write_json
+from serving.steered_model import fetched_reference, reference_sae
 
+SMOLLM2 = fetched_reference()
 LIVING = N_LATENTS - len(DEAD)
 PNG = b"\x89PNG not really"
 STEERED = {
@@ -242,7 +247,9 @@ def test_interesting_latents_by_hand(tmp_path):
         ("doubtful", 0.8, 1e-3, 0.95),
         ("rare", 1.0, 1e-5, 0.95),
         ("frequent", 1.0, 0.2, 0.95),
-        ("the", 1.0, 1e-3, 0.95),  # short
+        ("both, each other", 1.0, 1e-3, 0.95),  # says nothing of what a text is about
+        ("in the, harbour", 1.0, 1e-3, 0.95),  # nor does its first part
+        ("sea", 1.0, 1e-3, 0.55),
         ('References to "rate" in contracts (legal)', 0.9, 2e-3, 0.6),
         ("unscored", 1.0, 1e-3, math.nan),
         (None, math.nan, 1e-3, math.nan),
@@ -258,9 +265,9 @@ def test_interesting_latents_by_hand(tmp_path):
             self.highest = self.frequency
             self.output_score, self.steers_well = np.full(len(rows), np.nan), np.zeros(len(rows), dtype=bool)
 
-    assert interesting_latents(Index()) == [1, 0, 10, 11]
-    assert sae_report.chosen_latents(Index(), 6) == [1, 0, 10, 11, 3, 4]
-    assert sorted(sae_report.chosen_latents(Index(), 99)) == list(range(13))
+    assert interesting_latents(Index()) == [1, 0, 12, 11, 13]
+    assert sae_report.chosen_latents(Index(), 7) == [1, 0, 12, 11, 13, 3, 4]
+    assert sorted(sae_report.chosen_latents(Index(), 99)) == list(range(15))
 
 
 # ---- differences, charts
@@ -335,6 +342,9 @@ def test_search_and_sort_in_a_browser(sae_path):
         }
         assert {int(row.split()[0]) for row in rows.all_inner_texts()} == expected and expected
         assert page.inner_text("#found") == f"{len(expected)} of {LIVING}"
+        page.fill("#query", "at")  # whole words before parts of words, whatever order the table is in
+        ranks = [match_rank(text.lower(), ["at"]) for text in rows.all_inner_texts()]
+        assert ranks == sorted(ranks) and {0, 2} <= set(ranks)
         page.fill("#query", "")
         for column, order in ((3, -1), (3, 1), (0, 1)):  # score, highest first; again: lowest first; number
             page.locator("#index th").nth(column).locator("button").click()
@@ -346,6 +356,35 @@ def test_search_and_sort_in_a_browser(sae_path):
         assert page.locator(".latent-card:visible").count() > 0
         browser.close()
     assert errors == [] and all(url.startswith("file:") or url.startswith("data:") for url in asked)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SMOLLM2, reason="no SmolLM2 with a reference SAE: make page fetches it")
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+def test_smollm2(tmp_path):
+    """A real model's report: nothing is missing, and its first cards say something. Also takes its picture."""
+    from playwright.sync_api import sync_playwright
+
+    reference = Path(reference_sae(SMOLLM2))
+    for path in reference.parent.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    info = json.loads(reference.with_suffix(".json").read_text()) | {"model_dir": SMOLLM2}
+    (tmp_path / "sae.json").unlink()
+    (tmp_path / "sae.json").write_text(json.dumps(info))
+    index = LatentIndex(tmp_path / "sae.pth")
+    assert index.missing == []
+    cards = [index.card(latent, 3) for latent in interesting_latents(index)[:12]]
+    assert len(cards) == 12 and all(card.sentences and card.promoted and card.score > 0.5 for card in cards)
+    if picture := os.environ.get("REPORT_PICTURE"):
+        write(tmp_path / "sae.pth", latents=200)
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
+            page = browser.new_page(viewport={"width": 1100, "height": 1000}, color_scheme="light")
+            page.goto((tmp_path / "sae.report.html").as_uri())
+            page.locator("#index").scroll_into_view_if_needed()
+            page.locator("h2", has_text="Latents").evaluate("heading => heading.scrollIntoView()")
+            page.screenshot(path=picture)
+            browser.close()
 
 
 def test_a_place_that_cannot_be_written_is_said_before_the_cards_are_read(sae_path, tmp_path, capsys, monkeypatch):

@@ -50,6 +50,14 @@ SAMPLED = {"temperature": 0.9, "top_p": 0.95}
 GREEDY = {"temperature": 0}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tiny_llama():
+    """The model when none is named, as where SmolLM2 was not fetched."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "LLAMA_MODEL_DIR", TINY_LLAMA_DIR)
+        yield
+
+
 @pytest.fixture(scope="module")
 def model():
     return load_model(TINY_LLAMA_DIR, packed=True)
@@ -111,7 +119,8 @@ class Terminal:
             changes = {"COLUMNS": str(columns), "LINES": "30", "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
             os.chdir(PROJECT_DIR)
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job's children ignore Ctrl-C
-            os.execve(sys.executable, [sys.executable, SCRIPT, *arguments], os.environ | changes | environment)
+            command = [sys.executable, SCRIPT, *arguments, "--llama_model_dir", TINY_LLAMA_DIR]
+            os.execve(sys.executable, command, os.environ | changes | environment)
         self.decoder = codecs.getincrementaldecoder("utf-8")()
         self.text = ""
 
@@ -459,7 +468,7 @@ def test_a_killed_run_continues(tmp_path, monkeypatch, capsys):
 
     output = tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial" / "completions.jsonl"
-    flags = as_flags({**options, "output_path": output, "batch_size": 1})
+    flags = as_flags({**options, "output_path": output, "batch_size": 1, "llama_model_dir": TINY_LLAMA_DIR})
     with subprocess.Popen([sys.executable, SCRIPT, "text", *flags], stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not (partial.exists() and partial.stat().st_size):
             time.sleep(0.01)
