@@ -448,7 +448,7 @@ def test_verifying_does_not_hold_up_an_error(tmp_path, shards, monkeypatch):
     monkeypatch.setattr("pipeline.manifests.check_sum", lambda *args: seen.append(args) or time.sleep(0.1))
     with pytest.raises(KeyError), verifying(tmp_path, shards * 100, "a.py"):
         raise KeyError
-    assert len(seen) <= 5  # one a thread, and one that a thread may begin before it is told
+    assert len(seen) <= 8  # a few threads each had begun one
 
 
 def test_verifying_uses_several_threads(tmp_path, shards, monkeypatch):
