@@ -261,8 +261,9 @@ def host_work(sentences: SentenceDataset, tokenizer: Tokenizer) -> tuple[float, 
     d_model = _SHAPES["3B"][0]["dim"]
     copying, n_batches = 0.0, 0
     filled = {"site": torch.zeros(window.n_tokens, d_model, dtype=torch.bfloat16)}
-    for batch in capturer(d_model).batches(window):
-        copying += timed(capturer(d_model).collect, batch, window, filled)[0]
+    as_wide = capturer(d_model)
+    for batch in as_wide.batches(window):
+        copying += timed(as_wide.collect, batch, window, filled)[0]
         n_batches += 1
     return 1e3 * building / n_batches, 1e3 * copying / n_batches
 
