@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml poetry.lock
 demo: install  ## every stage on SmolLM2, which it fetches: 10 minutes; ends with steered texts
 	$(BIN)/python demo.py
 
-quick: install  ## tests without torchrun, terminal, browser, kills and benchmarks: two minutes
+quick: install  ## tests without processes, browser, kills and benchmarks: at most 90 seconds
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m "not slow"
 
 check: lint types quick  ## what to run before a commit: lint, types, quick

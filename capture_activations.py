@@ -1,15 +1,21 @@
 """Capture Llama 3's activations for every token of every sentence.
 
-Reads   MODEL_DIR (a Llama checkpoint folder), SENTENCES_DIR (openwebtext_sentences_dataset.py, or the published one)
-Writes  OUTPUT_DIR/<site>/acts-*.safetensors, manifest.json: one folder per site, format in pipeline/activation_store.py
+Reads   MODEL_DIR (a Llama checkpoint folder), SENTENCES_DIR (openwebtext_sentences_dataset.py, or the published one) or
+        DIALOGUES (sample_dialogues.py, or others in parquet or jsonl)
+Writes  OUTPUT_DIR/<site>/acts-*.safetensors, manifest.json: one folder per site (pipeline/activation_store.py).
+        Of dialogues also their tokens and spans, in OUTPUT_DIR/dialogues (pipeline/dialogues.py)
 Method  each sentence alone, without begin-of-text; the model stops at the deepest site: no cache, no output layer;
         sentences of similar length share a batch, to keep padding low; a sentence's batch does not depend on the
-        number of processes
+        number of processes. Each dialogue whole, in the model's own chat format, as Li et al. 2025 (arXiv:2506.07691)
+        do for instruct models; of the assistant's tokens, or of all, the activations are stored, cut into spans that
+        take the place of sentences
 Cost    disk: 2 bytes x d_model per token and site. Memory per process besides the model: the activations of two
         windows, 2.8 GB per window and site for the 3B. Rates in docs/benchmarks.md
 
     python capture_activations.py --model_dir llama_3.2-3B --output_dir data/activations
     torchrun --standalone --nproc_per_node=4 capture_activations.py --model_dir llama_3.2-3B
+    python capture_activations.py --model_dir models/smollm2-135M-Instruct-Q4_1 \\
+        --dialogues data/dialogues/dialogues.parquet --sites layers.15.resid_post
 """
 
 from typing import Literal, NamedTuple
@@ -19,19 +25,24 @@ from pipeline.run import run
 
 MODEL_DIR: str  # Llama folder, in Meta's or Hugging Face's format
 SENTENCES_DIR = "data/sentences"  # folder of sentences
+DIALOGUES: str | None = None  # capture these instead of sentences: a file or folder with `messages`
+DIALOGUE_TOKENS: Literal["assistant", "all"] = "assistant"  # whose tokens of a dialogue to store
+MAX_DIALOGUE_TOKENS: Count = 2048  # longer dialogues are cut to this length, or to the model's context
 OUTPUT_DIR = "data/activations"  # output folder, with a folder per site
-NUM_SAMPLES: CountOrZero = 25_000_000  # sentences to capture, from the start of the seeded order; 0 for all
+NUM_SAMPLES: CountOrZero = 25_000_000  # sentences, or dialogues, from the start of the seeded order; 0 for all
 SITES: tuple[str, ...] = ("layers.22.attention_norm",)  # where to capture; several share one pass
-MAX_TOKENS: Count = 192  # longer sentences are cut to this length
+MAX_TOKENS: Count = 192  # longer sentences are cut to this length, longer spans of dialogues into several
 BEGIN_OF_TEXT = False  # put begin-of-text before each sentence (its own activation is never stored)
 DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # for the computation; activations are stored as bfloat16
 BATCH_TOKENS: Count = 4096  # tokens per forward pass, including about 2 % padding; a CPU is fastest at 1024
-WINDOW_SENTENCES: Count = 16_384  # sentences sorted by length together; more means less padding but more memory
+WINDOW_SENTENCES: Count = 16_384  # sentences, or spans, worked on together, at most; more: less padding, more memory
 SHARD_GB: Size = 1.0  # size of a shard
 ROPE_SCALING_FACTOR: Positive | None = None  # overrides the checkpoint's; 8 reproduces the published activations
 SEED: Seed = 42  # of the sentence order; 42 is the published one
 
 _DECIDING = ("max_tokens", "begin_of_text", "dtype", "batch_tokens", "window_sentences", "shard_gb")  # the result
+_FEWEST_WINDOWS = 8  # where there are sentences enough, so that as many processes have work
+_SMALL_WINDOW = 256  # sentences; windows are not made smaller than this for more of them
 _READERS = 4  # threads that tokenise a window each, ahead of the model
 
 if __name__ == "__main__":
@@ -42,7 +53,8 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,13 +65,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama_3 import load_model, load_tokenizer
+from llama_3.chat import Message, check_chat, usual_date
 from llama_3.checkpoint import checkpoint_identity
 from llama_3.loading import read_params
 from llama_3.model import ModelArgs, Transformer, check_site
 from llama_3.padding import make_batches
 from llama_3.tokenizer import Tokenizer
 from pipeline.activation_store import CAPTURE_STAGE, run_checksum, write_activations
+from pipeline.dialogues import Cutter, DialogueSpans, read_dialogues, write_spans
 from pipeline.distributed import World, world
+from pipeline.documents import document_files, local_identity
 from pipeline.errors import InputError, Stop
 from pipeline.files import locked, read_json, remove_leftovers, require_disk, write_json
 from pipeline.manifests import MANIFEST, complete_already, write_manifest
@@ -75,10 +90,11 @@ class Window(NamedTuple):
     """A run of consecutive sentences, tokenised: the unit of work and of resuming."""
 
     number: int  # -1: a sample of all sentences
-    sentence_idx: list[int]  # of the sentences that have tokens
+    sentence_idx: list[int]  # of the sentences that have tokens, or of the contexts of dialogues
     token_ids: list[list[int]]  # without begin-of-text
     n_empty: int
     n_cut: int
+    spans: Mapping[int, range] | None = None  # of dialogues: index of a span -> the rows to store; None: every row
 
     @property
     def name(self) -> str:
@@ -94,6 +110,14 @@ class Window(NamedTuple):
 
     def first(self, n: int) -> "Window":
         return self._replace(sentence_idx=self.sentence_idx[:n], token_ids=self.token_ids[:n])
+
+    def stored(self, acts: Tensor) -> tuple[Tensor, list[int], list[list[int]]]:
+        """(activations, sentence_idx, token_ids) of what is stored. acts: (n_tokens, d_model), of all tokens."""
+        if self.spans is None:
+            return acts, self.sentence_idx, self.token_ids
+        token_ids = [token for ids in self.token_ids for token in ids]
+        rows = torch.tensor([row for span in self.spans.values() for row in span], dtype=torch.int64)
+        return acts[rows], list(self.spans), [token_ids[span.start : span.stop] for span in self.spans.values()]
 
 
 def read_window(
@@ -116,6 +140,11 @@ def read_window(
     return window._replace(n_empty=n_empty, n_cut=n_cut)
 
 
+def window_size(n_sentences: int, at_most: int) -> int:
+    """Sentences per window. The number of processes has no say in it, or it would change the batches."""
+    return min(at_most, max(_SMALL_WINDOW, -(-n_sentences // _FEWEST_WINDOWS)))
+
+
 class Windows(NamedTuple):
     """All sentences to capture, in windows of window_sentences."""
 
@@ -123,6 +152,8 @@ class Windows(NamedTuple):
     tokenizer: Tokenizer
     window_sentences: int
     max_tokens: int
+    unit: str = "sentences"  # what is stored
+    item: str = "sentence"  # what the model reads at once
 
     @property
     def n_windows(self) -> int:
@@ -138,12 +169,63 @@ class Windows(NamedTuple):
     def read(self, number: int) -> Window:
         return read_window(self.sentences, self.tokenizer, number, self.indices(number), self.max_tokens)
 
-    def sample(self) -> tuple[Window, int]:
-        """About a thousand evenly spaced sentences, and an estimate of the tokens of all sentences."""
+    def sample(self) -> tuple[Window, int, int]:
+        """About a thousand evenly spaced sentences, and estimates of the tokens to read and to store."""
         step = max(1, len(self.sentences) // 1000)
         indices = range(0, len(self.sentences), step)
         sample = read_window(self.sentences, self.tokenizer, -1, indices, self.max_tokens)
-        return sample, sample.n_tokens * step
+        return sample, sample.n_tokens * step, sample.n_tokens * step
+
+    def counts(self, notes: list[dict[str, Any]]) -> dict[str, int]:
+        """Of the manifest, from the notes of all windows."""
+        return {
+            "empty_sentences": sum(note["n_empty"] for note in notes),
+            "cut_sentences": sum(note["n_cut"] for note in notes),
+        }
+
+
+class DialogueWindows(NamedTuple):
+    """All dialogues to capture, each in the window that its first span is in."""
+
+    sentences: DialogueSpans
+    tokenizer: Tokenizer
+    window_sentences: int
+    max_tokens: int
+    unit: str = "spans of dialogues"
+    item: str = "dialogue"
+
+    @property
+    def n_windows(self) -> int:
+        return -(-len(self.sentences) // self.window_sentences)
+
+    def indices(self, number: int) -> range:
+        first_spans = self.sentences.first_span[:-1]
+        edges = np.array([number, number + 1]) * self.window_sentences
+        return range(*np.searchsorted(first_spans, edges).tolist())
+
+    def n_sentences(self, numbers: Iterable[int]) -> int:
+        return sum(len(self.indices(number)) for number in numbers)
+
+    def read(self, number: int) -> Window:
+        return self.window(number, self.indices(number))
+
+    def window(self, number: int, indices: range) -> Window:
+        contexts = [self.sentences.context(i) for i in indices]
+        spans, row = {}, 0
+        for i, context in zip(indices, contexts, strict=True):
+            for j, span in enumerate(context.spans, int(self.sentences.first_span[i])):
+                spans[j] = range(row + span.start, row + span.stop)
+            row += len(context.token_ids)
+        return Window(number, list(indices), [context.token_ids for context in contexts], 0, 0, spans)
+
+    def sample(self) -> tuple[Window, int, int]:
+        n = self.sentences.n_contexts
+        counts = self.sentences.manifest["counts"]
+        return self.window(-1, range(0, n, max(1, n // 1000))), counts["tokens_read"], counts["tokens"]
+
+    def counts(self, notes: list[dict[str, Any]]) -> dict[str, int]:
+        of_all = self.sentences.manifest["counts"]
+        return {name: of_all[name] for name in ("dialogues", "empty_dialogues", "cut_dialogues")}
 
 
 # ---- the model
@@ -246,8 +328,9 @@ class Capturer:
                 bad = int(batch.rows[(~batch.finite[site]).nonzero()[0, 0]])
                 offsets = window.offsets()
                 i = int(torch.searchsorted(offsets, bad, right=True)) - 1
+                read = "sentence" if window.spans is None else "dialogue"
                 raise InputError(
-                    f"The model gives NaN or infinity at {site} for sentence {window.sentence_idx[i]}, token "
+                    f"The model gives NaN or infinity at {site} for {read} {window.sentence_idx[i]}, token "
                     f"{bad - int(offsets[i])} (of {window.name}); check the checkpoint, or use --dtype float32."
                 )
             # numpy copies each row in one piece, torch number by number.
@@ -257,8 +340,8 @@ class Capturer:
         """Halve the batches after one of n_sentences did not fit. Raises Stop if it was a single sentence."""
         if n_sentences == 1:
             raise Stop(
-                f"A sentence of {longest} tokens does not fit the memory of {self.model.device}; lower --max_tokens "
-                "or use a GPU with more memory."
+                f"A sentence of {longest} tokens does not fit the memory of {self.model.device}; lower --max_tokens, "
+                "or of dialogues --max_dialogue_tokens, or use a GPU with more memory."
             )
         self.batch_tokens = n_sentences * longest // 2
         if torch.cuda.is_available():
@@ -281,7 +364,7 @@ def measure_rate(capturer: Capturer, sample: Window) -> float:
 
 def write_window(folder: Path, window: Window, acts: Tensor, shard_bytes: int) -> int:
     """Write one site's shards of a window, then the note that marks the window as done. Returns the shards' bytes."""
-    records = write_activations(folder, window.name, acts, window.sentence_idx, window.token_ids, shard_bytes)
+    records = write_activations(folder, window.name, *window.stored(acts), shard_bytes)
     note = {"shards": records, "n_empty": window.n_empty, "n_cut": window.n_cut}
     write_json(window_note(folder, window.number), note)
     return sum(record["bytes"] for record in records)
@@ -348,6 +431,13 @@ def check_model(args: ModelArgs, model_dir: str, sites: Sequence[str], max_token
         raise InputError(f"--sites: {error}") from None
 
 
+def check_begin_of_text(config: Namespace, tokenizer: Tokenizer) -> None:
+    if config.begin_of_text and config.dialogues:
+        raise InputError("A dialogue begins as the model's chat format says; leave out --begin_of_text.")
+    if config.begin_of_text and tokenizer.bos_id is None:
+        raise InputError(f"The tokenizer of {config.model_dir} has no begin-of-text; leave out --begin_of_text.")
+
+
 def open_sentences(folder: str, num_samples: int, seed: int) -> SentenceDataset:
     """The sentences to capture; prints a note if there are fewer than asked for."""
     sentences = SentenceDataset(folder, num_samples, seed)
@@ -359,7 +449,32 @@ def open_sentences(folder: str, num_samples: int, seed: int) -> SentenceDataset:
     return sentences
 
 
-def describe_source(model_dir: str, args: ModelArgs, windows: Windows, seed: int, begin_of_text: bool) -> Source:
+def open_dialogues(
+    config: Namespace, args: ModelArgs, tokenizer: Tokenizer, dialogues: list[list[Message]], w: World
+) -> DialogueWindows:
+    """The dialogues to capture; the first process encodes them, unless that is done. Raises InputError."""
+    folder = Path(config.output_dir) / "dialogues"
+    if w.is_main:
+        order = np.random.default_rng(config.seed).permutation(len(dialogues))[: config.num_samples or None]
+        deciding = ("dialogue_tokens", "max_dialogue_tokens", "max_tokens", "seed")
+        decides = {name: getattr(config, name) for name in deciding} | {
+            "model": checkpoint_identity(config.model_dir),
+            "documents": local_identity(config.dialogues, document_files(config.dialogues)),
+            "dialogues": len(order),
+            "date": usual_date(args.rope_scaling_factor),
+        }
+        longest = min(config.max_dialogue_tokens, args.max_seq_len)
+        all_tokens = config.dialogue_tokens == "all"
+        cutter = Cutter(tokenizer, decides["date"], all_tokens, config.max_tokens, longest)
+        write_spans(folder, dialogues, order.tolist(), cutter, decides)
+    w.barrier()
+    spans = DialogueSpans(folder)
+    return DialogueWindows(spans, tokenizer, window_size(len(spans), config.window_sentences), config.max_tokens)
+
+
+def describe_source(
+    model_dir: str, args: ModelArgs, windows: Windows | DialogueWindows, seed: int, begin_of_text: bool
+) -> Source:
     """Where the activations of every site come from."""
     sentences = windows.sentences
     source = Source(
@@ -398,27 +513,34 @@ def begin_sites(output_dir: Path, sites: Iterable[str], decides: dict[str, Any],
     return open_sites
 
 
-def capture_share(capturer: Capturer, windows: Windows, output_dir: Path, shard_bytes: int, w: World) -> None:
+def capture_share(
+    capturer: Capturer, windows: Windows | DialogueWindows, output_dir: Path, shard_bytes: int, w: World
+) -> None:
     """Capture this process's windows, except those already written."""
     share = range(w.rank, windows.n_windows, w.size)
     todo = [i for i in share if not all(window_is_written(output_dir / site, i) for site in capturer.sites)]
     total = windows.n_sentences(share)
     label = "capture" if w.size == 1 else f"capture, process 1 of {w.size}"
     with progress_bar(
-        total=total, initial=total - windows.n_sentences(todo), unit="sentence", desc=label, disable=not w.is_main
+        total=total, initial=total - windows.n_sentences(todo), unit=windows.item, desc=label, disable=not w.is_main
     ) as bar:
         capture_windows(capturer, ahead(windows.read, todo, _READERS), output_dir, shard_bytes, bar)
 
 
-def finish_site(folder: Path, source: Source, n_windows: int, decides: dict[str, Any], options: dict[str, Any]) -> None:
+def finish_site(
+    folder: Path,
+    source: Source,
+    windows: Windows | DialogueWindows,
+    decides: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
     """Write the manifest in place of the windows' notes."""
-    notes = [read_json(window_note(folder, i), "run this stage again.") for i in range(n_windows)]
+    notes = [read_json(window_note(folder, i), "run this stage again.") for i in range(windows.n_windows)]
     shards = [record for note in notes for record in note["shards"]]
     counts = {
         "sentences": sum(s["n_sentences"] for s in shards),
         "tokens": sum(s["n_tokens"] for s in shards),
-        "empty_sentences": sum(note["n_empty"] for note in notes),
-        "cut_sentences": sum(note["n_cut"] for note in notes),
+        **windows.counts(notes),
     }
     source = dataclasses.replace(source, activations=run_checksum(shards))
     write_manifest(
@@ -433,7 +555,7 @@ def finish_site(folder: Path, source: Source, n_windows: int, decides: dict[str,
         shards=shards,
     )
     remove_notes(folder)
-    print(f"{counts['tokens']:,} activations of {counts['sentences']:,} sentences: {folder}")
+    print(f"{counts['tokens']:,} activations of {counts['sentences']:,} {windows.unit}: {folder}")
 
 
 def main() -> None:
@@ -441,22 +563,29 @@ def main() -> None:
     args = read_params(config.model_dir, config.rope_scaling_factor)
     layers = check_model(args, config.model_dir, config.sites, config.max_tokens)
     tokenizer = load_tokenizer(config.model_dir)
-    if config.begin_of_text and tokenizer.bos_id is None:
-        raise InputError(f"The tokenizer of {config.model_dir} has no begin-of-text; leave out --begin_of_text.")
-    sentences = open_sentences(config.sentences_dir, config.num_samples, config.seed)
-    windows = Windows(sentences, tokenizer, config.window_sentences, config.max_tokens)
+    check_begin_of_text(config, tokenizer)
+    windows, dialogues = None, []
+    if config.dialogues:
+        check_chat(tokenizer)
+        dialogues = read_dialogues(config.dialogues)
+    else:
+        sentences = open_sentences(config.sentences_dir, config.num_samples, config.seed)
+        window_sentences = window_size(len(sentences), config.window_sentences)
+        windows = Windows(sentences, tokenizer, window_sentences, config.max_tokens)
     packed = not torch.cuda.is_available()  # packed weights are for CPUs
     model = load_model(config.model_dir, "cpu", getattr(torch, config.dtype), config.rope_scaling_factor, packed)
-    source = describe_source(config.model_dir, args, windows, config.seed, config.begin_of_text)
-    decides = {name: getattr(config, name) for name in _DECIDING}
-    decides |= {name: getattr(source, name) for name in ("model", "dataset", "rope_scaling_factor")}
-    if not sentences.manifest:  # published sentences, without checksums
-        decides["sentence_files"] = sentences.files_sha256
     output_dir = Path(config.output_dir)
 
     with world() as w, locked(output_dir, w.rank, w.barrier), torch.inference_mode():
-        sample, n_tokens = windows.sample()
-        bytes_per_site = 2 * args.dim * n_tokens
+        windows = windows or open_dialogues(config, args, tokenizer, dialogues, w)
+        source = describe_source(config.model_dir, args, windows, config.seed, config.begin_of_text)
+        decides = {name: getattr(config, name) for name in _DECIDING}
+        decides["window_sentences"] = windows.window_sentences
+        decides |= {name: getattr(source, name) for name in ("model", "dataset", "rope_scaling_factor")}
+        if not windows.sentences.manifest:  # published sentences, without checksums
+            decides["sentence_files"] = windows.sentences.files_sha256
+        sample, n_read, n_stored = windows.sample()
+        bytes_per_site = 2 * args.dim * n_stored
         sites = w.gather(begin_sites(output_dir, layers, decides, bytes_per_site) if w.is_main else [])[0]
         if not sites:
             return
@@ -464,16 +593,16 @@ def main() -> None:
         capturer = Capturer(model.to(w.device), sites, config.batch_tokens, bos_id)
         rate = w.size * measure_rate(capturer, sample)
         w.print(
-            f"Reading {len(sentences):,} sentences, about {n_tokens:,} tokens, from {config.sentences_dir}; "
-            f"writing about {gb(bytes_per_site * len(sites))} to {output_dir}; about "
-            f"{duration(n_tokens / rate)} on {w.size} x {w.device.type}."
+            f"Reading {len(windows.sentences):,} {windows.unit}, about {n_read:,} tokens, from "
+            f"{config.dialogues or config.sentences_dir}; writing about {gb(bytes_per_site * len(sites))} to "
+            f"{output_dir}; about {duration(n_read / rate)} on {w.size} x {w.device.type}."
         )
         capture_share(capturer, windows, output_dir, int(config.shard_gb * 1e9), w)
         w.barrier()
         if w.is_main:
             for site in sites:
                 of_site = dataclasses.replace(source, site=site, layer=layers[site])
-                finish_site(output_dir / site, of_site, windows.n_windows, decides, vars(config))
+                finish_site(output_dir / site, of_site, windows, decides, vars(config))
 
 
 if __name__ == "__main__":

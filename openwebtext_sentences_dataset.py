@@ -2,7 +2,8 @@
 
 Reads   INPUT_PATH: documents in parquet (a column `text`), jsonl, jsonl.gz or jsonl.zst (a string "text" on each line)
         or txt (each file a document): a file, a folder, or a dataset of the Hugging Face hub, OWNER/NAME or
-        OWNER/NAME/FOLDER, whose files are fetched into the hub's cache (HF_HOME)
+        OWNER/NAME/FOLDER, whose files are fetched into the hub's cache (HF_HOME). Of dialogues (`messages` instead of
+        `text`, as sample_dialogues.py writes them) it splits what the assistant says
 Writes  OUTPUT_DIR/sentences-*.parquet (text, doc_idx, start, gap), punkt.json, manifest.json; the reader
         (pipeline/sentences.py) adds sentences.arrow and the order of a seed
 Method  NLTK Punkt (Kiss and Strunk 2006, Computational Linguistics 32:4); spans untouched, so that joining texts and
@@ -26,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-from pipeline.documents import ENDINGS, as_text, describe_files, document_files, iter_documents, kind_of, utf8_name
+from pipeline.documents import ENDINGS, as_text, describe_files, document_files, iter_documents, kind_of, local_identity
 from pipeline.errors import InputError, Stop
 from pipeline.files import read_json, require_disk, require_writable, write_json
 from pipeline.hub import answers_of_a_hub, connection_errors, describe_file, explain, is_whole
@@ -62,9 +63,7 @@ def find_documents(input_path: str, output_dir: Path) -> Documents:
     if not Path(input_path).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w./-]+)?", input_path):
         return fetch_dataset(input_path, output_dir)
     files = document_files(input_path)
-    root = Path(input_path) if Path(input_path).is_dir() else Path(input_path).parent
-    stats = [(utf8_name(f.relative_to(root)), f.stat()) for f in files]
-    return Documents(files, describe_files([(name, s.st_size, s.st_mtime_ns) for name, s in stats]))
+    return Documents(files, local_identity(input_path, files))
 
 
 # ---- a dataset of the Hugging Face hub

@@ -7,9 +7,11 @@ Method  next-token cross-entropy, and KL divergence from the clean model, with t
         reconstruction, by zero, and by its mean. Loss recovered = (zeroed - spliced) / (zeroed - clean) (Gao et al.
         2024, arXiv:2406.04093, section 4.1), and the same against the mean. A token's mean is taken over all other
         evaluated sentences, never its own. FVU = squared error / squared distance from the mean, over all tokens, in
-        normalised space. Begin-of-text is passed through and never counted (autoencoder/evaluation.py)
-Cost    three passes of the model over the sentences, a fourth up to the site, and one for each SAE; SAEs at one site
-        share all the others. Only finished files are written: a killed run starts over
+        normalised space. Begin-of-text is passed through and never counted (autoencoder/evaluation.py). Of dialogues
+        the model reads all that was captured; the stored tokens alone are replaced, predicted and counted
+Cost    one pass of the model over the sentences, then its layers from the site's on again for zero, for the mean and
+        for each SAE, with the output layer. Memory: 4 bytes x d_model per token, 2 GB at most, so that the layers
+        before the site are computed once. Only finished files are written: a killed run starts over
 
     python sae_evaluation.py --sae_model_path data/sae.pth
     python sae_evaluation.py --sae_model_path a.pth b.pth c.pth
@@ -31,8 +33,10 @@ if __name__ == "__main__":
 
 import reprlib
 import time
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from autoencoder.evaluation import ROWS, evaluate
@@ -41,6 +45,7 @@ from autoencoder.measures import MEASURES
 from llama_3 import load_model, load_tokenizer
 from llama_3.loading import read_params
 from llama_3.model import Transformer, check_site
+from pipeline.dialogues import DialogueSpans, open_dataset
 from pipeline.errors import InputError
 from pipeline.figures import new_figure, save_figure
 from pipeline.files import require_writable, write_json
@@ -99,18 +104,19 @@ def sites_of(saes: dict[str, TopKSparseAutoencoder], model_dir: str) -> dict[str
 def open_sentences(source: Source, given: str | None) -> SentenceDataset:
     """The sentences of the training; others only if `given`, with a printed note."""
     known = source.need("dataset")
-    dataset = SentenceDataset(given, known["sentences"], known["seed"]) if given else source.sentences()
+    dataset = open_dataset(given, known["sentences"], known["seed"]) if given else source.sentences()
     if dataset.shard_checksums() != known.get("shards", dataset.shard_checksums()):
         print(f"Note: {dataset.folder} is not the training data; its sentences may not have been held out.")
     return dataset
 
 
 class HeldOut(NamedTuple):
-    """The sentences that SAEs are evaluated on."""
+    """The sentences, or dialogues, that SAEs are evaluated on."""
 
     folder: Path
     sentences: list[list[int]]  # token ids, without begin-of-text
     bos_id: int | None  # begin-of-text, if the activations were captured with one before each sentence
+    counted: list[list[range]] | None = None  # places of the stored tokens of dialogues
 
 
 def open_held_out(source: Source, first: int, n: int, model_dir: str, given: str | None) -> HeldOut:
@@ -119,10 +125,21 @@ def open_held_out(source: Source, first: int, n: int, model_dir: str, given: str
     max_tokens, begin_of_text = source.need("max_tokens"), source.need("begin_of_text")
     dataset = open_sentences(source, given)
     chosen = range(first, min(len(dataset), first + n))
+    if isinstance(dataset, DialogueSpans):
+        return held_out_dialogues(dataset, chosen)
     sentences = [ids[:max_tokens] for i in chosen if len(ids := tokenizer.encode(dataset[i])) > 1]
     if not sentences:
         raise InputError(f"{dataset.folder} has no held-out sentences for {source.file}.")
     return HeldOut(dataset.folder, sentences, tokenizer.bos_id if begin_of_text else None)
+
+
+def held_out_dialogues(dataset: DialogueSpans, spans: range) -> HeldOut:
+    """The dialogues that begin in a range of held-out spans. Raises InputError if there are none."""
+    first, last = np.searchsorted(dataset.first_span[:-1], [spans.start, spans.stop]).tolist()
+    contexts = [dataset.context(i) for i in range(first, last)]
+    if not contexts:
+        raise InputError(f"{dataset.folder} has no dialogue that is held out whole; raise --num_sentences.")
+    return HeldOut(dataset.folder, [c.token_ids for c in contexts], None, [c.spans for c in contexts])
 
 
 # ---- table and figures
@@ -183,7 +200,9 @@ def draw_positions(axis: "Axes", result: dict[str, Any]) -> None:
     axis.tick_params(axis="x", labelsize=8)
     axis.plot(labels, [band["mse_normalized"] * scale for band in bands], marker="o")
     axis.axhline(result["fvu"], color="grey", linewidth=1, linestyle=":", label="all tokens")
-    axis.set(title="error by position", xlabel="position in the sentence", ylabel="squared error / variance")
+    axis.set(
+        title="error by position", xlabel="position in the sentence or dialogue", ylabel="squared error / variance"
+    )
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False)
 
@@ -244,12 +263,16 @@ def seconds_per_pass(model: Transformer, sentences: list[list[int]]) -> float:
 
 
 def announce(model: Transformer, held_out: HeldOut, sites: dict[str, str]) -> None:
-    n_passes = 4 * len(set(sites.values())) + len(sites)
+    unit = "sentences" if held_out.counted is None else "dialogues"
+    n_layers, n_passes = model.args.n_layers, 0.0
+    for site, n_saes in Counter(sites.values()).items():
+        layer = check_site(site, n_layers)
+        n_passes += (layer + 1 + (3 + n_saes) * (n_layers - layer)) / n_layers  # clean, zeroed, mean, and each SAE
     print(
-        f"Reading {len(held_out.sentences):,} held-out sentences, {sum(map(len, held_out.sentences)):,} tokens, from "
+        f"Reading {len(held_out.sentences):,} held-out {unit}, {sum(map(len, held_out.sentences)):,} tokens, from "
         f"{held_out.folder}; writing evaluation.json and evaluation.png for {', '.join(sites)} (under 1 MB each); "
-        f"{n_passes} passes of the model, about {duration(n_passes * seconds_per_pass(model, held_out.sentences))} on "
-        f"{model.device}."
+        f"{n_passes:.1f} passes of the model, about {duration(n_passes * seconds_per_pass(model, held_out.sentences))} "
+        f"on {model.device}."
     )
 
 
@@ -288,7 +311,9 @@ def main() -> None:
     measured: dict[str, dict[str, Any]] = {}
     for site in dict.fromkeys(sites.values()):
         at_site = {path: sae for path, sae in saes.items() if sites[path] == site}
-        measured |= evaluate(model, at_site, site, held_out.sentences, config.batch_tokens, held_out.bos_id)
+        measured |= evaluate(
+            model, at_site, site, held_out.sentences, config.batch_tokens, held_out.bos_id, held_out.counted
+        )
     dead = {path: sae.info.get("quality", {}).get("dead_frac") for path, sae in saes.items()}
     finish({path: {"site": sites[path], **measured[path], "dead_frac": dead[path]} for path in saes})
 

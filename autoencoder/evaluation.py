@@ -14,13 +14,14 @@ from torch import Tensor
 
 from autoencoder.frequencies import frequency_histogram
 from autoencoder.measures import DENSE
-from llama_3.model import Transformer
+from llama_3.model import Resume, Transformer, check_site
 from llama_3.padding import make_batches
 from pipeline.errors import InputError
 from pipeline.progress import progress_bar
 from sae import TopKSparseAutoencoder
 
 ROWS = 512  # tokens whose logits or pre-activations are in memory at once: 263 MB each at a vocabulary of 128,256
+KEPT_BYTES = 2 * 10**9  # of activations kept from one pass to the next; those beyond it are computed twice
 _EPS = 1e-5  # of the normalisation, for reconstructions that are plain functions
 
 Reconstruction = Callable[[Tensor], Tensor]  # raw activations (n_tokens, d_model) -> their reconstruction
@@ -33,17 +34,21 @@ def evaluate(
     sentences: list[list[int]],
     batch_tokens: int,
     bos_id: int | None,
+    counted: list[list[range]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure each SAE at one site: name -> measurements.
 
     saes: TopKSparseAutoencoders, or any functions of raw activations (n_tokens, d_model) to their reconstruction, same
         shape and dtype; for plain functions the latent metrics are None.
     sentences: token ids, without begin-of-text. bos_id: put before each sentence, passed through, never counted.
+    counted: places of the tokens to replace, to predict and to count in each sentence, at least one; all when None.
     Losses and KL are nats per prediction. With one sentence there is no mean of others, so its metrics are None.
     Raises InputError if a loss is not finite, nothing is predicted, or all activations are the same.
     """
-    n_tokens, n_starts = sum(map(len, sentences)), 0 if bos_id is None else 1
-    last = f"layers.{model.args.n_layers - 1}.resid_post"
+    counted = counted or [[range(len(ids))] for ids in sentences]
+    n_tokens, n_starts = sum(len(places) for of_one in counted for places in of_one), 0 if bos_id is None else 1
+    layer, last = check_site(site, model.args.n_layers), f"layers.{model.args.n_layers - 1}.resid_post"
+    before = f"layers.{layer}.resid_pre"  # the layers up to here are computed once for all variants
     quality = [Quality(sae, model.args.dim, max(map(len, sentences)), model.device) for sae in saes.values()]
     has_mean = len(sentences) > 1
     variants = ["clean", "zeroed", *(["mean"] if has_mean else []), *(f"replaced by {name}" for name in saes)]
@@ -52,17 +57,26 @@ def evaluate(
 
     with torch.inference_mode():
         total = torch.zeros(model.args.dim, dtype=torch.float64, device=model.device)
-        for tokens, real in padded_batches(sentences, batch_tokens, bos_id, model.device, "mean of the site"):
-            total += model.activations(tokens, site)[real].double().sum(0)
-        for tokens, real in padded_batches(sentences, batch_tokens, bos_id, model.device, "evaluation"):
-            clean = model.activations(tokens, [site, last])
+        kept: list[Tensor | None] = []  # the residual stream there, batch by batch
+        room = KEPT_BYTES
+        for tokens, real in padded_batches(sentences, counted, batch_tokens, bos_id, model.device, "mean of the site"):
+            found = model.activations(tokens, [before, site])
+            total += found[site][real].double().sum(0)
+            room -= found[before].nbytes
+            kept.append(found[before] if room >= 0 else None)
+        for number, (tokens, real) in enumerate(
+            padded_batches(sentences, counted, batch_tokens, bos_id, model.device, "evaluation")
+        ):
+            stream = kept[number]
+            resume = Resume(layer, model.activations(tokens, before) if stream is None else stream)
+            clean = model.activations(tokens, [site, last], resume)
             x = clean[site]
             position = real.nonzero()[:, 1] - n_starts
             replacements = [torch.zeros_like(x)]
             if has_mean:
                 replacements.append(mean_of_others(x, real, total, n_tokens))
             replacements += [each.reconstruct_all(x, real, position) for each in quality]
-            # The stream after the last layer, at the positions whose next token belongs to the sentence.
+            # The stream after the last layer, at the positions whose next token counts.
             predicts = torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], dim=1)
             targets = tokens[:, 1:][predicts[:, :-1]]
             n_predictions += len(targets)
@@ -70,7 +84,7 @@ def evaluate(
             for replacement in replacements:
                 x_new = torch.where(real[..., None], replacement, x)
                 with model.intervene(site, lambda _, x_new=x_new: x_new):
-                    streams.append(model.activations(tokens, last)[predicts])
+                    streams.append(model.activations(tokens, last, resume)[predicts])
             sums += losses_and_kl(model, streams, targets)
             check_finite(sums[0].tolist(), variants, site)
     if n_predictions == 0:
@@ -155,10 +169,11 @@ def by_position(error: list[float], tokens: list[int]) -> list[dict[str, Any]]:
     """Mean squared error of the tokens 1, 2-3, 4-7, 8-15, ... of a sentence: its first tokens are not like the rest."""
     bands = []
     first = 0
-    while first < len(tokens) and (count := sum(tokens[first : 2 * first + 1])):
+    while first < len(tokens):
         last = min(2 * first + 1, len(tokens))
-        mse = sum(error[first:last]) / count
-        bands.append({"first": first + 1, "last": last, "tokens": count, "mse_normalized": mse})
+        if count := sum(tokens[first:last]):
+            mse = sum(error[first:last]) / count
+            bands.append({"first": first + 1, "last": last, "tokens": count, "mse_normalized": mse})
         first = 2 * first + 1
     return bands
 
@@ -231,15 +246,22 @@ def losses_and_kl(model: Transformer, streams: list[Tensor], targets: Tensor) ->
 
 
 def padded_batches(
-    sentences: list[list[int]], batch_tokens: int, bos_id: int | None, device: torch.device, label: str
+    sentences: list[list[int]],
+    counted: list[list[range]],
+    batch_tokens: int,
+    bos_id: int | None,
+    device: torch.device,
+    label: str,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens (batch, seq) int64, and a mask of the sentences' own tokens (batch, seq). label: of the progress bar."""
+    """Tokens (batch, seq) int64, and a mask of those that count (batch, seq). label: of the progress bar."""
     starts = [] if bos_id is None else [bos_id]
     with progress_bar(total=sum(map(len, sentences)), unit="token", unit_scale=True, desc=label) as bar:
         for batch in make_batches([len(ids) + len(starts) for ids in sentences], batch_tokens):
             rows = [torch.tensor(starts + sentences[i]) for i in batch]
             tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            places = torch.arange(tokens.shape[1])[None]
-            real = (places >= len(starts)) & (places < torch.tensor([len(row) for row in rows])[:, None])
+            real = torch.zeros_like(tokens, dtype=torch.bool)
+            for row, i in enumerate(batch):
+                for places in counted[i]:
+                    real[row, len(starts) + places.start : len(starts) + places.stop] = True
             yield tokens.to(device), real.to(device)
-            bar.update(int(real.sum()))
+            bar.update(sum(len(sentences[i]) for i in batch))

@@ -201,7 +201,8 @@ def ours(
     # A script's function is imported because that loop is what is timed; otherwise this would time a copy.
     import capture_activations as stage
 
-    windows = stage.Windows(sentences, tokenizer, stage.WINDOW_SENTENCES, _MAX_TOKENS)
+    size = stage.window_size(len(sentences), stage.WINDOW_SENTENCES)
+    windows = stage.Windows(sentences, tokenizer, size, _MAX_TOKENS)
     shard_bytes = int(stage.SHARD_GB * 1e9)
 
     def capture(model: Transformer, folder: Path) -> None:

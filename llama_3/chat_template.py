@@ -5,6 +5,7 @@ tokens that somebody writes into a message stay text.
 """
 
 import functools
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,32 @@ class ChatTemplate(NamedTuple):
             said = " ".join(str(error).split()).rstrip(".")
             raise InputError(f"The chat template in {self.origin} refuses this dialogue: {said}.") from None
         return text, mark
+
+    def render_answered(
+        self, messages: Sequence[tuple[str, str]], date: str | None = None
+    ) -> tuple[str, str, list[tuple[int, int]]]:
+        """What `render` gives without an answer to come, and the first character and the end of each of the assistant's
+        messages in the text.
+
+        Raises InputError where the template changes them.
+        """
+        text, mark = self.render(messages, date, open_answer=False)
+        border = next(c for c in map(chr, range(0xF8FE, 0xE000, -1)) if c not in text)
+
+        def framed(content: str) -> str:  # inside the whitespace at its ends, which templates may take away
+            said = content.strip()
+            return content.replace(said, border + said + border, 1) if said else content + border + border
+
+        marked = [(role, framed(content) if role == "assistant" else content) for role, content in messages]
+        parts = self.render(marked, date, open_answer=False)[0].split(border)
+        n_answers = sum(role == "assistant" for role, _ in messages)
+        if "".join(parts) != text or len(parts) != 2 * n_answers + 1:
+            raise InputError(
+                f"The chat template in {self.origin} changes what the assistant says in this dialogue, so it cannot be "
+                "found again; use every token instead."
+            )
+        ends = list(itertools.accumulate(map(len, parts)))
+        return text, mark, list(zip(ends[0:-1:2], ends[1::2], strict=True))
 
     def pieces(self, text: str) -> list[tuple[str, int | None]]:
         """A rendered text cut at its special tokens: (text, None) or (token, id)."""

@@ -23,22 +23,26 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor) ->
     """
     if temperature == 0:
         return logits.argmax(-1)
-    if logits.shape[-1] <= _LIKELIEST:
+    return _sample_among(_LIKELIEST, logits.float(), temperature, top_p, uniform)
+
+
+def _sample_among(n: int, logits: Tensor, temperature: float, top_p: float, uniform: Tensor) -> Tensor:
+    """`sample`, looking at the n likeliest tokens first: the answer nearly always lies among them, and sorting a whole
+    vocabulary would take most of the time."""
+    if n >= logits.shape[-1]:
         return _sample_sorted(logits, temperature, top_p, uniform)
-    # The answer nearly always lies among the likeliest tokens; sorting a whole vocabulary would take most of the time.
-    scaled = logits.float() / temperature
-    highest, tokens = scaled.topk(_LIKELIEST, dim=-1)
+    highest, tokens = logits.topk(n, dim=-1)
     largest = highest[:, :1]
-    total = (scaled - largest).exp_().sum(-1, keepdim=True, dtype=torch.float64)
-    cumulative = ((highest - largest).double().exp() / total).cumsum(-1)
+    total = (logits - largest).div_(temperature).exp_().sum(-1, keepdim=True)  # in place: fresh memory costs more
+    cumulative = ((highest - largest).double().div_(temperature).exp_() / total).cumsum(-1)
     whole = top_p >= 1
     mass = cumulative.new_ones(len(logits)) if whole else _nucleus_mass(cumulative, top_p)
     wanted = uniform.to(cumulative) * mass
     place = torch.searchsorted(cumulative, wanted[:, None], right=True).squeeze(-1)
-    chosen = tokens.gather(-1, place.clamp(max=_LIKELIEST - 1)[:, None]).squeeze(-1)
-    beyond = place >= _LIKELIEST if whole else cumulative[:, -1] < top_p
-    if beyond.any():  # waits for a GPU; these rows alone are sorted
-        chosen[beyond] = _sample_sorted(logits[beyond], temperature, top_p, uniform[beyond])
+    chosen = tokens.gather(-1, place.clamp(max=n - 1)[:, None]).squeeze(-1)
+    beyond = place >= n if whole else cumulative[:, -1] < top_p
+    if beyond.any():  # waits for a GPU; only these rows are looked at again
+        chosen[beyond] = _sample_among(16 * n, logits[beyond], temperature, top_p, uniform[beyond])
     return chosen
 
 
@@ -115,7 +119,7 @@ def _check_logits(logits: Tensor, steering: Intervention | None) -> None:
 
     logits: (batch, vocab_size).
     """
-    lowest, highest = logits.aminmax(dim=-1)
+    lowest, highest = logits.amin(-1), logits.amax(-1)  # on a CPU twice as fast as aminmax
     if not ((lowest < highest) & lowest.isfinite() & highest.isfinite()).all():
         what = "model" if steering is None else "steered model"
         first = "" if steering is None else "lower the strength, or "

@@ -1,15 +1,18 @@
 """GGUF files of the Llama architecture: what their metadata says of the model and of its tokenizer. Needs no torch.
 
-The `gguf` package reads the format; llama_3/loading.py reads the weights. Keys, pre-tokenizers and what these do are
-llama.cpp's (its gguf-py constants and src/llama-vocab.cpp).
+The format is described in docs/gguf.md of ggml. The `gguf` package knows the kinds of tensors; its own reader takes
+seconds for a vocabulary. llama_3/loading.py reads the weights. Keys, pre-tokenizers and what these do are llama.cpp's
+(its gguf-py constants and src/llama-vocab.cpp).
 """
 
 import functools
+import math
 import os
-import re
+import struct
 from typing import Any, NamedTuple
 
 import gguf
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
@@ -20,12 +23,24 @@ from pipeline.errors import InputError
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 
 
+class StoredTensor(NamedTuple):
+    """A tensor as it lies in a file."""
+
+    kind: gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+    data: np.ndarray  # (..., bytes of a row) uint8, mapped
+
+    def values(self) -> np.ndarray:
+        """The tensor as float32. Raises NotImplementedError for a kind that the gguf package does not convert."""
+        return gguf.quants.dequantize(self.data, self.kind)
+
+
 class Gguf(NamedTuple):
-    """One file: its metadata, and its tensors as the library maps them."""
+    """One file: its metadata, and its tensors."""
 
     path: str
     metadata: dict[str, Any]
-    tensors: dict[str, gguf.ReaderTensor]
+    tensors: dict[str, StoredTensor]
 
     def need(self, key: str) -> Any:
         """A value of the metadata. Raises InputError where there is none."""
@@ -35,10 +50,7 @@ class Gguf(NamedTuple):
 
 
 def read_gguf(path: str) -> Gguf:
-    """Open a GGUF file of the Llama architecture. Raises InputError for any other file.
-
-    Takes seconds for a vocabulary of 128,000, so that the last files stay open.
-    """
+    """Open a GGUF file of the Llama architecture. Raises InputError for any other file. The last two stay open."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -52,11 +64,17 @@ def _read_gguf(path: str, _size: int, _modified_ns: int) -> Gguf:
         if file.read(4) != b"GGUF":
             raise InputError(f"{path} is not a GGUF file; fetch it again.")
     try:
-        reader = gguf.GGUFReader(path)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-    except Exception as error:  # whatever the library meets in a damaged file
-        if re.search("is not a valid GGMLQuantizationType|file appears to be version", str(error)):
+        cursor = _Cursor(np.memmap(path, np.uint8, "r"))
+        cursor.take(4)
+        version, n_tensors, n_keys = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
+        if version not in (2, 3):
+            raise InputError(f"{path} is in version {version} of GGUF; 2 and 3 are read here: convert the model again.")
+        metadata = dict(_read_entry(cursor) for _ in range(n_keys))
+        if len(metadata) < n_keys:
+            raise ValueError("a key of the metadata comes twice")
+        tensors = _read_tensors(cursor, n_tensors, metadata.get("general.alignment", 32))
+    except (ValueError, LookupError, OverflowError, MemoryError) as error:  # ValueError: text that is not UTF-8, too
+        if "is not a valid GGMLQuantizationType" in str(error):
             raise InputError(
                 f"{path} is in a form that the gguf package here does not read ({_line(error)}); update the package, "
                 "or use another file of this model."
@@ -70,6 +88,75 @@ def _read_gguf(path: str, _size: int, _modified_ns: int) -> Gguf:
             "TinyLlama)."
         )
     return Gguf(path, metadata, tensors)
+
+
+class _Cursor:
+    """Reads a file's bytes in order. Raises ValueError where they end."""
+
+    def __init__(self, data: np.ndarray):
+        self.data, self.bytes, self.position = data, memoryview(data), 0
+
+    def take(self, n_bytes: int) -> memoryview:
+        begin, self.position = self.position, self.position + n_bytes
+        if self.position > len(self.bytes):
+            raise ValueError("the file ends too early")
+        return self.bytes[begin : self.position]
+
+    def number(self, form: str) -> Any:
+        """One number; form: as of the module struct."""
+        return struct.unpack("<" + form, self.take(struct.calcsize(form)))[0]
+
+    def text(self) -> str:
+        return str(self.take(self.number("Q")), "utf-8")
+
+
+# Kinds of values in the metadata, as of the module struct; then texts and arrays.
+_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _ARRAY = 8, 9
+
+
+def _read_entry(cursor: _Cursor) -> tuple[str, Any]:
+    """A key of the metadata and its value."""
+    key, kind = cursor.text(), cursor.number("I")
+    if kind != _ARRAY:
+        return key, _read_value(cursor, kind)
+    kind, length = cursor.number("I"), cursor.number("Q")
+    if kind in _NUMBERS:
+        form = np.dtype(_NUMBERS[kind]).newbyteorder("<")
+        return key, np.frombuffer(cursor.take(length * form.itemsize), form).tolist()
+    return key, [_read_value(cursor, kind) for _ in range(length)]
+
+
+def _read_value(cursor: _Cursor, kind: int) -> Any:
+    if kind == _TEXT:
+        return cursor.text()
+    if kind not in _NUMBERS:
+        raise ValueError(f"a value of kind {kind}")
+    return cursor.number(_NUMBERS[kind])
+
+
+def _read_tensors(cursor: _Cursor, n_tensors: int, alignment: Any) -> dict[str, StoredTensor]:
+    """The tensors by name, from where they are described: name, widths (the last dimension first), kind, place."""
+    described = []
+    for _ in range(n_tensors):
+        name, n_dims = cursor.text(), cursor.number("I")
+        if not 1 <= n_dims <= 4:
+            raise ValueError(f"{name} has {n_dims} dimensions")
+        widths = [cursor.number("Q") for _ in range(n_dims)]
+        described.append((name, tuple(reversed(widths)), cursor.number("I"), cursor.number("Q")))
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(f"an alignment of {alignment}")
+    begin = -(-cursor.position // alignment) * alignment
+    tensors = {}
+    for name, shape, number, place in described:
+        kind = gguf.GGMLQuantizationType(number)
+        in_bytes = gguf.quants.quant_shape_to_byte_shape(shape, kind)
+        if name in tensors or 0 in in_bytes:
+            raise ValueError(f"{name} comes twice or is empty")
+        cursor.position = begin + place
+        data = np.frombuffer(cursor.take(math.prod(in_bytes)), np.uint8).reshape(in_bytes)
+        tensors[name] = StoredTensor(kind, shape, data)
+    return tensors
 
 
 def _line(error: Exception) -> str:
@@ -91,7 +178,7 @@ def gguf_args(file: Gguf) -> dict[str, Any]:
         "n_layers": need("llama.block_count"),
         "n_heads": n_heads,
         "n_kv_heads": metadata.get("llama.attention.head_count_kv", n_heads),
-        "vocab_size": int(_tensor(file, "token_embd.weight").shape[1]),
+        "vocab_size": _tensor(file, "token_embd.weight").shape[0],
         "hidden_dim": need("llama.feed_forward_length"),
         "head_dim": metadata.get("llama.attention.key_length", dim // n_heads),
         "norm_eps": round(need("llama.attention.layer_norm_rms_epsilon"), 12),  # a float32
@@ -103,11 +190,11 @@ def gguf_args(file: Gguf) -> dict[str, Any]:
     if metadata.get("llama.rope.dimension_count", args["head_dim"]) != args["head_dim"]:
         raise InputError(f"{file.path} rotates only part of each head, which is not supported; use another model.")
     if "rope_freqs.weight" in file.tensors:  # Llama 3.1 and later: the whole of their scaling
-        args["rope_divisors"] = tuple(map(float, file.tensors["rope_freqs.weight"].data))
+        args["rope_divisors"] = tuple(map(float, file.tensors["rope_freqs.weight"].values()))
     return args
 
 
-def _tensor(file: Gguf, name: str) -> gguf.ReaderTensor:
+def _tensor(file: Gguf, name: str) -> StoredTensor:
     if name not in file.tensors:
         raise InputError(f"{file.path} lacks the tensor {name}; it is not a whole model, use another file.")
     return file.tensors[name]
@@ -262,4 +349,4 @@ def _vocabulary(file: Gguf, tokens: list[str], types: list[int]) -> dict[str, in
 def gguf_rows(file: Gguf) -> int | None:
     """How many tokens the embedding has rows for; None where the file holds none."""
     embedding = file.tensors.get("token_embd.weight")
-    return None if embedding is None else int(embedding.shape[1])
+    return None if embedding is None else embedding.shape[0]

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
 import blobfile
-import gguf
 import numpy as np
 import safetensors
 import safetensors.torch
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_3.checkpoint import TINY_LLAMA_DIR, Checkpoint, check_files, find_checkpoint, say
-from llama_3.gguf import gguf_args, read_gguf
+from llama_3.gguf import StoredTensor, gguf_args, read_gguf
 from llama_3.model import ModelArgs, Transformer, hidden_dim
 from llama_3.packed import PackedLinear
 from pipeline.errors import InputError
@@ -105,28 +104,27 @@ STRANGERS = {
 class Quantized(NamedTuple):
     """A tensor of a GGUF file, in one of llama.cpp's types; converted when it is asked for."""
 
-    source: gguf.ReaderTensor
+    source: StoredTensor
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(int(n) for n in reversed(self.source.shape))
+        return self.source.shape
 
     def numel(self) -> int:
-        return int(self.source.n_elements)
+        return math.prod(self.shape)
 
     def read(self, dtype: torch.dtype) -> Tensor:
         """The tensor in `dtype`, on the CPU; rows are converted a few at a time, so that no second copy is made."""
         out = torch.empty(self.shape, dtype=dtype)
-        rows, stored = out.view(-1, self.shape[-1]), self.source.data
-        stored = stored.reshape(len(rows), -1)
+        rows, stored = out.view(-1, self.shape[-1]), self.source.data.reshape(-1, self.source.data.shape[-1])
         step = max(1, _CONVERTED_AT_ONCE // self.shape[-1])
         for first in range(0, len(rows), step):
-            part = gguf.quants.dequantize(stored[first : first + step], self.source.tensor_type)
+            part = self.source._replace(data=stored[first : first + step]).values()
             rows[first : first + step] = torch.from_numpy(np.require(part, np.float32, ["C", "W"]))
         return out
 
 
-_CONVERTED_AT_ONCE = 2**21  # elements
+_CONVERTED_AT_ONCE = 2**18  # elements: their intermediate results, 1 MB each in float32, fit the cache
 
 
 class Loaded(NamedTuple):
@@ -410,12 +408,12 @@ def _read_gguf(found: Checkpoint) -> dict[str, Loaded]:
     """The tensors of a GGUF file under Meta's names; rows of wq and wk are in Meta's order there."""
     (path,) = found.weights
     tensors = read_gguf(path).tensors
-    for name, tensor in {tensor.tensor_type: (name, tensor) for name, tensor in tensors.items()}.values():
+    for name, tensor in {tensor.kind: (name, tensor) for name, tensor in tensors.items()}.values():
         try:
-            gguf.quants.dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
+            tensor._replace(data=tensor.data.reshape(-1, tensor.data.shape[-1])[:1]).values()
         except NotImplementedError:
             raise InputError(
-                f"{path} holds {name} as {tensor.tensor_type.name}, which the gguf package does not convert; use "
+                f"{path} holds {name} as {tensor.kind.name}, which the gguf package does not convert; use "
                 "another quantisation of this model."
             ) from None
     loaded: dict[str, Loaded] = {}

@@ -238,6 +238,13 @@ class Intervention(NamedTuple):
     skip_tokens: Sequence[int] = ()  # positions with one of them keep their value
 
 
+class Resume(NamedTuple):
+    """Where a forward pass begins instead of at the embeddings."""
+
+    layer: int
+    x: Tensor  # the residual stream before that layer, (batch, seq, d_model)
+
+
 # The active ones, each with its model. They belong to the thread (or asyncio task) that entered them, so requests
 # served at the same time do not affect each other.
 _interventions: ContextVar[tuple[tuple["Transformer", Intervention], ...]] = ContextVar("interventions", default=())
@@ -290,13 +297,16 @@ class Transformer(nn.Module):
         return self.output(self.norm(x[:, -1:] if last_only else x)).float()
 
     @overload
-    def activations(self, tokens: Tensor, sites: str) -> Tensor: ...
+    def activations(self, tokens: Tensor, sites: str, resume: Resume | None = None) -> Tensor: ...
     @overload
-    def activations(self, tokens: Tensor, sites: Sequence[str]) -> dict[str, Tensor]: ...
-    def activations(self, tokens: Tensor, sites: str | Sequence[str]) -> Tensor | dict[str, Tensor]:
+    def activations(self, tokens: Tensor, sites: Sequence[str], resume: Resume | None = None) -> dict[str, Tensor]: ...
+    def activations(
+        self, tokens: Tensor, sites: str | Sequence[str], resume: Resume | None = None
+    ) -> Tensor | dict[str, Tensor]:
         """Activations at one site, (batch, seq, d_model) in the model's dtype, or at several as a dict.
 
-        Nothing beyond the deepest site is computed. Raises ValueError for an unknown site.
+        Nothing beyond the deepest site is computed, and with `resume` no layer before its own; all sites must then be
+        in that layer or after it. Raises ValueError for an unknown site.
         """
         wanted = [sites] if isinstance(sites, str) else list(sites)
         for site in wanted:
@@ -313,7 +323,7 @@ class Transformer(nn.Module):
             return x
 
         with contextlib.suppress(_AllCaptured):
-            self._run(tokens, None, None, hook)
+            self._run(tokens, None, None, hook, resume)
         return found[sites] if isinstance(sites, str) else {site: found[site] for site in wanted}
 
     @contextlib.contextmanager
@@ -349,7 +359,9 @@ class Transformer(nn.Module):
 
         return hook
 
-    def _run(self, tokens: Tensor, cache: Cache | None, n_pad: Tensor | None, hook: Hook) -> Tensor:
+    def _run(
+        self, tokens: Tensor, cache: Cache | None, n_pad: Tensor | None, hook: Hook, resume: Resume | None = None
+    ) -> Tensor:
         """The residual stream after the last layer, (batch, seq, d_model)."""
         if self.to_pack:
             pack_all(self.to_pack)
@@ -367,8 +379,8 @@ class Transformer(nn.Module):
                 mask = mask | (keys[None, :] == positions[:, None])  # a padded position sees itself: no row is empty
                 positions = (positions[None] - n_pad[:, None]).clamp(min=0)  # (batch, seq)
         rope = rope_tables(rope_frequencies_on(self.args, tokens.device), positions)
-        x = self.tok_embeddings(tokens).to(self.dtype)
-        for i, layer in enumerate(self.layers):
+        first, x = resume or Resume(0, self.tok_embeddings(tokens).to(self.dtype))
+        for i, layer in enumerate(list(self.layers)[first:], first):
             x = layer(x, rope, mask, cache.layers[i] if cache is not None else None, start, hook)
         if cache is not None:
             cache.length += seq

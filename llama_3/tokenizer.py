@@ -106,6 +106,10 @@ class Tokenizer(Protocol):
         up."""
         ...
 
+    def template_tokens(self, text: str, mark: str) -> list[tuple[int, tuple[int, int]]]:
+        """The tokens of `encode_template`, each with its first character and its end in the text without the mark."""
+        ...
+
 
 class TiktokenTokenizer:
     """Llama 3's `tokenizer.model`."""
@@ -143,6 +147,9 @@ class TiktokenTokenizer:
         return self.model.decode_single_token_bytes(token_id)
 
     def encode_template(self, text: str, mark: str) -> list[int]:
+        raise NotImplementedError("A tokenizer.model comes without a template.")
+
+    def template_tokens(self, text: str, mark: str) -> list[tuple[int, tuple[int, int]]]:
         raise NotImplementedError("A tokenizer.model comes without a template.")
 
 
@@ -186,22 +193,31 @@ class JsonTokenizer:
         return [*begin, *ids, *end]
 
     def encode_template(self, text: str, mark: str) -> list[int]:
+        return [id_ for id_, _ in self.template_tokens(text, mark)]
+
+    def template_tokens(self, text: str, mark: str) -> list[tuple[int, tuple[int, int]]]:
         if not mark:
-            return self._recognising.encode(text, add_special_tokens=False).ids
+            whole = self._recognising.encode(text, add_special_tokens=False)
+            return list(zip(whole.ids, whole.offsets, strict=True))
         assert self.chat_template is not None
         added = {token.content: token for token in self.model.get_added_tokens_decoder().values()}
         pieces = self.chat_template.pieces(text)
-        ids: list[int] = []
-        for i, (piece, id_) in enumerate(pieces):
+        tokens: list[tuple[int, tuple[int, int]]] = []
+        end = 0
+        for i, (marked, id_) in enumerate(pieces):
+            piece = marked.replace(mark, "")
+            start, end = end, end + len(piece)
             if id_ is not None:
-                ids.append(id_)
+                tokens.append((id_, (start, end)))
                 continue
             if i and added[pieces[i - 1][0]].rstrip:
                 piece = piece.lstrip()
+                start = end - len(piece)
             if i + 1 < len(pieces) and added[pieces[i + 1][0]].lstrip:
                 piece = piece.rstrip()
-            ids += self.encode(piece.replace(mark, ""))
-        return ids
+            found = self.model.encode(piece, add_special_tokens=False)
+            tokens += [(each, (start + a, start + b)) for each, (a, b) in zip(found.ids, found.offsets, strict=True)]
+        return tokens
 
     @functools.cached_property
     def _recognising(self) -> tokenizers.Tokenizer:

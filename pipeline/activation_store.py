@@ -19,12 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.dialogues import CAPTURE_STAGE
 from pipeline.errors import InputError
 from pipeline.files import atomic_path, sha256, utf8_path
 from pipeline.manifests import MANIFEST, check_files, check_sum, read_manifest
 from pipeline.source import Source
-
-CAPTURE_STAGE = "capture_activations.py"
 
 
 def open_shard(path: Path, made_by: str) -> Any:

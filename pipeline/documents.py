@@ -1,4 +1,7 @@
-"""Documents: parquet, JSON lines and text files, found and read in a fixed order."""
+"""Documents and dialogues: parquet, JSON lines and text files, found and read in a fixed order.
+
+A dialogue is a document as well: the assistant's messages, joined by blank lines.
+"""
 
 import codecs
 import hashlib
@@ -17,6 +20,8 @@ from pipeline.errors import InputError
 
 _KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".jsonl.zst": "jsonl", ".txt": "txt"}
 ENDINGS = ", ".join(_KINDS)
+
+Dialogue = list[tuple[str, str]]  # role and content of each message
 
 
 def utf8_name(path: Path) -> str:
@@ -81,12 +86,24 @@ def describe_files(listing: list[tuple]) -> dict[str, Any]:
     return {"files": len(listing), "bytes": sum(size for _, size, *_ in listing), "listing_sha256": digest}
 
 
-def open_parquet(path: Path) -> Any:
-    """The parquet file. Raises InputError unless it has a column `text`."""
+def local_identity(input_path: str, files: list[Path]) -> dict[str, Any]:
+    """`describe_files` of the documents in a local file or folder."""
+    root = Path(input_path) if Path(input_path).is_dir() else Path(input_path).parent
+    stats = [(utf8_name(file.relative_to(root)), file.stat()) for file in files]
+    return describe_files([(name, s.st_size, s.st_mtime_ns) for name, s in stats])
+
+
+def open_any_parquet(path: Path) -> Any:
+    """The parquet file, whatever its columns. Raises InputError."""
     try:
-        file = pq.ParquetFile(arrow_file(path))
+        return pq.ParquetFile(arrow_file(path))
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path} is not a parquet file ({error}); fetch it again.") from None
+
+
+def open_parquet(path: Path) -> Any:
+    """The parquet file. Raises InputError unless it has a column `text`."""
+    file = open_any_parquet(path)
     types = {field.name: field.type for field in file.schema_arrow}
     if "text" not in types:
         raise InputError(f"{path} has no column `text`; name files of documents with one.")
@@ -123,9 +140,8 @@ def iter_parquet(path: Path, batch_size: int) -> Iterator[Any]:
         raise InputError(f"{path} is damaged ({error}); fetch it again.") from None
 
 
-def iter_jsonl(path: Path) -> Iterator[bytes]:
-    """The "text" of each line, null as empty. Lone surrogates become bytes that are not UTF-8."""
-
+def iter_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each line that is not blank. Raises InputError."""
     compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
     try:
         with pa.input_stream(arrow_file(path), compression=compression) as stream:
@@ -136,17 +152,74 @@ def iter_jsonl(path: Path) -> Iterator[bytes]:
                 if not line.strip():
                     continue
                 try:
-                    value = json.loads(line.decode(errors="surrogateescape"))
+                    yield number, json.loads(line.decode(errors="surrogateescape"))
                 except (ValueError, RecursionError) as error:
                     raise InputError(f"Line {number} of {path} is not JSON ({error}); correct it.") from None
-                text = value.get("text", 0) if isinstance(value, dict) else 0
-                text = "" if text is None else text
-                if not isinstance(text, str):
-                    raise InputError(f'Line {number} of {path} is not an object with a string "text"; correct it.')
-                try:
-                    yield text.encode(errors="surrogateescape")
-                except UnicodeEncodeError:
-                    yield text.encode(errors="surrogatepass")
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path} is damaged ({error}); fetch it again.") from None
+
+
+def iter_jsonl(path: Path) -> Iterator[bytes]:
+    """The "text" of each line, null as empty, or its dialogue."""
+    for number, value in iter_json_lines(path):
+        fields = value if isinstance(value, dict) else {}
+        if "text" not in fields and "messages" in fields:
+            yield answers(as_dialogue(fields["messages"], f"Line {number} of {path}"))
+            continue
+        text = fields.get("text", 0)
+        text = "" if text is None else text
+        if not isinstance(text, str):
+            raise InputError(
+                f'Line {number} of {path} is not an object with a string "text", or with "messages"; correct it.'
+            )
+        yield as_bytes(text)
+
+
+def as_bytes(text: str) -> bytes:
+    """A text as UTF-8; lone surrogates become bytes that are not."""
+    try:
+        return text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode(errors="surrogatepass")
+
+
+def as_dialogue(messages: Any, where: str) -> Dialogue:
+    """A dialogue as files hold it: objects with a role and a content. Raises InputError, which says `where` it is."""
+    is_text = lambda message, name: isinstance(message, dict) and isinstance(message.get(name), str)
+    if isinstance(messages, list) and all(is_text(m, "role") and is_text(m, "content") for m in messages):
+        return [(message["role"], message["content"]) for message in messages]
+    raise InputError(
+        f"{where} holds no dialogue: `messages` must be a list of objects, each with a text `role` and a text "
+        "`content`; correct it."
+    )
+
+
+def answers(dialogue: Dialogue) -> bytes:
+    """A dialogue as a document."""
+    return as_bytes("\n\n".join(content for role, content in dialogue if role == "assistant"))
+
+
+def holds_dialogues(path: Path) -> bool:
+    """Whether a parquet file has a column `messages` and none of texts."""
+    names = open_any_parquet(path).schema_arrow.names
+    return "messages" in names and "text" not in names
+
+
+def iter_dialogues(path: Path) -> Iterator[Dialogue]:
+    """Every dialogue of a parquet or jsonl file, from its `messages`. Raises InputError."""
+    if kind_of(path.name) == "jsonl":
+        for number, value in iter_json_lines(path):
+            yield as_dialogue(value.get("messages") if isinstance(value, dict) else None, f"Line {number} of {path}")
+        return
+    file = open_any_parquet(path)
+    if "messages" not in file.schema_arrow.names:
+        raise InputError(f"{path} has no column `messages`; name files of dialogues with one.")
+    row = 0
+    try:
+        for batch in file.iter_batches(batch_size=64, columns=["messages"]):
+            for messages in batch.column(0).to_pylist():
+                yield as_dialogue(messages, f"Row {row} of {path}")
+                row += 1
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path} is damaged ({error}); fetch it again.") from None
 
@@ -170,6 +243,8 @@ def iter_documents(files: list[Path]) -> Iterator[bytes]:
     """Every document in order, as UTF-8, not necessarily valid. Raises InputError."""
     for path in files:
         match kind_of(path.name):
+            case "parquet" if holds_dialogues(path):
+                yield from map(answers, iter_dialogues(path))
             case "parquet":
                 for batch in iter_parquet(path, 64):  # a document may be megabytes long
                     yield from batch.to_pylist()

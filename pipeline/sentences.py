@@ -89,6 +89,11 @@ def read_sentence_table(folder: Path | str, columns: list[str]) -> pa.Table:
 # ---- the reader
 
 
+def open_arrow(path: Path) -> pa.Table:
+    """A memory-mapped Arrow file. Raises pa.ArrowInvalid or OSError."""
+    return pa.ipc.open_file(pa.memory_map(os.fsencode(path))).read_all()
+
+
 class SentenceDataset:
     """Sentences by index, in the order of the published dataset.
 
@@ -149,7 +154,7 @@ class SentenceDataset:
     def _open_arrow(self, path: Path) -> pa.Table | None:
         """The texts, or None if there is no copy of these files."""
         try:
-            table = pa.ipc.open_file(pa.memory_map(os.fsencode(path))).read_all()
+            table = open_arrow(path)
         except (pa.ArrowInvalid, OSError):
             return None
         return table if table.schema.metadata == {b"of": self.files_sha256.encode()} else None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_3.checkpoint import checkpoint_identity, differing_field
+from pipeline.dialogues import open_dataset
 from pipeline.errors import InputError
 from pipeline.files import PROJECT_DIR
 from pipeline.sentences import SHUFFLE_SEED, SentenceDataset
@@ -103,7 +104,7 @@ class Source:
         """The sentences that were captured, in the same order. Raises InputError if the folder holds others."""
         dataset = self.need("dataset")
         folder = self.folder("sentences_dir", given, option)
-        found = SentenceDataset(folder, dataset.get("sentences"), dataset.get("seed", SHUFFLE_SEED))
+        found = open_dataset(folder, dataset.get("sentences"), dataset.get("seed", SHUFFLE_SEED))
         n_found, n_known = len(found.order), dataset.get("sentences_in_all", len(found.order))
         if n_found != n_known:
             raise InputError(

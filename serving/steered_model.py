@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latents.meanings import best_meanings
 from llama_3 import load_model, load_tokenizer
+from llama_3.chat import usual_date
 from llama_3.checkpoint import TINY_LLAMA_DIR
 from llama_3.generation import generate
 from llama_3.model import Intervention, Transformer, check_site
@@ -22,8 +23,6 @@ from sae import TopKSparseAutoencoder, load_sae_model
 from serving.steering import Steering, known_highest, make_steering
 
 TINY_SAE_PATH = str(Path(TINY_LLAMA_DIR) / "sae.pth")  # the embedded model's SAE
-
-_DATE_OF_THE_TEMPLATE = "26 Jul 2024"  # what Llama 3.1's published template writes if no date is given
 
 
 # ---- a user's options
@@ -198,9 +197,8 @@ def check_fits(sae: TopKSparseAutoencoder, sae_path: str, model: Transformer, mo
 
 
 def chat_date(date: str, model: Transformer) -> str | None:
-    """auto: the date header came with Llama 3.1, as did scaled RoPE."""
     if date == "auto":
-        return _DATE_OF_THE_TEMPLATE if model.args.rope_scaling_factor != 1 else None
+        return usual_date(model.args.rope_scaling_factor)
     return None if date == "none" else date
 
 

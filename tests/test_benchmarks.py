@@ -13,6 +13,7 @@ from conftest import PROJECT_DIR
 BENCHMARKS = sorted((PROJECT_DIR / "benchmarks").glob("*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in BENCHMARKS if path.stem != "common"], ids=lambda path: path.stem)
 def test_help(path, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

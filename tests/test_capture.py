@@ -244,6 +244,26 @@ def test_batches_hold_every_index_once_within_the_budget(lengths, batch_tokens):
 # ---- processes and interruptions
 
 
+@pytest.mark.parametrize("n_sentences", [1, 255, 512, 2048, 2049, 32_001, 25_000_000])
+def test_eight_processes_have_windows_where_there_are_sentences_enough(n_sentences):
+    size = capture.window_size(n_sentences, 16_384)
+    n_windows = -(-n_sentences // size)
+    assert size <= 16_384 and n_windows >= min(8, n_sentences // 256)
+    assert n_windows == 1 or size >= 256
+    assert capture.window_size(n_sentences, 100) == 100
+
+
+def test_smaller_windows_hold_the_same_activations(options, captured, tmp_path, monkeypatch):
+    monkeypatch.setattr(capture, "_SMALL_WINDOW", 4)
+    call(capture, **options, sites=[SITE], output_dir=tmp_path)
+    found, expected = ActivationStore(tmp_path / SITE), ActivationStore(captured / SITE)
+    assert found.manifest["decides"]["window_sentences"] == 6  # of 45
+    assert len({shard["file"].split(".")[0][:10] for shard in found.manifest["shards"]}) == 8
+    for i in range(len(TEXTS)):
+        if (one := expected.sentence(i)) is not None:
+            assert_within_an_ulp(found.sentence(i)[0], one[0].float())
+
+
 def records_of(folder, site=SITE):
     return ActivationStore(folder / site).records  # with sha256
 

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from llama_3 import load_tokenizer
-from llama_3.chat import Message, check_chat, encode_dialogue
+from llama_3.chat import Message, check_chat, encode_answered, encode_dialogue
 from llama_3.chat_template import DEFAULT_DATE
 from llama_3.checkpoint import TINY_LLAMA_DIR
 from pipeline.errors import InputError
@@ -247,3 +247,69 @@ def test_a_model_without_template_and_chat_tokens_cannot_chat(tmp_path):
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(InputError, match="neither a chat template nor the token <.begin_of_text.>"):
         ours(folder, DIALOGUE)
+
+
+# ---- which tokens are the assistant's
+
+
+ANSWERED = [
+    ("user", "Hello there"),
+    ("assistant", " I am here. "),
+    ("user", "\n再 é now?  "),
+    ("assistant", "No</s>e\n\n"),
+]
+ENDS = {"Llama 3": "<|eot_id|>", "Llama 3.1": "<|eot_id|>", "ChatML": "<|im_end|>"}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_assistants_tokens_are_what_it_says_and_what_ends_its_turn(folders, name):
+    tokenizer = load_tokenizer(str(folders[name]))
+    messages = [Message(*turn) for turn in ANSWERED]
+    ids, answers = encode_answered(tokenizer, messages)
+    template = tokenizer.chat_template
+    assert ids == tokenizer.encode_template(*template.render(messages, open_answer=False))
+    for answer, (_, content) in zip(answers, ANSWERED[1::2], strict=True):
+        *said, end = (ids[i] for i in answer)
+        assert end == tokenizer.special_tokens[ENDS.get(name, "</s>")]
+        assert tokenizer.decode(said).strip() == content.strip()
+        assert ids[answer.start - 1] not in (end, said[0])
+        assert tokenizer.special_tokens["</s>"] not in said
+
+
+def test_an_answer_without_words_and_one_to_come(folders):
+    tokenizer = load_tokenizer(str(folders["ChatML"]))
+    ids, answers = encode_answered(tokenizer, [Message("assistant", "  "), Message("user", "Hello")])
+    (answer,) = answers
+    assert ids[answer.stop - 1] == tokenizer.special_tokens["<|im_end|>"]
+    assert tokenizer.decode([ids[i] for i in answer[:-1]]).strip() == ""
+    assert encode_answered(tokenizer, [Message("user", "Hello")]).answers == []
+
+
+def test_metas_folders_know_the_assistants_tokens_too():
+    tokenizer = load_tokenizer(TINY_LLAMA_DIR)
+    messages = [Message(*turn) for turn in ANSWERED]
+    for date in (None, DEFAULT_DATE):
+        ids, answers = encode_answered(tokenizer, messages, date)
+        assert encode_dialogue(tokenizer, messages, date)[: len(ids)] == ids
+        expected = [[*tokenizer.encode(c.strip()), tokenizer.special_tokens["<|eot_id|>"]] for _, c in ANSWERED[1::2]]
+        assert [ids[answer.start : answer.stop] for answer in answers] == expected
+
+
+def test_a_template_that_changes_an_answer_is_refused(tmp_path):
+    template = CHATML.replace("{{ message['content'] + '<|im_end|>' }}", "{{ message['content'][:3] + '<|im_end|>' }}")
+    tokenizer = load_tokenizer(str(write_folder(tmp_path, template)))
+    with pytest.raises(InputError, match="tokenizer_config.json changes what the assistant says"):
+        encode_answered(tokenizer, [Message("user", "a"), Message("assistant", "abcdef")])
+
+
+def test_the_assistants_tokens_against_transformers_mask(folders):
+    """The ChatML above has {% generation %}, from which transformers makes its mask."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folders["ChatML"])
+    dialogue = [("user", "Hello there"), ("assistant", "I am here."), ("user", "And now?"), ("assistant", "Not yet.")]
+    objects = [{"role": role, "content": content} for role, content in dialogue]
+    found = theirs.apply_chat_template(objects, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    ids, answers = encode_answered(load_tokenizer(str(folders["ChatML"])), [Message(*turn) for turn in dialogue])
+    assert found["input_ids"] == ids
+    assert [i for i, is_his in enumerate(found["assistant_masks"]) if is_his] == [i for a in answers for i in a]

@@ -21,7 +21,7 @@ from torch.distributions import Categorical, kl_divergence
 
 import autoencoder.evaluation
 import sae_evaluation
-from autoencoder.evaluation import by_position, evaluate
+from autoencoder.evaluation import by_position, evaluate, padded_batches
 from autoencoder.frequencies import frequency_histogram
 from autoencoder.measures import MEASURES
 from llama_3 import load_model, load_tokenizer
@@ -186,6 +186,28 @@ def test_equals_the_naive_computation(model, sae, sentences, batch_tokens, bos_i
     assert 2 / N_LATENTS <= expected["dense_frac"] < 1
     assert len({round(expected[f"loss_{name}"], 3) for name in ("clean", "spliced", "zeroed", "mean")}) == 4
     check(run(model, sae, sentences, batch_tokens, bos_id), expected)
+
+
+@pytest.mark.parametrize("site", ["layers.0.resid_pre", SITE, "layers.2.resid_post"])
+def test_layers_before_the_site_are_computed_once(model, sae, sentences, site, monkeypatch):
+    """Unless they do not fit the memory set aside for them; the results are the same."""
+    layer, n_layers = int(site.split(".")[1]), TINY_PARAMS["n_layers"]
+    n_batches = sum(1 for _ in padded_batches(sentences, 40, None, model.device, "batches"))
+    ran = []
+    handles = [
+        each.attention.register_forward_pre_hook(lambda m, inputs, i=i: ran.append(i))
+        for i, each in enumerate(model.layers)
+    ]
+    found = evaluate(model, {"it": sae}, site, sentences, 40, None)["it"]
+    beyond = site.endswith("resid_post")  # the first pass reaches the attention of the site's layer
+    expected = {i: 1 if i < layer else 4 + (beyond and i == layer) for i in range(n_layers)}
+    assert {i: ran.count(i) / n_batches for i in range(n_layers)} == expected
+    ran.clear()
+    monkeypatch.setattr(autoencoder.evaluation, "KEPT_BYTES", 0)
+    assert evaluate(model, {"it": sae}, site, sentences, 40, None)["it"] == found
+    assert ran.count(0) / n_batches == (2 if layer else 4)
+    for handle in handles:
+        handle.remove()
 
 
 def test_pieces_bound_the_logits_and_change_nothing(model, sae, sentences, monkeypatch):
@@ -470,3 +492,36 @@ def test_a_place_that_cannot_be_written_is_said_before_the_model_is_loaded(sae_p
     sae_path.with_name("sae.evaluation.png").mkdir()
     said = refusal(capsys, sae_evaluation, sae_model_path=sae_path)
     assert "sae.evaluation.png cannot be written (Is a directory)" in said
+
+
+# ---- parts of sentences, as of dialogues
+
+
+def test_tokens_that_do_not_count_are_read_and_passed_through(model, sae, sentences):
+    """Begin-of-text as a token that does not count gives what begin-of-text gives; a position further on."""
+    expected = run(model, sae, sentences, bos_id=BOS_ID)
+    longer = [[BOS_ID, *ids] for ids in sentences]
+    counted = [[range(1, 2), range(2, len(ids))] for ids in longer]
+    found = evaluate(model, {"it": sae}, SITE, longer, 40, None, counted)["it"]
+    assert [band["first"] for band in found.pop("by_position")] == [2, 4, 8, 16]
+    del expected["by_position"]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_only_what_counts_is_predicted_and_measured(model, sae, sentences):
+    counted = [[range(1, 2), *([range(4, len(ids))] if len(ids) > 5 else [])] for ids in sentences]
+    found = evaluate(model, {"it": sae}, SITE, sentences, 40, None, counted)["it"]
+    losses, spliced = [], []
+    for ids, places in zip(sentences, counted, strict=True):
+        chosen = [i for part in places for i in part]
+
+        def replace(x, chosen=chosen):
+            x = x.clone()
+            x[:, chosen] = sae(x[:, chosen])
+            return x
+
+        for into, rows in ((losses, log_probs(model, ids)), (spliced, log_probs(model, ids, replace))):
+            into += [-float(rows[i - 1][ids[i]]) for i in chosen]
+    assert found["tokens"] == found["predictions"] == len(losses) < sum(map(len, sentences))
+    assert found["loss_clean"] == pytest.approx(statistics.fmean(losses), rel=1e-5)
+    assert found["loss_spliced"] == pytest.approx(statistics.fmean(spliced), rel=1e-5)

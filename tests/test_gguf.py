@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 from support.gguf_files import as_stored, write_gguf
 from support.llama_cpp_reference import LINES, OUT, PROMPT
 
 from llama_3 import load_model, load_tokenizer
 from llama_3.checkpoint import TINY_LLAMA_DIR, checkpoint_identity
-from llama_3.gguf import PRE_TOKENIZERS
+from llama_3.gguf import PRE_TOKENIZERS, _read_gguf, read_gguf
 from llama_3.loading import read_params
 from llama_3.packed import PackedLinear
 from pipeline.errors import InputError
@@ -227,6 +229,59 @@ def test_damaged_files_are_one_sentence(tmp_path, tiny_gguf):
         load_model(str(tmp_path / "none.gguf"))
 
 
+FEW_TOKENS = {
+    "tokenizer.ggml.tokens": ["a", "b"],
+    "tokenizer.ggml.token_type": [1, 1],
+    "tokenizer.ggml.merges": None,
+    "of every kind": [True, False],
+    "negative": [-3, 2],
+}
+
+
+@pytest.fixture(scope="module")
+def small_gguf(tmp_path_factory) -> Path:
+    """Metadata of 1 KB and a tensor."""
+    return write_gguf(tmp_path_factory.mktemp("small") / "m.gguf", TINY, weights=False, **FEW_TOKENS)
+
+
+def test_metadata_is_what_the_library_reads(small_gguf, tiny_gguf):
+    for path in (small_gguf, tiny_gguf):
+        found, reader = read_gguf(str(path)), gguf.GGUFReader(path)
+        expected = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+        assert found.metadata == expected
+        assert list(found.tensors) == [tensor.name for tensor in reader.tensors]
+        for tensor in reader.tensors:
+            assert found.tensors[tensor.name].shape == tuple(reversed(tensor.shape.tolist()))
+            assert np.array_equal(found.tensors[tensor.name].values(), tensor.data)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**12), st.integers(0, 255)), max_size=4), st.integers(-50, 0))
+def test_any_damage_is_a_sentence_or_changes_a_value(small_gguf, tmp_path_factory, changes, cut):
+    content = bytearray(small_gguf.read_bytes())
+    for position, byte in changes:
+        content[position % len(content)] = byte
+    path = tmp_path_factory.getbasetemp() / "damaged.gguf"
+    path.write_bytes(content[: len(content) + cut])
+    _read_gguf.cache_clear()
+    try:
+        read_params(str(path))
+    except InputError as error:
+        assert "damaged.gguf" in str(error)
+
+
+def test_counts_beyond_the_file_are_one_sentence(tmp_path, small_gguf):
+    """The number of tensors, of keys, of a text's bytes."""
+    whole = small_gguf.read_bytes()
+    for position in (8, 16, 24):
+        path = tmp_path / f"{position}.gguf"
+        path.write_bytes(whole[:position] + b"\xff" * 8 + whole[position + 8 :])
+        with pytest.raises(InputError, match=r"gguf is truncated or damaged"):
+            read_params(str(path))
+    (tmp_path / "m.gguf").write_bytes(whole[:4] + b"\x09" + whole[5:])
+    with pytest.raises(InputError, match=r"m\.gguf is in version 9 of GGUF; 2 and 3 are read here"):
+        read_params(str(tmp_path / "m.gguf"))
+
+
 def test_a_type_that_the_library_does_not_convert_is_named(tmp_path, tiny_gguf):
     path = add_tensor(tiny_gguf, tmp_path / "m.gguf", "blk.0.extra.weight", np.zeros(8, np.int8), "I8")
     with pytest.raises(InputError, match=r"blk\.0\.extra\.weight as I8, which the gguf package does not convert"):
@@ -256,6 +311,7 @@ SMOLLM2 = Path(os.environ.get("SMOLLM2_GGUF", "models/smollm2-135M-Instruct-Q4_1
 
 
 @pytest.mark.skipif(not SMOLLM2.exists(), reason=f"SmolLM2 is not at {SMOLLM2}; SMOLLM2_GGUF names it")
+@pytest.mark.slow
 def test_smollm2_knows_the_capital_of_france():
     model, tokenizer = load_model(str(SMOLLM2)), load_tokenizer(str(SMOLLM2))
     ids = tokenizer.encode("The capital of France is")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support.pipeline_runs import SITE, call, refusal
 
 import llama_3_inference as inference
-from llama_3 import load_model, load_tokenizer
+from llama_3 import generation, load_model, load_tokenizer
 from llama_3.chat import Message
 from llama_3.generation import complete, generate, sample, stream_chat, stream_text
 from llama_3.model import Intervention
@@ -135,8 +135,10 @@ def by_sorting(logits, temperature, top_p, uniform):
 
 @pytest.mark.parametrize("spread", [0.3, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999, 1.0])
-def test_a_sample_is_that_of_the_sorted_vocabulary(spread, top_p):
+@pytest.mark.parametrize("likeliest", [16, 256])
+def test_a_sample_is_that_of_the_sorted_vocabulary(likeliest, spread, top_p, monkeypatch):
     """Rows whose nucleus holds a few tokens, hundreds, or nearly all of 3,000."""
+    monkeypatch.setattr(generation, "_LIKELIEST", likeliest)
     generator = torch.Generator().manual_seed(int(10 * spread))
     logits = spread * torch.randn(300, 3000, generator=generator)
     uniform = torch.rand(300, generator=generator)

@@ -439,6 +439,7 @@ def reference():
     return LatentIndex(REFERENCE)
 
 
+@pytest.mark.slow
 def test_the_reference_saes_sentences_come_from_the_installed_documentation(reference):
     """The texts are in the packages, and the activations shown equal a dense computation from the model's."""
     import torch

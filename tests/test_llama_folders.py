@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import PROJECT_DIR, TINY_VOCAB_SIZE, write_tiny_model
 from safetensors.torch import load_file, save_file
+from support.gguf_files import write_gguf
 from support.pipeline_runs import refusal
 from test_llama import close, hf_run
 
@@ -100,6 +101,7 @@ def test_a_saved_model_gives_transformers_logits_and_sites(pair):
     assert model.args.max_seq_len == 131072
 
 
+@pytest.mark.slow
 def test_greedy_generation_equals_transformers_over_200_tokens(pair):
     hf, folder = pair
     prompt = torch.randint(VOCAB_SIZE, (1, 11), generator=torch.Generator().manual_seed(2))
@@ -203,13 +205,15 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_loading_takes_little_more_private_memory_than_the_weights(tmp_path):
-    """A bfloat16 checkpoint with 19 million parameters, in both formats."""
+    """A bfloat16 checkpoint with 19 million parameters, in Meta's and Hugging Face's formats, and as a GGUF file."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = dict(dim=512, n_layers=6, n_heads=8, n_kv_heads=4, vocab_size=TINY_VOCAB_SIZE)
+    sizes = dict(dim=512, n_layers=6, n_heads=8, n_kv_heads=4, vocab_size=TINY_VOCAB_SIZE, multiple_of=32)
     write_tiny_model(tmp_path / "meta", dtype="bfloat16", tied=True, **sizes)
+    write_gguf(tmp_path / "m.gguf", tmp_path / "meta", "Q8_0", tied=True)
     config = LlamaConfig(
         vocab_size=TINY_VOCAB_SIZE,
         hidden_size=512,
@@ -220,10 +224,10 @@ def test_loading_takes_little_more_private_memory_than_the_weights(tmp_path):
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "hf", max_shard_size="10MB")
-    command = [sys.executable, "-c", MEASURE, str(tmp_path / "meta"), str(tmp_path / "hf")]
+    command = [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in ("meta", "hf", "m.gguf"))]
     run = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, check=True)
-    meta, meta_mapped, hf, hf_mapped = map(float, run.stdout.split())
-    assert 0.9 < meta <= 1.15 and 0.9 < hf <= 1.15
+    meta, meta_mapped, hf, hf_mapped, gguf, gguf_bfloat16 = map(float, run.stdout.split())
+    assert 0.9 < meta <= 1.15 and 0.9 < hf <= 1.15 and 0.9 < gguf <= 1.15 and 0.9 < gguf_bfloat16 <= 1.15
     # Weights already in the wanted dtype stay mapped; Hugging Face's queries and keys are put in another order.
     assert meta_mapped <= 0.35 and hf_mapped <= 0.5
 

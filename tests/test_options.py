@@ -229,6 +229,7 @@ SCRIPTS = sorted(path.name for path in PROJECT_DIR.glob("*.py") if "parse_consta
 MODULES = ["embedded/corpus.py", "embedded/training.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [*SCRIPTS, *MODULES])
 def test_help_of_every_script_answers_within_3_seconds(script):
     """In a terminal that has ASCII alone, too."""

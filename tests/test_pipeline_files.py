@@ -50,6 +50,7 @@ def python(source: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
 # ---- errors
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_sentence_and_exit_code_2():
     found = python(
         """

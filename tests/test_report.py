@@ -289,6 +289,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+@pytest.mark.slow
 def test_search_and_sort_in_a_browser(sae_path):
     from playwright.sync_api import sync_playwright
 

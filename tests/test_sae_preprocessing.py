@@ -178,6 +178,7 @@ def test_another_seed_gives_another_order_of_the_same_rows(store, batches, tmp_p
     assert output_rows(batches, "train") != output_rows(tmp_path / "out", "train")
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(store, batches, tmp_path):
     run_script(sae_preprocessing, input_dir=store, output_dir=tmp_path / "out", **OPTIONS | {"num_processes": 2})
     assert contents(tmp_path / "out") == contents(batches)
@@ -510,6 +511,7 @@ def said_and_wrote_nothing(capsys, input_dir: Path, out: Path, **options) -> str
     return said
 
 
+@pytest.mark.slow
 def test_missing_folder_from_the_command_line(tmp_path):
     options = OPTIONS | {"input_dir": tmp_path / "nowhere", "output_dir": tmp_path / "out"}
     command = [sys.executable, "sae_preprocessing.py", *arguments(options)]
@@ -658,6 +660,7 @@ def test_nan_in_activations_names_the_sentence(tmp_path, capsys, value, sentence
     assert f"NaN or infinity in sentence {sentence};" in said and "acts-0000" in said
 
 
+@pytest.mark.slow
 def test_an_error_in_a_worker_process_is_said_once(tmp_path, capsys):
     rows = sentences()
     rows[62][0, 0] = float("nan")

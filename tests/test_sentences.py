@@ -149,6 +149,8 @@ def test_a_long_document_is_split_whatever_limit_nltk_sets(punkt_fields, monkeyp
 
 # ---- the script
 
+MANY_SHARDS = {"punkt": "corpus", "punkt_train_mb": 0.01, "shard_mb": 0.0001, "num_processes": 1}  # 1 doc per shard
+
 
 def script_command(input_path: Path | str, output_dir: Path, *options: str) -> list[str]:
     command = [sys.executable, "openwebtext_sentences_dataset.py", "--input_path", str(input_path), "--output_dir"]
@@ -183,12 +185,11 @@ def write_documents(folder: Path, documents: list, name: str = "a.parquet") -> P
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[Path, Path]:
-    """A folder of documents, in two files, and their sentences as split by two processes."""
+    """A folder of documents, in two files, and their sentences as split by one process."""
     folder = tmp_path_factory.mktemp("sentences")
     write_documents(folder / "documents", DOCUMENTS[:5], "a.parquet")
     write_documents(folder / "documents", DOCUMENTS[5:], "b.parquet")
-    found = run(folder / "documents", folder / "sentences", "--num_processes", "2")
-    assert found.returncode == 0, found.stderr
+    call(sentences, **MANY_SHARDS, input_path=folder / "documents", output_dir=folder / "sentences")
     return folder / "documents", folder / "sentences"
 
 
@@ -215,7 +216,7 @@ def test_the_manifest_tells_what_is_there(made):
     found = manifest(made[1])
     assert found["complete"] and found["stage"] == "openwebtext_sentences_dataset.py" and found["format_version"] == 1
     assert found["counts"] == {"sentences": len(read_rows(made[1])), "docs": len(DOCUMENTS), "invalid_utf8": 1}
-    assert found["config"]["shard_mb"] == 0.0001 and found["config"]["num_processes"] == 2
+    assert found["config"]["shard_mb"] == 0.0001 and found["config"]["num_processes"] == 1
     assert "trained on up to 0.01 MB" in found["punkt_origin"]
     shards = found["shards"]
     assert len(shards) > 3 and [s["file"] for s in shards] == sorted(p.name for p in made[1].glob("*.parquet"))
@@ -223,14 +224,13 @@ def test_the_manifest_tells_what_is_there(made):
     assert sum(s["n_sentences"] for s in shards) == found["counts"]["sentences"]
 
 
-MANY_SHARDS = {"punkt": "corpus", "punkt_train_mb": 0.01, "shard_mb": 0.0001, "num_processes": 1}  # 1 doc per shard
-
-
+@pytest.mark.slow
 def test_shards_do_not_depend_on_processes_or_interruptions(made, tmp_path, capsys):
-    """One process, and again after the last steps of a run are undone: the same bytes. A third time does nothing."""
+    """Two processes, and again after the last steps of a run are undone: the same bytes. A third time does nothing."""
     inputs, expected = made
     options = MANY_SHARDS | {"input_path": inputs, "output_dir": tmp_path / "out"}
-    call(sentences, **options)
+    found = run(inputs, tmp_path / "out", "--num_processes", "2")
+    assert found.returncode == 0, found.stderr
     assert manifest(tmp_path / "out")["shards"] == manifest(expected)["shards"]  # sha256 among them
 
     broken = manifest(tmp_path / "out")
@@ -389,6 +389,55 @@ def test_a_column_of_something_else_is_refused(tmp_path, kind):
         list(iter_documents([tmp_path / "a.parquet"]))
 
 
+SAID = [
+    [("user", "Why?"), ("assistant", "One is here. Two.")],
+    [("system", "Speak."), ("user", "Ä"), ("assistant", "Où?"), ("user", "No."), ("assistant", "Yes. Or\n\nno.")],
+    [("user", "Nothing?")],
+    [],
+]
+ANSWERS = ["One is here. Two.", "Où?\n\nYes. Or\n\nno.", "", ""]
+
+
+def as_objects(dialogue: list[tuple[str, str]], **more: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} | more for role, content in dialogue]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_dialogue_is_a_document_of_the_assistants_messages(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        objects = [as_objects(dialogue, name="N") for dialogue in SAID]
+        pq.write_table(pa.table({"topic": ["t"] * len(SAID), "messages": objects}), path)
+    else:
+        lines = [json.dumps({"id": i, "messages": as_objects(dialogue)}) for i, dialogue in enumerate(SAID)]
+        path.write_text("\n".join([*lines, '{"text": "Plain.", "messages": 1}']))
+    assert list(iter_documents([path])) == [text.encode() for text in ANSWERS + ["Plain."] * (kind == "jsonl")]
+    call(sentences, input_path=path, output_dir=tmp_path / "out", **FEW_SHARDS)
+    assert "Two." in list(SentenceDataset(tmp_path / "out"))
+
+
+def test_a_column_of_texts_is_read_although_there_are_messages(tmp_path):
+    pq.write_table(pa.table({"text": ["Text."], "messages": [as_objects(SAID[0])]}), tmp_path / "a.parquet")
+    assert list(iter_documents([tmp_path / "a.parquet"])) == [b"Text."]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [None, "text", ["text"], [{"role": "user"}], [{"role": "user", "content": None}], [{"role": 1, "content": "a"}]],
+)
+def test_malformed_messages_are_refused_in_a_sentence(tmp_path, capsys, messages):
+    good = as_objects(SAID[0])
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": each}) for each in [good, messages]))
+    pq.write_table(pa.table({"messages": [messages]}), tmp_path / "a.parquet")
+    for path, where in ((tmp_path / "a.jsonl", "Line 2"), (tmp_path / "a.parquet", "Row 0")):
+        said = refusal(capsys, sentences, input_path=path, output_dir=tmp_path / "out", **FEW_SHARDS)
+        assert said == (
+            f"{where} of {path} holds no dialogue: `messages` must be a list of objects, each with a text `role` and a "
+            "text `content`; correct it."
+        )
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
 def test_a_byte_order_mark_says_how_a_text_file_is_encoded(tmp_path, encoding):
     text = "Der Müller ging. \U0001f469 Ende."
@@ -539,6 +588,7 @@ def test_bad_input_is_refused_in_a_sentence_and_nothing_is_written(tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_worker_s_refusal_is_one_sentence_too(tmp_path):
     (tmp_path / "in").mkdir()
     found = run(not_json(tmp_path / "in"), tmp_path / "out", "--num_processes", "2")
@@ -580,6 +630,7 @@ def test_the_english_model_is_used_where_nltk_has_it(tmp_path, monkeypatch):
     assert texts == ["See zzq. Five of them.", "And kkq.", "Five more."]
 
 
+@pytest.mark.slow
 def test_without_network_punkt_is_trained_quietly(tmp_path):
     (tmp_path / "a.txt").write_text(PROSE)
     nowhere = {"HOME": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
@@ -622,6 +673,7 @@ def from_hub(hub: FakeHub, tmp_path: Path, out: str, dataset: str = DATASET, **e
     return run(dataset, tmp_path / out, "--num_processes", "1", **(settings | extra))
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub_gives_what_its_files_give(hub, made, tmp_path):
     commit = hub.repos[f"datasets/{DATASET}"].commit(dataset_files(tmp_path))
     found = from_hub(hub, tmp_path, "out")
@@ -645,6 +697,7 @@ def test_a_dataset_of_the_hub_gives_what_its_files_give(hub, made, tmp_path):
     assert not [r for r in hub.requests if r.sent]
 
 
+@pytest.mark.slow
 def test_a_folder_of_a_dataset_and_the_hubs_conversion(hub, made, tmp_path):
     repo = hub.repos[f"datasets/{DATASET}"]
     repo.refs["refs/convert/parquet"] = repo.commit(dataset_files(tmp_path, "default/train/"))
@@ -654,6 +707,7 @@ def test_a_folder_of_a_dataset_and_the_hubs_conversion(hub, made, tmp_path):
     assert manifest(tmp_path / "out")["shards"] == manifest(made[1])["shards"]
 
 
+@pytest.mark.slow
 def test_what_the_hub_does_not_give_is_refused_in_a_sentence(hub, tmp_path):
     def said(*args, **extra) -> str:
         found = from_hub(hub, tmp_path, "out", *args, **extra)
@@ -785,6 +839,7 @@ def test_text_and_order_are_memory_mapped_files_made_once(published):
         assert path.read_bytes() == content
 
 
+@pytest.mark.slow
 def test_readers_that_start_together_make_the_files_once(published):
     command = "import sys, pipeline.sentences as s; print(s.SentenceDataset(sys.argv[1])[7])"
     readers = [
@@ -854,6 +909,7 @@ def test_a_missing_text_is_an_empty_sentence(tmp_path):
     assert sorted(map(repr, SentenceDataset(tmp_path))) == ["''", "'One.'"]
 
 
+@pytest.mark.slow
 def test_a_locale_that_is_not_utf8_changes_nothing(tmp_path):
     """That of ASCII alone, which every system has; Python otherwise takes UTF-8 instead of it."""
     folder = tmp_path / "straße"
