@@ -50,6 +50,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import time
 from argparse import Namespace
@@ -230,6 +231,11 @@ class DialogueWindows(NamedTuple):
 # ---- the model
 
 
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`; a GPU copies it from pinned memory while this thread goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 class Batch(NamedTuple):
     """Sentences on their way through the model."""
 
@@ -270,11 +276,12 @@ class Capturer:
     def batches(self, window: Window) -> Iterator[Batch]:
         """Start the window's batches, one at a time, on demand."""
         lengths, offsets = [len(ids) + self.skip for ids in window.token_ids], window.offsets()
+        ids = torch.from_numpy(np.fromiter(itertools.chain.from_iterable(window.token_ids), np.int64))
         left = make_batches(lengths, self.batch_tokens)
         while left:
             started = None
             with contextlib.suppress(torch.OutOfMemoryError):
-                started = self.start(left[0], window, offsets)
+                started = self.start(left[0], ids, offsets)
             if started:  # outside the block: the exception keeps the failed batch in memory
                 yield started
                 left = left[1:]
@@ -284,23 +291,24 @@ class Capturer:
                 again = make_batches([lengths[i] for i in remaining], self.batch_tokens)
                 left = [[remaining[j] for j in batch] for batch in again]
 
-    def start(self, members: list[int], window: Window, offsets: Tensor) -> Batch:
-        """Start a batch of the window's sentences `members`, longest first. Raises torch.OutOfMemoryError."""
+    def start(self, members: list[int], ids: Tensor, offsets: Tensor) -> Batch:
+        """Start a batch of the window's sentences `members`, longest first. Raises torch.OutOfMemoryError.
+
+        ids: (n_tokens,) the window's tokens; offsets: those of `Window.offsets`.
+        """
         device = self.model.device
-        longest = len(window.token_ids[members[0]]) + self.skip
-        tokens = torch.zeros(len(members), longest, dtype=torch.long)
-        for row, i in enumerate(members):
-            ids = window.token_ids[i]
-            tokens[row, self.skip : self.skip + len(ids)] = torch.tensor(ids)
+        numbers = torch.tensor(members)
+        first, lengths = offsets[numbers], offsets.diff()[numbers]
+        place = torch.arange(-self.skip, int(lengths[0]))  # in the sentence; -1 is begin-of-text
+        real = (place >= 0) & (place < lengths[:, None])  # (n_sentences, seq)
+        rows = (first[:, None] + place)[real]
+        tokens = torch.zeros(real.shape, dtype=torch.long)
+        tokens[real] = ids[rows]
         if self.bos_id is not None:
             tokens[:, 0] = self.bos_id
-        spans = [(int(offsets[i]), int(offsets[i + 1])) for i in members]
-        rows = torch.cat([torch.arange(start, end) for start, end in spans])
-        not_padding = torch.cat(
-            [torch.arange(end - start) + row * longest + self.skip for row, (start, end) in enumerate(spans)]
-        ).to(device)
+        not_padding = on_device(real.flatten().nonzero().squeeze(1), device)
         acts, finite = {}, {}
-        for site, x in self.model.activations(tokens.to(device), self.sites).items():
+        for site, x in self.model.activations(on_device(tokens, device), self.sites).items():
             x = x.flatten(0, 1)[not_padding].to(torch.bfloat16)
             # On a GPU this copies into pinned memory while this thread goes on.
             finite[site] = torch.isfinite(x).all(1).to("cpu", non_blocking=True)
@@ -325,7 +333,8 @@ class Capturer:
                     f"The model gives NaN or infinity at {site} for {read} {window.sentence_idx[i]}, token "
                     f"{bad - int(offsets[i])} (of {window.name}); check the checkpoint, or use --dtype float32."
                 )
-            acts[site][batch.rows] = batch.acts[site]
+            # numpy copies each row in one piece, torch number by number.
+            acts[site].view(torch.int16).numpy()[batch.rows.numpy()] = batch.acts[site].view(torch.int16).numpy()
 
     def shrink(self, n_sentences: int, longest: int) -> None:
         """Halve the batches after one of n_sentences did not fit. Raises Stop if it was a single sentence."""

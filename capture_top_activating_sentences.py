@@ -34,6 +34,7 @@ COFIRING_TOKENS: CountOrZero = 2**18  # tokens sampled to count which latents fi
 COFIRING_LATENTS: CountOrZero = 10  # co-firing latents kept per latent
 MIN_TOKENS: Count = 3  # shorter sentences are left out, except from frequency, mean and max
 ENCODE_TOKENS: Count = 4096  # activations encoded at once, each taking 4 bytes x n_latents of memory
+ALLOW_TF32 = True  # GPUs: TF32 for the product that chooses latents
 SEED: Seed = 0  # seed of the samples
 
 _SILENT_TRIES = 8  # sentences tried per silent one wanted
@@ -75,6 +76,7 @@ from pipeline.progress import gb, progress_bar
 from pipeline.sae_files import SaeFiles
 from pipeline.sentences import SentenceDataset
 from pipeline.source import Source
+from pipeline.workers import ahead
 from sae import TopKSparseAutoencoder, load_sae_model
 
 # ---- firing latents
@@ -182,6 +184,11 @@ class Job(NamedTuple):
         """Path of a temporary file: `state`, or the entries of a shard, by its number."""
         return self.out.beside(f"top-partial-{name}-{self.world.rank}-of-{self.world.size}")
 
+    def verified_shard(self, i: int) -> Shard:
+        """Read shard i and compare its checksum, which leaves its bytes in memory. Raises InputError."""
+        self.store.verify(i)
+        return self.store.shard(i)
+
     def progress(self, about: str) -> Any:
         """This process's shards, with a progress bar."""
         return progress_bar(self.shards, unit="shard", desc=about, disable=not self.world.is_main)
@@ -210,9 +217,10 @@ def find_top(job: Job, n_top: int, min_tokens: int, encode_tokens: int, identity
         disable=not job.world.is_main,
     )
     saved = time.time()
+    todo = job.shards[found.n_shards :]
     with bar:
-        for i in job.shards[found.n_shards :]:
-            found = add_shard(found, job, i, min_tokens, encode_tokens)
+        for i, shard in zip(todo, ahead(job.verified_shard, todo, 1), strict=True):
+            found = add_shard(found, job, i, shard, min_tokens, encode_tokens)
             bar.update(records[i]["n_tokens"])
             if time.time() - saved > _SAVE_S or found.n_shards == len(job.shards):
                 save_found(found, job, identity)
@@ -220,10 +228,8 @@ def find_top(job: Job, n_top: int, min_tokens: int, encode_tokens: int, identity
     return found
 
 
-def add_shard(found: Found, job: Job, shard_number: int, min_tokens: int, encode_tokens: int) -> Found:
+def add_shard(found: Found, job: Job, shard_number: int, shard: Shard, min_tokens: int, encode_tokens: int) -> Found:
     """Add a shard, in place except for n_shards."""
-    job.store.verify(shard_number)
-    shard = job.store.shard(shard_number)
     n_latents, device = len(found.fired), found.fired.device
     sentence_idx, is_long = (t.to(device) for t in (shard.sentence_idx, shard.offsets.diff() >= min_tokens))
     entries = encode_entries(job.sae, shard.acts, encode_tokens)
@@ -449,18 +455,19 @@ class Pairs(NamedTuple):
 
 
 def collect_pairs(shard: Shard, entries: Entries, keys: Tensor, n_latents: int) -> Pairs:
-    """The per-token activations of a shard's pairs. keys: of all pairs, ascending."""
+    """The per-token activations of a shard's pairs. keys: of all pairs, ascending, on the entries' device."""
     keys = of_shard(keys, shard, n_latents)
-    row = torch.searchsorted(shard.sentence_idx, keys // n_latents)
-    lengths = shard.offsets.diff()[row]
+    offsets, sentence_idx = (t.to(keys.device) for t in (shard.offsets, shard.sentence_idx))
+    row = torch.searchsorted(sentence_idx, keys // n_latents)
+    lengths = offsets.diff()[row]
     starts = lengths.cumsum(0) - lengths
-    of_token = sentence_of_token(shard.offsets)
-    entry_keys = shard.sentence_idx[of_token[entries.row]] * n_latents + entries.latent
+    of_token = sentence_of_token(offsets)
+    entry_keys = sentence_idx[of_token[entries.row]] * n_latents + entries.latent
     hit = is_in(entry_keys, keys)
     pair, token = torch.searchsorted(keys, entry_keys[hit]), entries.row[hit]
-    activations = torch.zeros(int(lengths.sum()), dtype=torch.float16)
-    activations[starts[pair] + token - shard.offsets[row[pair]]] = entries.value[hit].half()
-    return Pairs(keys.numpy(), lengths.numpy(), activations.numpy())
+    activations = torch.zeros(int(lengths.sum()), dtype=torch.float16, device=keys.device)
+    activations[starts[pair] + token - offsets[row[pair]]] = entries.value[hit].half()
+    return Pairs(*(part.cpu().numpy() for part in (keys, lengths, activations)))
 
 
 def collect_activations(job: Job, found: Found, drawn: Drawn) -> list[Pairs]:
@@ -471,9 +478,10 @@ def collect_activations(job: Job, found: Found, drawn: Drawn) -> list[Pairs]:
     for table in (*found.tables.values(), drawn.silent):
         latent, _, sentence = table.entries()
         keys.append(sentence * n + latent)
-    all_keys = torch.cat(keys).unique()
+    device = job.world.device
+    all_keys = torch.cat(keys).unique().to(device)
     own = [
-        collect_pairs(job.store.shard(i), read_entries(job.partial(i)), all_keys, n)
+        collect_pairs(job.store.shard(i), read_entries(job.partial(i), device), all_keys, n)
         for i in job.progress("activations")
     ]
     return [pairs for part in job.world.gather(own) for pairs in part]
@@ -615,6 +623,7 @@ def main() -> None:
         config.examples_per_tenth, config.silent_examples, config.cofiring_tokens, min_tokens, config.seed
     )
     store, sae, dataset, note = open_inputs(config.data_dir, config.model_path, config.sentences_dir)
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     folder = Path(config.captured_data_output_dir or Path(config.model_path).parent)
     out = SaeFiles(folder / Path(config.model_path).name)
 

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
+import torch
 
 from embedded import recipe as recipes
 from embedded.recipe import Recipe
@@ -306,7 +307,7 @@ def main() -> None:
     with locked(run_dir):
         empty(run_dir)
         recipe = choose_recipe(config.model)
-        times = run_stages(recipes.stages(recipe, run_dir))
+        times = run_stages(recipes.stages(recipe, run_dir, recipes.processes_for(torch.cuda.device_count())))
         started = time.time()
         index = LatentIndex(sae_path)
         found = steer(recipe, run_dir, index, config.steering_samples)

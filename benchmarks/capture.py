@@ -21,6 +21,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 from common import machine, median_rates, run_script, spread, timed
@@ -54,6 +55,7 @@ _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12}  
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -228,6 +230,45 @@ def check_same(model: Transformer, peer: Any, tokenizer: Tokenizer, sentences: S
 # ---- measures
 
 
+class StandIn(NamedTuple):
+    """In a model's place, to time the CPU's own work around a GPU: its activations are there at once."""
+
+    acts: Tensor  # (n_tokens, d_model)
+
+    @property
+    def args(self) -> Any:
+        return SimpleNamespace(dim=self.acts.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.acts.device
+
+    def activations(self, tokens: Tensor, sites: list[str]) -> dict[str, Tensor]:
+        return {site: self.acts[: tokens.numel()].view(*tokens.shape, -1) for site in sites}
+
+
+def host_work(sentences: SentenceDataset, tokenizer: Tokenizer) -> tuple[float, float]:
+    """ms a batch in which a GPU would wait for the CPU, at the script's own sizes: to build it, and to copy its rows
+    of Llama 3.2 3B's width to the window's activations."""
+    import capture_activations as stage
+
+    window = stage.Windows(sentences, tokenizer, stage.WINDOW_SENTENCES, _MAX_TOKENS).read(0)
+
+    def capturer(d_model: int) -> Any:
+        acts = torch.zeros(stage.BATCH_TOKENS, d_model, dtype=torch.bfloat16)
+        return stage.Capturer(StandIn(acts), ["site"], stage.BATCH_TOKENS, None)
+
+    building, _ = timed(lambda: sum(1 for _ in capturer(1).batches(window)))  # width 1: a GPU picks rows itself
+    d_model = _SHAPES["3B"][0]["dim"]
+    copying, n_batches = 0.0, 0
+    filled = {"site": torch.zeros(window.n_tokens, d_model, dtype=torch.bfloat16)}
+    as_wide = capturer(d_model)
+    for batch in as_wide.batches(window):
+        copying += timed(as_wide.collect, batch, window, filled)[0]
+        n_batches += 1
+    return 1e3 * building / n_batches, 1e3 * copying / n_batches
+
+
 def disk_of(folder: Path) -> tuple[int, int]:
     """Bytes and files. Ours include a note per window, which a real run moves into the manifest."""
     files = [f for f in folder.rglob("*") if f.is_file()]
@@ -340,6 +381,11 @@ def main() -> None:
             f"Padding over real tokens in a window of 16,384 sentences, batches of {batch_tokens}: {by_length:.1%}; in "
             f"random batches of {_ORIGINAL_BATCH}: {random:.0%}."
         )
+    building, copying = np.median([host_work(sentences, tokenizer) for _ in range(config.repeats)], axis=0)
+    print(
+        f"The CPU's own work for a batch of the 3B's width, beside a GPU: {building:.1f} ms to build it, "
+        f"{copying:.1f} ms to copy its rows."
+    )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ Method  a step is everything between two batches: normalisation, forward, loss (
         backward, projection, optimiser, decoder normalisation. Each peer runs its own trainer class with its own
         optimiser; the original's way is written here from its description: full encoder, TopK scattered into a dense
         matrix, dense decoder, autograd, AdamW over everything. Each way runs in its own process, which does one step
-        when asked: the ways take turns, and medians are reported. Memory is the process's peak resident memory
-        (on a GPU: allocated) beyond its imports. Growth is measured one way after the other.
+        when asked: the ways take turns, and medians are reported; on a GPU, which cannot hold all of them, and for the
+        growth, they are measured one after the other. Memory is the process's peak resident memory (on a GPU:
+        allocated) beyond its imports.
         Random activations and random weights. Run it alone on the machine
 Cost    about 10 minutes on two cores. The peers need an environment of their own: requirements-peers.txt
 
@@ -521,12 +522,20 @@ def measure_in_turn(
     return {name: child.close() for name, child in children.items()}
 
 
-def measure_alone(name: str, size: Size, device: str, threads: int, rounds: int) -> Measured:
-    """Measure one way by itself, after one warm-up step."""
+def measure_alone(name: str, size: Size, device: str, threads: int, rounds: int, warm_up: int = 1) -> Measured:
+    """Measure one way by itself."""
     child = Child(name, size, device, threads).wait()
-    for i in range(1 + rounds):
-        child.step(i > 0)
+    for i in range(warm_up + rounds):
+        child.step(i >= warm_up)
     return child.close()
+
+
+def measure(names: list[str], size: Size, device: str, threads: int, rounds: int, warm_up: int) -> dict[str, Measured]:
+    """Measure in turn, so that all ways meet the same noise; on a GPU one after the other, for its memory's sake."""
+    if device == "cpu":
+        return measure_in_turn(names, size, device, threads, rounds, warm_up)
+    bar = progress_bar(names, unit="way", desc="steps")
+    return {name: measure_alone(name, size, device, threads, rounds, max(1, warm_up)) for name in bar}
 
 
 # ---- results
@@ -617,7 +626,7 @@ def main() -> None:
     print(title)
     if absent:
         print(f"Not installed here, so not measured: {', '.join(absent)}; see benchmarks/requirements-peers.txt.")
-    found = measure_in_turn(names, size, device, config.threads, config.rounds, config.warm_up)
+    found = measure(names, size, device, config.threads, config.rounds, config.warm_up)
     print("\n" + table(found, size.batch_size), flush=True)
     results: dict[str, Any] = {"machine": title, "size": size._asdict(), "git_commit": git_commit()}
     results |= {"not_installed": absent, "steps": {name: one._asdict() for name, one in found.items()}}

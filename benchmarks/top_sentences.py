@@ -75,9 +75,9 @@ def one_by_one(
         offsets = shard.offsets.tolist()
         sentences = shard.sentence_idx[:n].tolist()
         for row, sentence in enumerate(sentences):
-            acts = shard.acts[offsets[row] : offsets[row + 1]]
+            acts = shard.acts[offsets[row] : offsets[row + 1]].to(sae.b_pre.device)
             values, indices = sae.encode(acts)
-            latents = torch.zeros(len(acts), sae.n_latents).scatter_(1, indices, values)
+            latents = values.new_zeros(len(acts), sae.n_latents).scatter_(1, indices, values)
             latents @ sae.decoder.weight.T  # its class returns latents only from a whole forward pass
             for aggregated in (latents.mean(0), latents[-1]):
                 activation, latent = aggregated.max(0)
@@ -91,7 +91,9 @@ def one_by_one(
 def encode_alone(store: ActivationStore, sae: TopKSparseAutoencoder) -> None:
     for shard in store.shards():
         for acts in shard.acts.split(4096):
-            sae.encode(acts)
+            sae.encode(acts.to(sae.b_pre.device))
+    if sae.b_pre.is_cuda:
+        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -99,7 +101,8 @@ def main() -> None:
     folder = Path(config.data_dir)
     activations = make_activations(folder, config.num_samples)
     sae_path = _MODEL_DIR / "sae.pth"
-    store, sae = ActivationStore(activations), load_sae_model(sae_path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # all ways on the same
+    store, sae = ActivationStore(activations), load_sae_model(sae_path, device)
     n_sentences = store.manifest["counts"]["sentences"]
     n_original = min(n_sentences, config.original_sentences)
     texts = SentenceDataset(folder / "sentences", config.num_samples)
@@ -118,7 +121,8 @@ def main() -> None:
     print(
         f"| {n_sentences:,} sentences, {store.n_tokens:,} tokens, {sae.n_latents:,} latents | {rate['original']:,.0f} "
         f"| {rate['ours']:,.0f} | {rate['ours'] / rate['original']:.1f} | {rate['encoding']:,.0f} "
-        f"| {machine()}, {torch.get_num_threads()} threads |"
+        f"| {machine()}, {torch.get_num_threads()} threads"
+        f"{f', {torch.cuda.get_device_name()}' if device == 'cuda' else ''} |"
     )
 
 

@@ -123,8 +123,17 @@ def scores(sae: Path, meanings: Path) -> list[str]:
     )
 
 
-def training_stages(recipe: Recipe, run: Path) -> list[tuple[str, list[str]]]:
-    """(title, command) of every stage up to an evaluated SAE of a recipe's model, files in the folder `run`."""
+def processes_for(n_gpus: int) -> int:
+    """How many processes share a stage: two, which a CPU's cores share, but no more than one for each GPU."""
+    return 1 if n_gpus == 1 else 2
+
+
+def training_stages(recipe: Recipe, run: Path, processes: int = 2) -> list[tuple[str, list[str]]]:
+    """(title, command) of every stage up to an evaluated SAE of a recipe's model, files in the folder `run`.
+
+    processes: one or two, see `processes_for`.
+    """
+    shared = "two processes" if processes == 2 else "one process"
     documents = recipe.documents or run / "documents"
     sae = run / "sae" / "sae.pth"
     corpus = command("embedded/corpus.py", output_dir=documents, max_mb=6)
@@ -142,10 +151,10 @@ def training_stages(recipe: Recipe, run: Path) -> list[tuple[str, list[str]]]:
             ),
         ),
         (
-            f"Activations of {recipe.model}, two processes",
+            f"Activations of {recipe.model}, {shared}",
             command(
                 "capture_activations.py",
-                processes=2,
+                processes=processes,
                 model_dir=recipe.model_dir,
                 sentences_dir=run / "sentences",
                 output_dir=run / "activations",
@@ -166,10 +175,10 @@ def training_stages(recipe: Recipe, run: Path) -> list[tuple[str, list[str]]]:
             ),
         ),
         (
-            "Sparse autoencoder, two processes",
+            f"Sparse autoencoder, {shared}",
             command(
                 "sae_training.py",
-                processes=2,
+                processes=processes,
                 data_dir=run / "batches",
                 model_save_path=sae,
                 checkpoint_dir=run / "checkpoints",
@@ -212,9 +221,9 @@ def naming_stages(sae: Path, activations: Path) -> list[tuple[str, list[str]]]:
     ]
 
 
-def stages(recipe: Recipe, run: Path) -> list[tuple[str, list[str]]]:
-    """(title, command) of every stage on a recipe's model, files in the folder `run`."""
+def stages(recipe: Recipe, run: Path, processes: int = 2) -> list[tuple[str, list[str]]]:
+    """(title, command) of every stage on a recipe's model, files in the folder `run`; processes: one or two."""
     return [
-        *training_stages(recipe, run),
+        *training_stages(recipe, run, processes),
         *naming_stages(run / "sae" / "sae.pth", run / "activations" / recipe.site),
     ]

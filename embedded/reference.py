@@ -125,11 +125,12 @@ def make_smollm2s(run_dir: Path, documents: str | None) -> None:
     for path in (SMOLLM2.documents, documents):
         if path:
             shutil.copy2(path, texts)
+    processes = recipes.processes_for(torch.cuda.device_count())
     all_text = SMOLLM2._replace(documents=str(texts), dtype="bfloat16", num_samples=0, n_latents=6144, num_epochs=4)
-    for _, words in recipes.training_stages(all_text, run_dir):
+    for _, words in recipes.training_stages(all_text, run_dir, processes):
         run_command(words)
     own_words = all_text._replace(documents=SMOLLM2.documents)
-    (_, sentences), (_, capture), *_ = recipes.training_stages(own_words, run_dir / "own_words")
+    (_, sentences), (_, capture), *_ = recipes.training_stages(own_words, run_dir / "own_words", processes)
     run_command(sentences)
     run_command(capture)
 

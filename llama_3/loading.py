@@ -315,6 +315,8 @@ def load_model(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.load_state_dict(state, strict=True, assign=True)
+    if tied and not packed:
+        model.output.weight = model.tok_embeddings.weight  # one parameter: `.to` copies it once
     return model.requires_grad_(False).eval()
 
 

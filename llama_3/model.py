@@ -10,6 +10,7 @@ Sites, each (batch, seq, d_model), in the order in which a layer computes them:
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -82,6 +83,13 @@ def rope_frequencies(args: ModelArgs) -> Tensor:
     return (1 - kept) * freqs / args.rope_scaling_factor + kept * freqs
 
 
+@functools.lru_cache(8)
+def rope_frequencies_on(args: ModelArgs, device: torch.device) -> Tensor:
+    """`rope_frequencies` on a device, copied there once: each copy to a GPU would make the CPU wait for it."""
+    with torch.inference_mode(False):  # whatever mode the first caller is in
+        return rope_frequencies(args).to(device)
+
+
 def rope_tables(freqs: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (..., seq, 1, head_dim / 2) float32, for integer positions (..., seq)."""
     angles = positions.float()[..., None, None] * freqs
@@ -128,6 +136,37 @@ class RMSNorm(nn.Module):
         return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """What each query, (batch, seq, n_heads, head_dim), reads: same shape. Causal without a mask.
+
+    k, v: (batch, keys, n_kv_heads, head_dim). mask: True where a query sees a key, broadcast to (batch, heads, seq,
+    keys).
+    """
+    if q.is_cuda:
+        # cuDNN would be first choice on an H100, where it plans anew for each length of the cache, and on a B200 it
+        # has given wrong results with few key heads (pytorch issue 193893).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        # Without cuDNN, only FlashAttention takes fewer key heads than query heads; whatever it refuses would get the
+        # slow path that holds the scores of all pairs in memory. With all heads there is another fused kernel.
+        if q.shape[2] != k.shape[2] and not flash_attention_takes(q, mask):
+            k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None and q.shape[1] > 1,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def flash_attention_takes(q: Tensor, mask: Tensor | None) -> bool:
+    """As torch's sdp_utils.cpp decides: 16 bits, no mask, an NVIDIA GPU from Ampere (A100, RTX 30) on."""
+    is_half = q.dtype in (torch.bfloat16, torch.float16)
+    return is_half and mask is None and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -148,15 +187,7 @@ class Attention(nn.Module):
             cache.keys[:, start : start + seq] = k
             cache.values[:, start : start + seq] = v
             k, v = cache.keys[:, : start + seq], cache.values[:, : start + seq]
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None and seq > 1,
-            enable_gqa=q.shape[2] != k.shape[2],
-        )
-        return self.wo(out.transpose(1, 2).flatten(-2))
+        return self.wo(attend(q, k, v, mask).flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -359,8 +390,7 @@ class Transformer(nn.Module):
                 mask = mask & (keys[None, :] >= n_pad[:, None])[:, None, None]
                 mask = mask | (keys[None, :] == positions[:, None])  # a padded position sees itself: no row is empty
                 positions = (positions[None] - n_pad[:, None]).clamp(min=0)  # (batch, seq)
-        freqs = rope_frequencies(self.args).to(tokens.device)
-        rope = rope_tables(freqs, positions)
+        rope = rope_tables(rope_frequencies_on(self.args, tokens.device), positions)
         first, x = resume or Resume(0, self.tok_embeddings(tokens).to(self.dtype))
         for i, layer in enumerate(list(self.layers)[first:], first):
             x = layer(x, rope, mask, cache.layers[i] if cache is not None else None, start, hook)

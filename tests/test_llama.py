@@ -188,6 +188,7 @@ def test_a_wrong_rope_factor_would_show(pair):
 def test_output_is_tied_as_in_the_checkpoint(pair):
     model, *_, tied = pair
     assert (model.output.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()) == tied
+    assert (model.output.weight is model.tok_embeddings.weight) == tied  # else `.to` would make two of them
 
 
 @pytest.mark.parametrize("head_dim", [14, 64, 128])

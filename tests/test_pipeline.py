@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from conftest import PROJECT_DIR, write_tiny_model
+from support.pipeline_runs import call
 
 import demo
 from embedded import recipe
@@ -185,6 +186,19 @@ def test_the_demo_passes_only_options_that_exist(command):
     source = (PROJECT_DIR / name).read_text()
     for flag in (part[2:] for part in command[command.index(script) :] if part.startswith("--")):
         assert f"\n{flag.upper()} = " in source or f"\n{flag.upper()}: " in source, f"{name} has no {flag.upper()}"
+
+
+@pytest.mark.parametrize(("n_gpus", "n_processes"), [(0, 2), (1, 1), (2, 2), (8, 2)])
+def test_the_demo_starts_no_more_processes_than_there_are_gpus(tmp_path, monkeypatch, n_gpus, n_processes):
+    ran = []
+    monkeypatch.setattr(demo.torch.cuda, "device_count", lambda: n_gpus)
+    monkeypatch.setattr(demo, "run_stages", lambda stages: ran.extend(words for _, words in stages) or [])
+    monkeypatch.setattr(demo, "LatentIndex", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit):
+        call(demo, model="tiny_llama", run_dir=tmp_path)
+    under_torchrun = [words for words in ran if "torch.distributed.run" in words]
+    assert len(ran) > 5 and len(under_torchrun) == (0 if n_processes == 1 else 2)
+    assert all(f"--nproc_per_node={n_processes}" in words for words in under_torchrun)
 
 
 def test_commands():

@@ -9,6 +9,7 @@ the chunk size, the shard size and the number of processes, and many values tie.
 import json
 import random
 import shutil
+import threading
 import time
 from unittest import mock
 
@@ -349,6 +350,28 @@ def test_hash_is_splitmix64():
     first = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     zero = torch.zeros(1, dtype=torch.int64)
     assert [int(top.hash32(zero, zero, seed)) for seed in range(3)] == [output >> 32 for output in first]
+
+
+def test_the_next_shard_is_read_while_one_is_encoded(folder, expected, tmp_path, monkeypatch):
+    real_verify, real_encode = top.ActivationStore.verify, top.encode_entries
+    chosen = options(folder, 4, captured_data_output_dir=tmp_path)
+    last = len(json.loads((folder / "shards-of-4" / "manifest.json").read_text())["shards"]) - 1
+    has_been_read = [threading.Event() for _ in range(last + 1)]
+    encoded = []
+
+    def verify(store, i):
+        real_verify(store, i)
+        has_been_read[i].set()
+
+    def encode(*args):
+        assert has_been_read[min(len(encoded) + 1, last)].wait(20)
+        encoded.append(args)
+        return real_encode(*args)
+
+    monkeypatch.setattr(top.ActivationStore, "verify", verify)
+    monkeypatch.setattr(top, "encode_entries", encode)
+    call(top, **chosen)
+    assert len(encoded) == last + 1 and read(tmp_path) == expected
 
 
 # ---- interruptions and refusals
