@@ -180,7 +180,8 @@ def test_four_processes_train_like_one_and_send_what_is_said(data, trained, tmp_
     n = N_LATENTS // 2
     # Rings of two send all of it once, that of four one and a half times; 8 bytes a latent for what fired.
     gradients = 4 * (2 * n * D + n) + 8 * n + 1.5 * 4 * D
-    candidates = 4 * BATCH // 2 * K + 4 * D * (BATCH // 2 + 1) + 4  # 4: the norm of the gradient, for clipping
+    # Half of the row's activations in bfloat16, candidates, a reconstruction; 4: the gradient's norm, for clipping.
+    candidates = 2 * D * BATCH // 4 + 4 * BATCH // 2 * K + 4 * D * (BATCH // 2 + 1) + 4
     for rank in range(4):
         steps = [float(line) for line in (tmp_path / f"sent.{rank}").read_text().splitlines()]
         assert steps == [gradients + candidates] * len(steps) and len(steps) == 25
