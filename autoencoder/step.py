@@ -90,8 +90,7 @@ class Step:
         scale = 1 / (options.batch_size * self.sae.d_model)
         losses, fired = x.new_zeros(2, dtype=torch.float32), torch.zeros_like(self.firing)
         dead = self.dead()
-        if self.slices.size > 1:
-            x = self.slices.all_gather(x).flatten(0, 1)
+        x = self.slices.all_gather(x).flatten(0, 1)  # the row's
         for part in x.split(options.micro_batch_size or len(x)):
             z, _, _ = self.sae.normalize(part)
             sums = self.losses(z, dead, getattr(torch, options.encoder_dtype))

@@ -53,6 +53,8 @@ class World(NamedTuple):
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Every process's `tensor`, which must be contiguous and have the same shape everywhere: (size, *shape)."""
+        if self.size == 1:
+            return tensor[None]
         every = tensor.new_empty(self.size * len(tensor), *tensor.shape[1:])
         # As bytes: gloo does not know every type that nccl does.
         dist.all_gather_single(every.view(torch.uint8), _contiguous(tensor).view(torch.uint8), group=self.group)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: tests start more processes than a machine has GPUs
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny shapes gain nothing from threads; subprocesses inherit it
 
 settings.register_profile("project", deadline=None, print_blob=True)  # a busy machine is not a failure
