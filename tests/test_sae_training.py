@@ -362,7 +362,6 @@ def test_tf32_chooses_almost_the_same_latents_and_changes_no_value(data, trained
     torch.testing.assert_close(values, pre_acts.gather(1, indices).relu(), rtol=0, atol=2e-6)
     best = pre_acts.topk(K).indices
     same = (best.sort().values == indices.sort().values).float().mean()
-    print("TF32", fvu, metrics_of(trained)[-1]["val_fvu"], float(same), len(x))
     assert same > 0.99
 
 
