@@ -51,6 +51,22 @@ def top_k(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, places // k * n_groups + groups.gather(1, places % k)
 
 
+def products_are_exact(device: torch.device) -> bool:
+    """Whether float32 products on `device` have float32's precision: not on a GPU that may use TF32 for them.
+
+    Products that are not exact only choose latents; the values of the chosen are computed again by `dot_products`.
+    """
+    return device.type != "cuda" or not torch.backends.cuda.matmul.allow_tf32
+
+
+def dot_products(a: Tensor, b: Tensor, latents: Tensor, offsets: Tensor, rows: Tensor) -> Tensor:
+    """a[row] . b[latent] of each entry, in float32.
+
+    latents, rows: (n_entries), rows in ascending order; offsets: (len(a)), where each row's entries begin.
+    """
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(a.contiguous(), b, latents, offsets, rows, 0)
+
+
 class TopKSparseAutoencoder(nn.Module):
     """State dict: b_pre (d_model), encoder.weight (n_latents, d_model), encoder.bias (n_latents),
     decoder.weight (d_model, n_latents), whose columns are the latents' directions. `info`: the JSON beside the weights.
@@ -126,10 +142,20 @@ class TopKSparseAutoencoder(nn.Module):
             pre_acts = F.linear(rows, self.encoder.weight, self.encoder.bias)  # (rows, n_latents)
             if h_bias is not None:
                 pre_acts = pre_acts + h_bias
-            blocks.append(top_k(pre_acts.float(), self.k))
+            values, indices = top_k(pre_acts.float(), self.k)
+            if x.dtype == torch.float32 and not products_are_exact(x.device):
+                values = self._pre_acts_of(rows, indices, h_bias)
+            blocks.append((values, indices))
         values, indices = (torch.cat(parts).view(*x.shape[:-1], self.k) for parts in zip(*blocks, strict=True))
         values, order = values.sort(dim=-1, descending=True, stable=True)
         return values.relu(), indices.gather(-1, order)
+
+    def _pre_acts_of(self, x: Tensor, indices: Tensor, h_bias: Tensor | None) -> Tensor:
+        """The pre-activations of x (rows, d_model), without b_pre, of chosen latents (rows, k): float32 (rows, k)."""
+        latents, entries = indices.flatten(), torch.arange(indices.numel(), device=x.device)
+        bias = self.encoder.bias if h_bias is None else self.encoder.bias + h_bias
+        dots = dot_products(x, self.encoder.weight, latents, entries[:: self.k].contiguous(), entries // self.k)
+        return (dots + bias[latents]).view(-1, self.k)
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """Kept latents (..., k) -> reconstruction (..., d_model) in normalised space."""

@@ -6,9 +6,9 @@ Writes  MODEL_SAVE_PATH: the SAE NAME.pth with NAME.json, NAME.metrics.jsonl, NA
 Method  Gao et al. 2024, arXiv:2406.04093; docs/method.md; departures from the original: docs/differences.md.
         The processes form a grid: LATENT_PARALLEL neighbours share one SAE, each holding a slice of its latents, and
         see the same activations; the groups of neighbours divide the batch. The step (autoencoder/step.py) does all
-        its communication before it changes anything, so a process that is stopped or left alone can still save the
-        previous step
-Cost    disk: a checkpoint is three times the size of the SAE; rates in docs/benchmarks.md
+        its communication before it changes anything, so a process that is stopped, or on CPUs left alone, can still
+        save the previous step
+Cost    disk: a checkpoint is three times the size of the SAE; rates in docs/benchmarks.md; many GPUs: docs/scaling.md
 
     python sae_training.py --data_dir data/batches --model_save_path data/sae.pth
     torchrun --standalone --nproc_per_node=8 sae_training.py --data_dir data/batches --model_save_path data/sae.pth
@@ -54,12 +54,13 @@ GRAD_CLIP: Positive | None = None  # largest norm of the whole gradient, after p
 ORTHOGONAL_START = False  # start with orthogonal blocks of d_model latents, instead of random latents
 SEED: Seed = 0  # for the initialisation and the order of batches
 
-LATENT_PARALLEL: Count = 1  # processes that share one SAE, each holding a slice of its latents
+LATENT_PARALLEL: Count | None = None  # processes that share one SAE; when not given a node's GPUs, 1 on CPUs
 MICRO_BATCH_SIZE: Count | None = None  # activations per forward pass of a process; its whole share when not given
 ENCODER_DTYPE: Literal["float32", "bfloat16"] = "float32"  # for the product that selects latents; values stay float32
-ALLOW_TF32 = False  # use TF32 for float32 products on GPUs
+ALLOW_TF32 = True  # GPUs: TF32 for dense float32 products, which choose latents and revive dead ones
 LOGS_PER_EPOCH: Count = 1000  # lines in metrics.jsonl per epoch
 CHECKPOINTS_PER_EPOCH: Count = 1  # checkpoints per epoch
+CHECKPOINT_MINUTES: Positive = 15.0  # minutes without a checkpoint after which one is written within the epoch
 KEEP_CHECKPOINTS: Count = 2  # how many of the newest checkpoints to keep
 REPLICA_CHECK_STEPS: Count = 1000  # steps between checks that the processes' shared parameters are equal
 EXPLOSION_FACTOR: Positive = 10.0  # a main loss above this many times its running mean stops the run
@@ -69,7 +70,8 @@ _STAGE = "sae_training.py"
 _BATCHES_STAGE = "sae_preprocessing.py"
 _NOT_IN_THE_RESULT = [  # options that may change when a run is continued
     *("data_dir", "model_save_path", "checkpoint_dir", "b_pre_path", "latent_parallel", "micro_batch_size", "wandb"),
-    *("logs_per_epoch", "checkpoints_per_epoch", "keep_checkpoints", "replica_check_steps", "explosion_factor"),
+    *("logs_per_epoch", "checkpoints_per_epoch", "checkpoint_minutes", "keep_checkpoints", "replica_check_steps"),
+    "explosion_factor",
 ]
 _NO_VARIANCE = 1e-9  # share of the mean square; anything less is rounding
 _SMALL_LOSS = 1e-3  # share of the variance; a loss that stays below it is no explosion, however small it was before
@@ -131,6 +133,7 @@ class RunOptions(NamedTuple):
     latent_parallel: int
     logs_per_epoch: int
     checkpoints_per_epoch: int
+    checkpoint_minutes: float
     keep_checkpoints: int
     replica_check_steps: int
     explosion_factor: float
@@ -172,10 +175,10 @@ def check_options(options: RunOptions, batch_size: int, manifest: dict[str, Any]
             f"--latent_parallel {width} must divide the {n_processes} processes and --n_latents {options.n_latents}; "
             "choose another."
         )
-    if batch_size % manifest["batch_size"] or batch_size % (n_processes // width):
+    if batch_size % manifest["batch_size"] or batch_size % n_processes:
         raise InputError(
             f"--batch_size {batch_size} must be a multiple of the stored batches of {manifest['batch_size']} in "
-            f"{data_dir} and of the {n_processes // width} processes that divide it; choose another."
+            f"{data_dir} and of the {n_processes} processes that divide it; choose another."
         )
     if batch_size > manifest["counts"]["train"]:
         raise InputError(
@@ -184,6 +187,13 @@ def check_options(options: RunOptions, batch_size: int, manifest: dict[str, Any]
         )
     if options.early_stop_epochs and not manifest["validation_shards"]:
         raise InputError(f"{data_dir} has no held-out activations for --early_stop_epochs; leave that option out.")
+
+
+def slices_by_default(n_latents: int, n_processes: int) -> int:
+    """How many processes share one SAE: the GPUs of a node, of which more send less (docs/scaling.md); 1 on CPUs."""
+    if not torch.cuda.is_available():
+        return 1
+    return math.gcd(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), n_processes, n_latents)
 
 
 def empty_sae(options: RunOptions, manifest: dict[str, Any]) -> TopKSparseAutoencoder:
@@ -270,6 +280,7 @@ class Training:
         self.progress = TrainingProgress()
         self.n_steps = batches.steps_per_epoch * options.num_epochs
         self.checkpoint_every = math.ceil(batches.steps_per_epoch / options.checkpoints_per_epoch)
+        self.saved_at = time.monotonic()  # when the last checkpoint was written, or the run started
 
     @property
     def rows_at_once(self) -> int:
@@ -282,6 +293,10 @@ class Training:
 
     def checkpoint_due(self) -> bool:
         return self.progress.step % self.batches.steps_per_epoch % self.checkpoint_every == 0
+
+    def checkpoint_overdue(self) -> bool:
+        """By this process's clock; in `Step.agree` that of the main one decides for all."""
+        return time.monotonic() - self.saved_at >= 60 * self.options.checkpoint_minutes
 
     def goes_on(self) -> bool:
         early = stops_early(self.progress.val_fvus, self.options.early_stop_epochs)
@@ -465,16 +480,27 @@ class Training:
             )
 
     def checkpoint(self, verified: Callable[[], None]) -> None:
-        """Check, write a checkpoint, delete older ones, draw the figures. All processes must call this."""
+        """Check, write the checkpoint of an epoch (or part), draw the figures. All processes must call this."""
         self.check_data(verified)
+        firing = self.write_checkpoint()
+        if self.world.is_main and self.goes_on():  # otherwise `finish` draws them
+            self.draw(torch.cat([part for part in firing if part is not None]))
+
+    def write_checkpoint(self) -> list[Tensor | None]:
+        """Write a checkpoint, delete older ones. All processes must call this.
+
+        Alone, for one between two epochs' checkpoints, it does not wait for the shards' checksums, as on a signal, nor
+        is the counter `firing` reset: when it happens must not show in what the run writes in the end. Returns each
+        process's part of that counter.
+        """
         self.check_replicas()
         self.save()
         # gather doubles as a barrier: all have written.
         firing = self.world.gather(self.step.firing.cpu() if self.step.data.is_main else None)
         if self.world.is_main:
             delete_checkpoints(self.folder, self.options.keep_checkpoints)
-            if self.goes_on():  # otherwise `finish` draws them
-                self.draw(torch.cat([part for part in firing if part is not None]))
+        self.saved_at = time.monotonic()
+        return firing
 
     def resume(self) -> None:
         """Continue from the newest complete checkpoint, if any, and cut metrics.jsonl back to it."""
@@ -501,7 +527,7 @@ def train(training: Training, verified: Callable[[], None], report: Callable[[di
     with (
         noted_signals() as stop_signal,
         Reader(
-            batches, range(progress.step, training.n_steps), step.data.rank, step.data.size, step.world.device
+            batches, range(progress.step, training.n_steps), step.world.rank, step.world.size, step.world.device
         ) as reader,
         progress_bar(
             total=training.n_steps * training.batch_size,
@@ -518,7 +544,7 @@ def train(training: Training, verified: Callable[[], None], report: Callable[[di
             x, waited = reader.next()
             with training.saved_when_left_alone():
                 pending = step.gradients(x)
-                agreed = step.agree(pending, stop_signal.number)
+                agreed = step.agree(pending, stop_signal.number, training.checkpoint_overdue())
             if agreed.stop:
                 training.save()
                 return stop_signal.number or signal.SIGTERM
@@ -538,6 +564,8 @@ def train(training: Training, verified: Callable[[], None], report: Callable[[di
             with training.saved_when_left_alone():
                 if training.checkpoint_due():
                     training.checkpoint(verified)
+                elif agreed.save:
+                    training.write_checkpoint()
                 elif progress.step % options.replica_check_steps == 0:
                     training.check_replicas()
     return 0
@@ -652,9 +680,11 @@ def options_of(kind: type[_T], config: dict[str, Any]) -> _T:
 
 def main() -> None:
     config = vars(parse_constants(globals()))
+    n_processes = int(os.environ.get("WORLD_SIZE", 1))
+    config["latent_parallel"] = config["latent_parallel"] or slices_by_default(config["n_latents"], n_processes)
     options, step_options = options_of(RunOptions, config), options_of(StepOptions, config)
     data = open_data(options.data_dir, config["b_pre_path"])
-    check_options(options, step_options.batch_size, data.manifest, int(os.environ.get("WORLD_SIZE", 1)))
+    check_options(options, step_options.batch_size, data.manifest, n_processes)
     if int(os.environ.get("RANK", 0)) == 0:
         require_writable(options.model_save_path, SaeFiles(options.model_save_path).json)
     torch.backends.cuda.matmul.allow_tf32 = config["allow_tf32"]

@@ -5,13 +5,14 @@
     main   = |z - z_hat|^2
     aux    = |z - z_hat - A W_dec^T|^2                  A: the k_aux highest pre-activations of dead latents
 
-With g the gradient of z_hat and dS that of the kept pre-activations:
+With x = z - b_pre, g the gradient of z_hat and dS that of the kept pre-activations:
 
-    dW_dec = g^T S      dW_enc = dS^T (z - b_pre)      db_enc = sum dS      db_pre = sum g - W_enc^T db_enc
+    dW_dec = g^T S      dW_enc = dS^T x      db_enc = sum dS      db_pre = sum g - W_enc^T db_enc
 
 The dead latents' reconstruction has no ReLU and no b_pre; its gradient reaches neither b_pre nor the main loss. Both
 losses and every gradient touch only kept latents. When several processes each hold a slice of the latents, they
-exchange the values of their candidates and their parts of each reconstruction. Sums run in a fixed order.
+exchange the values of their candidates and their parts of each reconstruction. Sums run in a fixed order. Nothing here
+makes the CPU wait for a GPU, except one count in `keep_highest` when there are several slices.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.distributed import ALONE, World
-from sae import TopKSparseAutoencoder, rows_at_once, top_k
+from sae import TopKSparseAutoencoder, dot_products, products_are_exact, rows_at_once, top_k
 
 
 class Losses(NamedTuple):
@@ -40,10 +41,13 @@ class Dead(NamedTuple):
     k: int  # kept per activation over all slices: at most the sum of n_by_slice
 
     @classmethod
-    def where(cls, is_dead: Tensor, n_by_slice: list[int], k_aux: int) -> "Dead | None":
-        """is_dead: bool (n_latents) of this slice. None, for no auxiliary loss, if k_aux is 0 or no latent is dead."""
+    def where(cls, is_dead: Tensor, n_by_slice: list[int], k_aux: int, rank: int = 0) -> "Dead | None":
+        """is_dead: bool (n_latents) of slice `rank`, as many as n_by_slice says.
+
+        None, for no auxiliary loss, if k_aux is 0 or no latent is dead.
+        """
         k = min(k_aux, sum(n_by_slice))
-        return cls(is_dead.nonzero().flatten(), n_by_slice, k) if k else None
+        return cls(is_dead.nonzero_static(size=n_by_slice[rank]).flatten(), n_by_slice, k) if k else None
 
 
 def loss_sums(
@@ -57,7 +61,7 @@ def loss_sums(
 
     slices: the processes that each hold a slice of the SAE; all pass the same z, and get main, aux and b_pre's gradient
     of the whole SAE. encoder_dtype: bfloat16 selects the latents by a product in bfloat16 and computes the selected
-    values in float32.
+    values in float32; so does float32 where its products are not exact (`sae.products_are_exact`).
     """
     weights = sae.encoder.weight, sae.encoder.bias, sae.decoder.weight.t(), sae.b_pre
     return Losses(*SparseLosses.apply(*weights, z, sae.k, dead, slices, encoder_dtype))
@@ -69,7 +73,6 @@ class Weights(NamedTuple):
     w_enc: Tensor  # (n_latents, d_model)
     b_enc: Tensor  # (n_latents)
     directions: Tensor  # (n_latents, d_model), W_dec^T
-    b_pre: Tensor  # (d_model)
 
 
 class SparseLosses(torch.autograd.Function):
@@ -88,35 +91,34 @@ class SparseLosses(torch.autograd.Function):
         slices: World,
         encoder_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        weights = Weights(w_enc, b_enc, directions, b_pre)
-        kept = keep_highest(weights, z, k, slices, encoder_dtype)
-        z_hat = slices.all_reduce(weighted_sums(directions, kept.latents, kept.values, kept.offsets)) + b_pre
-        error = z - z_hat
-        aux, for_aux = z.new_zeros(()), ()
+        weights, x = Weights(w_enc, b_enc, directions), z - b_pre
+        kept = keep_highest(weights, x, k, slices, encoder_dtype)
+        # z - z_hat, in which b_pre cancels.
+        error = x - slices.all_reduce(weighted_sums(directions, kept.latents, kept.values, kept.offsets))
+        aux, for_aux = x.new_zeros(()), ()
         if dead:
-            aux, *aux_grads = auxiliary_loss(weights, z, error, dead, slices)
+            aux, *aux_grads = auxiliary_loss(weights, x, error, dead, slices)
             for_aux = (dead.indices, *aux_grads)
-        fired = kept.latents[kept.values > 0].bincount(minlength=len(w_enc))
+        fired = n_entries(kept.latents, kept.values > 0, len(w_enc))
         ctx.slices = slices
-        ctx.save_for_backward(w_enc, directions, b_pre, z, error, *kept, *for_aux)
+        ctx.save_for_backward(w_enc, directions, x, error, *kept, *for_aux)
         ctx.mark_non_differentiable(fired)
         return error.square().sum(), aux, fired
 
     @staticmethod
     def backward(ctx: Any, g_main: Tensor, g_aux: Tensor, _fired: Tensor) -> tuple[Tensor | None, ...]:
-        w_enc, directions, b_pre, z, error, *rest = ctx.saved_tensors
+        w_enc, directions, x, error, *rest = ctx.saved_tensors
         kept, for_aux = Kept(*rest[:4]), rest[4:]
         g = error * (-2 * g_main)
-        grad_pre = dot_products(g, directions, kept) * (kept.values > 0)
-        # By latent instead of by row; a stable sort fixes the order of every sum.
-        order = kept.latents.argsort(stable=True)
-        rows, counts = kept.rows[order], kept.latents.bincount(minlength=len(w_enc))
+        grad_pre = dot_products(g, directions, kept.latents, kept.offsets, kept.rows) * (kept.values > 0)
+        # By latent instead of by row; a stable sort, of int32 because that is cheaper, fixes the order of every sum.
+        order = kept.latents.int().argsort(stable=True)
+        rows, counts = kept.rows[order], n_entries(kept.latents, torch.ones_like(kept.latents), len(w_enc))
         starts = counts.cumsum(0) - counts
         grad_directions = weighted_sums(g, rows, kept.values[order], starts)
         grad_pre = grad_pre[order]
-        grad_w_enc = weighted_sums(z, rows, grad_pre, starts)
-        grad_b_enc = weighted_sums(z.new_ones(len(z), 1), rows, grad_pre, starts).squeeze(1)
-        grad_w_enc.addcmul_(grad_b_enc[:, None], b_pre, value=-1)
+        grad_w_enc = weighted_sums(x, rows, grad_pre, starts)
+        grad_b_enc = weighted_sums(x.new_ones(len(x), 1), rows, grad_pre, starts).squeeze(1)
         grad_b_pre = g.sum(0) - ctx.slices.all_reduce(grad_b_enc @ w_enc)
         if for_aux:
             indices, *aux_grads = for_aux
@@ -137,56 +139,58 @@ class Kept(NamedTuple):
     offsets: Tensor  # (batch,), where each row's entries begin
 
 
-def keep_highest(weights: Weights, z: Tensor, k: int, slices: World, encoder_dtype: torch.dtype) -> Kept:
+def keep_highest(weights: Weights, x: Tensor, k: int, slices: World, encoder_dtype: torch.dtype) -> Kept:
     """This slice's share of each row's k highest latents over all slices. Values are always float32."""
-    batch, n_latents = len(z), len(weights.w_enc)
-    shift = weights.b_enc - weights.w_enc @ weights.b_pre  # W (z - b_pre) + b = W z + shift
-    x, w, b = (tensor.to(encoder_dtype) for tensor in (z, weights.w_enc, shift))
-    n_rows = rows_at_once(x.element_size() * n_latents, z.device)
-    block = x.new_empty(min(n_rows, batch), n_latents)  # the one dense tensor, reused
-    chosen = [top_k(torch.addmm(b, rows, w.t(), out=block[: len(rows)]), min(k, n_latents)) for rows in x.split(n_rows)]
+    batch, n_latents = len(x), len(weights.w_enc)
+    rough, w, b = (tensor.to(encoder_dtype) for tensor in (x, weights.w_enc, weights.b_enc))
+    n_rows = rows_at_once(rough.element_size() * n_latents, x.device)
+    block = rough.new_empty(min(n_rows, batch), n_latents)  # the one dense tensor, reused
+    chosen = [
+        top_k(torch.addmm(b, rows, w.t(), out=block[: len(rows)]), min(k, n_latents)) for rows in rough.split(n_rows)
+    ]
     values, indices = (torch.cat(parts) for parts in zip(*chosen, strict=True))  # (batch, min(k, n_latents))
     slots = values.shape[1]
-    offsets = torch.arange(batch, device=z.device) * slots
-    kept = Kept(values.flatten(), indices.flatten(), (offsets // slots).repeat_interleave(slots), offsets)
-    if encoder_dtype != torch.float32:
-        kept = kept._replace(values=dot_products(z, weights.w_enc, kept) + shift[kept.latents])
+    offsets, entries = torch.arange(batch, device=x.device) * slots, torch.arange(batch * slots, device=x.device)
+    kept = Kept(values.flatten(), indices.flatten(), entries // slots, offsets)
     if slices.size > 1:
-        stays = highest_of_all(kept.values.view(batch, slots), k, slices)
-        counts, stays = stays.sum(1), stays.flatten()
-        kept = Kept(kept.values[stays], kept.latents[stays], kept.rows[stays], counts.cumsum(0) - counts)
+        stays = highest_of_all(values, k, slices)
+        counts, places = stays.sum(1), stays.flatten().nonzero().flatten()  # the CPU waits here for their number
+        kept = Kept(kept.values[places], kept.latents[places], kept.rows[places], counts.cumsum(0) - counts)
+    if encoder_dtype != torch.float32 or not products_are_exact(x.device):
+        exact = dot_products(x, weights.w_enc, kept.latents, kept.offsets, kept.rows) + weights.b_enc[kept.latents]
+        kept = kept._replace(values=exact)
     return kept._replace(values=kept.values.relu())
 
 
 def highest_of_all(candidates: Tensor, k: int, slices: World) -> Tensor:
     """Which of this slice's candidates (batch, slots) are among the k highest of all slices: bool (batch, slots).
 
-    Only values are sent, 4 bytes x batch x slots from each process to each other. Ties go to the lower slice.
+    Only values are sent, batch x slots from each process to each other. Ties go to the lower slice.
     """
     if slices.size == 1:
         return torch.ones_like(candidates, dtype=torch.bool)
-    every = [torch.empty_like(candidates) for _ in range(slices.size)]
-    torch.distributed.all_gather(every, candidates.contiguous(), group=slices.group)
-    best = torch.cat(every, 1).sort(dim=1, descending=True, stable=True).indices[:, :k]
-    is_best = torch.zeros(len(candidates), slices.size * candidates.shape[1], dtype=torch.bool, device=best.device)
-    return is_best.scatter_(1, best, True).view(len(candidates), slices.size, -1)[:, slices.rank]
+    every = slices.all_gather(candidates).transpose(0, 1).flatten(1)  # (batch, size * slots)
+    least = every.topk(k, dim=1).values[:, -1:]
+    above, is_least = ~(every <= least), every == least  # NaN counts as above: it must reach the loss
+    # Where more values equal the least than there is room for, the first of them stay.
+    stays = above | (is_least & (is_least.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    return stays.unflatten(1, (slices.size, -1))[:, slices.rank]
 
 
 # ---- the auxiliary loss
 
 
 def auxiliary_loss(
-    weights: Weights, z: Tensor, error: Tensor, dead: Dead, slices: World
+    weights: Weights, x: Tensor, error: Tensor, dead: Dead, slices: World
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Squared error of the dead latents' reconstruction of `error`, and its gradients with respect to their rows of
     w_enc, b_enc and directions. Dense over the dead latents, in blocks of rows."""
-    w_enc, b_enc, directions = (tensor[dead.indices] for tensor in weights[:3])
-    shift = b_enc - w_enc @ weights.b_pre
-    loss = z.new_zeros(())
+    w_enc, b_enc, directions = (tensor[dead.indices] for tensor in weights)
+    loss = x.new_zeros(())
     grad_w, grad_b, grad_directions = (torch.zeros_like(tensor) for tensor in (w_enc, b_enc, directions))
-    n_rows = rows_at_once(4 * max(dead.n_by_slice), z.device)
-    for rows, target in zip(z.split(n_rows), error.split(n_rows), strict=True):
-        values = torch.addmm(shift, rows, w_enc.t())  # (n_rows, dead latents)
+    n_rows = rows_at_once(4 * max(dead.n_by_slice), x.device)
+    for rows, target in zip(x.split(n_rows), error.split(n_rows), strict=True):
+        values = torch.addmm(b_enc, rows, w_enc.t())  # (n_rows, dead latents)
         left_out = None
         if dead.k < sum(dead.n_by_slice):
             left_out = ~kept_of_dead(values, dead, slices)
@@ -200,7 +204,7 @@ def auxiliary_loss(
         grad_directions += values.t() @ g
         grad_w += grad_values.t() @ rows
         grad_b += grad_values.sum(0)
-    return loss, grad_w - grad_b[:, None] * weights.b_pre, grad_b, grad_directions
+    return loss, grad_w, grad_b, grad_directions
 
 
 def kept_of_dead(pre_acts: Tensor, dead: Dead, slices: World) -> Tensor:
@@ -220,8 +224,9 @@ def weighted_sums(source: Tensor, indices: Tensor, weights: Tensor, offsets: Ten
     return F.embedding_bag(indices, source, offsets=offsets, per_sample_weights=weights, mode="sum")
 
 
-def dot_products(a: Tensor, b: Tensor, kept: Kept) -> Tensor:
-    """a[row] . b[latent] of every entry."""
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        a.contiguous(), b, kept.latents, kept.offsets, kept.rows, 0
-    )
+def n_entries(latents: Tensor, counted: Tensor, n_latents: int) -> Tensor:
+    """How many of the entries that are `counted` (true or 1) each latent has: int64 (n_latents).
+
+    `bincount` does the same but makes the CPU wait twice for a GPU.
+    """
+    return torch.zeros(n_latents, dtype=torch.int64, device=latents.device).scatter_add_(0, latents, counted.long())

@@ -46,6 +46,7 @@ class Agreed(NamedTuple):
     """What the processes agree on in a step, the same on all of them."""
 
     stop: bool  # one of them got a signal
+    save: bool  # the first of them asks for a checkpoint
     main: float  # mean losses of the whole batch
     aux: float
     n_dead: list[int]  # dead latents after this step, by slice
@@ -75,7 +76,7 @@ class Step:
         self.n_dead = [0] * self.slices.size  # by slice
 
     def dead(self) -> Dead | None:
-        return Dead.where(self._is_dead(self.silent_tokens), self.n_dead, self.options.k_aux)
+        return Dead.where(self._is_dead(self.silent_tokens), self.n_dead, self.options.k_aux, self.slices.rank)
 
     def _is_dead(self, silent_tokens: Tensor) -> Tensor:
         return silent_tokens >= self.options.dead_after_tokens
@@ -84,11 +85,12 @@ class Step:
         return loss_sums(self.sae, z, dead, self.slices, encoder_dtype)
 
     def gradients(self, x: Tensor) -> Pending:
-        """Leave the whole batch's gradients in the parameters. x: this process's rows, raw."""
+        """Leave the whole batch's gradients in the parameters. x: this process's rows, raw, as many on each process."""
         options = self.options
         scale = 1 / (options.batch_size * self.sae.d_model)
         losses, fired = x.new_zeros(2, dtype=torch.float32), torch.zeros_like(self.firing)
         dead = self.dead()
+        x = self.slices.all_gather(x).flatten(0, 1)  # the row's
         for part in x.split(options.micro_batch_size or len(x)):
             z, _, _ = self.sae.normalize(part)
             sums = self.losses(z, dead, getattr(torch, options.encoder_dtype))
@@ -97,12 +99,12 @@ class Step:
             fired += sums.fired
         b_pre, *own = self._gradients()
         for tensor in (*own, fired):
-            self.data.all_reduce(tensor)
+            self.data.all_reduce(tensor if tensor.is_contiguous() else tensor.t())  # the decoder's, stored by latent
         # Each slice has the complete gradient; one sum over all processes keeps it bitwise equal on all of them.
         self.world.all_reduce(b_pre.div_(self.slices.size))
         self.sae.project_decoder_grad()
         if options.grad_clip is not None:
-            own_square = torch.stack([grad.square().sum() for grad in own]).sum()
+            own_square = torch.stack([torch.linalg.vector_norm(grad) for grad in own]).square().sum()
             norm = (self.slices.all_reduce(own_square) + b_pre.square().sum()).sqrt()
             for grad in (b_pre, *own):
                 grad.mul_((options.grad_clip / norm).clamp(max=1))
@@ -112,21 +114,21 @@ class Step:
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters.values() if p.grad is not None]
 
-    def agree(self, pending: Pending, signal: int = 0) -> Agreed:
+    def agree(self, pending: Pending, signal: int = 0, save: bool = False) -> Agreed:
         """The one exchange between all processes in a step, and the point where the CPU waits for the GPU.
 
-        signal: the number of the signal this process got; 0 for none.
+        signal: the number of the signal this process got; 0 for none. save: that of the first process counts.
         """
         width = self.slices.size
-        numbers = torch.zeros(3 + 2 * width, dtype=torch.float64, device=self.world.device)
-        numbers[0] = signal
+        numbers = torch.zeros(4 + 2 * width, dtype=torch.float64, device=self.world.device)
+        numbers[0], numbers[1] = signal, save and self.world.is_main
         if self.slices.is_main:
-            numbers[1:3] = pending.losses
+            numbers[2:4] = pending.losses
         if self.data.is_main:
-            numbers[3 + self.slices.rank] = self._is_dead(pending.silent_tokens).sum()
-            numbers[3 + width + self.slices.rank] = pending.silent_tokens.max()
-        stop, main, aux, *rest = self.world.all_reduce(numbers).tolist()
-        return Agreed(stop > 0, main, aux, [int(n) for n in rest[:width]], int(max(rest[width:])))
+            numbers[4 + self.slices.rank] = self._is_dead(pending.silent_tokens).sum()
+            numbers[4 + width + self.slices.rank] = pending.silent_tokens.max()
+        stop, save_now, main, aux, *rest = self.world.all_reduce(numbers).tolist()
+        return Agreed(stop > 0, save_now > 0, main, aux, [int(n) for n in rest[:width]], int(max(rest[width:])))
 
     def apply(self, pending: Pending, agreed: Agreed, learning_rate: float, n_before: int) -> None:
         """Take the step. n_before: the number of steps before it."""
@@ -139,7 +141,7 @@ class Step:
                 list(self.exp_avg.values()),
                 list(self.exp_avg_sq.values()),
                 [],
-                [torch.full((), n_before, dtype=torch.float32, device=self.world.device) for _ in self.parameters],
+                list(torch.full((len(self.parameters),), n_before, dtype=torch.float32, device=self.world.device)),
                 fused=True,
                 amsgrad=False,
                 beta1=options.betas[0],
@@ -175,17 +177,39 @@ class Step:
         self.n_dead = self.agree(unchanged).n_dead
 
     def bytes_sent(self) -> tuple[float, float]:
-        """Bytes a process sends per step: for data parallelism, and for latent parallelism.
+        """`bytes_sent` for this run while no latent is dead."""
+        sae, options = self.sae, self.options
+        return bytes_sent(
+            *(sae.d_model, sae.n_latents * self.slices.size, sae.k, options.batch_size),
+            *(self.data.size, self.slices.size, getattr(torch, options.encoder_dtype).itemsize),
+        )
 
-        Data: the gradients of its slice and the firing counts. Latents: the values of its candidates, the partial
-        reconstructions, b_pre's gradient; the auxiliary loss adds min(k_aux, dead latents) candidates and a
-        reconstruction. Published size, eight processes: 2.82 GB as 8 x 1; 0.19 GB as 1 x 8, 0.84 GB once 2048 latents
-        of a slice are dead.
-        """
-        sae, n_data, width = self.sae, self.data.size, self.slices.size
-        n_rows = self.options.batch_size // n_data
-        ring = lambda n, n_bytes: 2 * (n - 1) / n * n_bytes  # of an all-reduce
-        data = ring(n_data, 4 * sae.n_latents * (2 * sae.d_model + 1) + 8 * sae.n_latents)
-        data += ring(n_data * width, 4 * sae.d_model)
-        candidates = (width - 1) * 4 * n_rows * min(sae.k, sae.n_latents)
-        return data, candidates + ring(width, 4 * sae.d_model * (n_rows + 1))
+
+def bytes_sent(
+    d_model: int,
+    n_latents: int,
+    k: int,
+    batch_size: int,
+    n_data: int,
+    width: int,
+    choice_bytes: int = 4,
+    n_candidates: int = 0,
+) -> tuple[float, float]:
+    """Bytes a process sends per step in a grid of n_data x width: for data parallelism, and for latent parallelism.
+
+    Data: the gradients of its slice and the firing counts. Latents: its rows of the batch, the values of its
+    candidates (choice_bytes each), the partial reconstructions, b_pre's gradient; while latents are dead also, for the
+    auxiliary loss, n_candidates (the fewer of k_aux and the most that a slice has) for each row and a reconstruction.
+    All-reduce and all-gather count as rings. The arithmetic is spelled out in docs/scaling.md.
+    """
+    n_slice, n_rows = n_latents // width, batch_size // n_data
+    ring = lambda n, n_bytes: 2 * (n - 1) / n * n_bytes  # of an all-reduce
+    data = ring(n_data, 4 * n_slice * (2 * d_model + 1) + 8 * n_slice)
+    data += ring(n_data * width, 4 * d_model)
+    batch = (width - 1) * 2 * d_model * n_rows // width
+    candidates = (width - 1) * n_rows * choice_bytes * min(k, n_slice)
+    latents = batch + candidates + ring(width, 4 * d_model * (n_rows + 1))
+    if n_candidates:
+        # They are exchanged only where there are more dead latents than k_aux.
+        latents += (width - 1) * n_rows * 4 * n_candidates + ring(width, 4 * d_model * n_rows)
+    return data, latents

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -14,6 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+
+from pipeline.errors import InputError
+
+# How long a process waits for the others. The longest such wait is an hour or so: for the slowest process's checksums
+# before the first checkpoint, or for rank 0 to write the tables of the top sentences; nccl's own limit is ten minutes.
+# A lost process needs no limit: torchrun ends the others of its node, and its broken connections those of other nodes.
+# Only a machine that vanishes without closing its connections keeps the others waiting this long.
+_LONGEST_WAIT = timedelta(hours=6)
 
 
 class World(NamedTuple):
@@ -37,10 +46,19 @@ class World(NamedTuple):
             dist.barrier(self.group)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum `tensor` over the processes, in place."""
+        """Sum `tensor`, which must be contiguous, over the processes, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.group)
+            dist.all_reduce(_contiguous(tensor), group=self.group)
         return tensor
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Every process's `tensor`, which must be contiguous and have the same shape everywhere: (size, *shape)."""
+        if self.size == 1:
+            return tensor[None]
+        every = tensor.new_empty(self.size * len(tensor), *tensor.shape[1:])
+        # As bytes: gloo does not know every type that nccl does.
+        dist.all_gather_single(every.view(torch.uint8), _contiguous(tensor).view(torch.uint8), group=self.group)
+        return every.unflatten(0, (self.size, -1))
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's picklable value, in order of rank, on every process."""
@@ -49,6 +67,13 @@ class World(NamedTuple):
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, self.group)
         return values
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    """The tensor itself. Raises ValueError where nccl would refuse it, on CPUs too, whose gloo would not."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"nccl takes contiguous tensors only; {tuple(tensor.shape)} has strides {tensor.stride()}")
+    return tensor
 
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -77,18 +102,28 @@ def make_grid(world: World, width: int) -> Grid:
 
 @contextlib.contextmanager
 def world() -> Iterator[World]:
-    """Join the process group that torchrun describes in the environment: nccl on GPUs, gloo on CPUs."""
+    """Join the process group that torchrun describes in the environment: nccl for tensors on GPUs, gloo for all else.
+
+    Raises InputError where torchrun started more processes than the machine has GPUs.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        n_gpus = torch.cuda.device_count()
+        if local_size > n_gpus:
+            raise InputError(
+                f"torchrun started {local_size} processes on a machine with {n_gpus} GPU{'s' * (n_gpus > 1)}, and each "
+                "needs its own; give --nproc_per_node=gpu."
+            )
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-        if size > 1:  # torchrun gives each process one thread; share the cores instead
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # torchrun gives each process one thread; share the cores instead.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+        # Without device_id: with it, `barrier` would go through nccl and keep the GPUs busy while it waits.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_LONGEST_WAIT)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             threading.Thread(target=_end_with_torchrun, args=(os.getppid(),), daemon=True).start()
     yield World(rank, size, device)

@@ -236,8 +236,7 @@ def test_encoder_in_bfloat16():
     """bfloat16 chooses; the values of the chosen, and so the loss and every gradient, are float32's."""
     sae = random_sae(16, 200, 5)
     z = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
-    shift = sae.encoder.bias - sae.encoder.weight @ sae.b_pre
-    rough = torch.addmm(shift.bfloat16(), z.bfloat16(), sae.encoder.weight.bfloat16().t())
+    rough = torch.addmm(sae.encoder.bias.bfloat16(), (z - sae.b_pre).bfloat16(), sae.encoder.weight.bfloat16().t())
     chosen = rough.topk(5).indices
     pre_acts = (z - sae.b_pre) @ sae.encoder.weight.t() + sae.encoder.bias
     assert not torch.equal(chosen.sort().values, pre_acts.topk(5).indices.sort().values)  # the dtype matters here
@@ -279,7 +278,7 @@ def main():
         assert (part.n_latents, part.k) == (n, k)
         own = slice(rank * n, (rank + 1) * n)
         n_dead = [sum(r * n <= i < (r + 1) * n for i in dead) for r in range(size)]
-        dead_here = Dead.where(is_dead[own], n_dead, k_aux)
+        dead_here = Dead.where(is_dead[own], n_dead, k_aux, rank)
         for encoder_dtype in (torch.float32, torch.bfloat16):
             part.zero_grad()
             sums = loss_sums(part, z, dead_here, slices, encoder_dtype)

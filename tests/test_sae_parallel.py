@@ -112,7 +112,7 @@ def pairs(data, tmp_path_factory) -> Pairs:
     stopped = run_in(
         2,
         one_run(data, folder / "2x1"),
-        one_run(data, folder / "1x2", latent_parallel=2),
+        one_run(data, folder / "1x2", latent_parallel=2, checkpoint_minutes=1e-9),
         one_run(data, folder / "stopped", stop, latent_parallel=2),
     )
     shutil.copytree(folder / "stopped", folder / "left" / "stopped")
@@ -180,7 +180,8 @@ def test_four_processes_train_like_one_and_send_what_is_said(data, trained, tmp_
     n = N_LATENTS // 2
     # Rings of two send all of it once, that of four one and a half times; 8 bytes a latent for what fired.
     gradients = 4 * (2 * n * D + n) + 8 * n + 1.5 * 4 * D
-    candidates = 4 * BATCH // 2 * K + 4 * D * (BATCH // 2 + 1) + 4  # 4: the norm of the gradient, for clipping
+    # Half of the row's activations in bfloat16, candidates, a reconstruction; 4: the gradient's norm, for clipping.
+    candidates = 2 * D * BATCH // 4 + 4 * BATCH // 2 * K + 4 * D * (BATCH // 2 + 1) + 4
     for rank in range(4):
         steps = [float(line) for line in (tmp_path / f"sent.{rank}").read_text().splitlines()]
         assert steps == [gradients + candidates] * len(steps) and len(steps) == 25
@@ -242,12 +243,13 @@ def test_killed_at_random_and_run_again_ends_like_an_unbroken_run(data, trained,
             method = rng.choice(["gradients", "agree", "apply", "log", "save", "checkpoint", "check_replicas"])
             often = method not in ("save", "checkpoint", "check_replicas")
             mishap = {"what": "kill", "method": method, "call": rng.randrange(45) if often else rng.randrange(4)}
-            code = forked(data, folder, mishap, checkpoints_per_epoch=4, num_epochs=3)
+            minutes = rng.choice([1e-9, 1e-3, 15])
+            code = forked(data, folder, mishap, checkpoints_per_epoch=4, checkpoint_minutes=minutes)
             ends += code == -signal.SIGKILL
         assert ends >= 1 or code == 0
         if code != 0:
             assert not (folder / "sae.pth").exists() and not is_complete(folder / "checkpoints")
-            assert forked(data, folder, checkpoints_per_epoch=4, num_epochs=3) == 0
+            assert forked(data, folder, checkpoints_per_epoch=4) == 0
         assert_same_run(folder / "sae.pth", trained)
 
 

@@ -28,19 +28,23 @@ from support.sae_runs import (
     is_complete,
     metrics_of,
     places,
+    random_sae,
     refusal,
     run_script,
     train,
     write_batches,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import autoencoder.losses
 import autoencoder.step
+import sae as sae_module
 import sae_training
 from autoencoder.checkpoints import delete_checkpoints, whole_checkpoints
 from autoencoder.curves import plot_curves, plot_frequencies
 from autoencoder.step import Step, StepOptions
 from pipeline.activation_batches import Batches, Reader
-from pipeline.distributed import ALONE, make_grid
+from pipeline.distributed import ALONE, Grid, World, make_grid
 from pipeline.files import locked, sha256
 from sae import TopKSparseAutoencoder, load_sae_model, save_sae
 from sae_training import learning_rate, stops_early
@@ -253,6 +257,19 @@ def test_checkpoints_kept(trained, data):
     assert checkpoints_of(trained) == [f"step-{2 * per_epoch:09d}.0-of-1.pt", f"step-{3 * per_epoch:09d}.0-of-1.pt"]
 
 
+def test_checkpoints_by_time_change_nothing_else(data, trained, tmp_path):
+    """One after every step, within the epochs: the newest two are kept, the run is the same to the last bit."""
+    path = train(data, tmp_path, checkpoint_minutes=1e-9)
+    n_steps = steps_per_epoch(data) * TRAINING["num_epochs"]
+    assert checkpoints_of(path) == [f"step-{step:09d}.0-of-1.pt" for step in (n_steps - 1, n_steps)]
+    assert_same_run(path, trained)
+    states = [
+        torch.load(one.parent / "checkpoints" / checkpoints_of(one)[-1], weights_only=True) for one in (path, trained)
+    ]
+    for name in ("firing", "silent_tokens"):
+        assert torch.equal(*(state["counters"][name] for state in states)), name
+
+
 def test_slices_without_the_others_do_not_count(data, trained, tmp_path):
     for name in ("step-000000025.0-of-1.pt", "step-000000050.0-of-2.pt", "step-000000050.2-of-2.pt", "other.pt"):
         (tmp_path / name).touch()
@@ -314,6 +331,40 @@ def test_bfloat16_encoder(data, trained, tmp_path):
     assert last["val_fvu"] != metrics_of(trained)[-1]["val_fvu"]
 
 
+class Tf32(TorchDispatchMode):
+    """Dense float32 products as a GPU computes them in TF32: of factors rounded to 10 bits of mantissa."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::mm", "aten::addmm"):
+            args = (*args[:-2], *map(self.rounded, args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(factor: torch.Tensor) -> torch.Tensor:
+        if factor.dtype != torch.float32:
+            return factor
+        return (factor.contiguous().view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.slow
+def test_tf32_chooses_almost_the_same_latents_and_changes_no_value(data, trained, tmp_path, monkeypatch):
+    """What --allow_tf32 changes on a GPU: FVU by less than a hundredth of itself; values are float32's."""
+    for module in (sae_module, autoencoder.losses):
+        monkeypatch.setattr(module, "products_are_exact", lambda device: False)
+    x = load_file(data / manifest_of(data)["validation_shards"][0]["file"])["acts"]
+    loaded = load_sae_model(trained)
+    with Tf32():
+        fvu = metrics_of(train(data, tmp_path))[-1]["val_fvu"]
+        values, indices = loaded.encode(x, h_bias=torch.linspace(0, 0.1, N_LATENTS))
+    assert fvu == pytest.approx(metrics_of(trained)[-1]["val_fvu"], rel=0.01)
+    pre_acts = (loaded.normalize(x)[0] - loaded.b_pre) @ loaded.encoder.weight.t() + loaded.encoder.bias
+    pre_acts += torch.linspace(0, 0.1, N_LATENTS)
+    torch.testing.assert_close(values, pre_acts.gather(1, indices).relu(), rtol=0, atol=2e-6)
+    best = pre_acts.topk(K).indices
+    same = (best.sort().values == indices.sort().values).float().mean()
+    assert same > 0.99
+
+
 def test_gradients_are_clipped(data, tmp_path, monkeypatch):
     norms = []
     real = Step.apply
@@ -369,6 +420,50 @@ def test_the_step_by_itself_does_what_the_run_does(data, trained):
         step.apply(pending, step.agree(pending), learning_rate(n_before, n_steps, 8e-3, 1 / 5, 5), n_before)
     expected = torch.load(trained, weights_only=True)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in step.sae.state_dict().items())
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the CPU wait for a GPU: numbers read from tensors, and results whose size depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        by_mask = name in ("index", "index_put_", "_index_put_impl_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        of_unknown_size = name == "repeat_interleave" and not (kwargs or {}).get("output_size")
+        reads = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "bincount", "_unique2")
+        if name in reads or by_mask or of_unknown_size:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.slow  # the first dispatch mode imports much of torch
+@pytest.mark.parametrize("encoder_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("n_slices", "waits"), [(1, ["tolist"]), (2, ["nonzero", "tolist"])])
+def test_a_step_waits_for_the_gpu_once_or_twice(monkeypatch, encoder_dtype, n_slices, waits):
+    """With a limit for the gradient and more dead latents than k_aux. The second of two slices has a stand-in for the
+    first, which sends the same."""
+    monkeypatch.setattr(World, "all_reduce", lambda self, tensor: tensor)
+    monkeypatch.setattr(World, "all_gather", lambda self, tensor: torch.stack([tensor] * self.size))
+    seen, tolist = Waits(), torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (seen.seen.append("tolist"), tolist(self))[1])
+    row = World(n_slices - 1, n_slices, torch.device("cpu"))
+    options = StepOptions(64, 5, dead_after_tokens=64, grad_clip=0.1, encoder_dtype=encoder_dtype)
+    step = Step(random_sae(D, 2 * N_LATENTS, 2), options, Grid(row, ALONE, row))
+    x = torch.randn(64 // n_slices, D).bfloat16()
+    for n_before in range(2):
+        seen.seen.clear()
+        with seen:
+            pending = step.gradients(x)
+            agreed = step.agree(pending)
+            step.apply(pending, agreed, 1e-3, n_before)
+        step.n_dead = [agreed.n_dead[row.rank]] * n_slices
+        assert seen.seen == waits, n_before
+    assert step.n_dead[0] > 5
 
 
 def test_early_stopping(data, tmp_path):

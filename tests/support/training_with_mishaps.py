@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -30,10 +31,16 @@ def blow_up(step: Step) -> None:
     step.sae.encoder.weight.data.mul_(30)
 
 
+def kill_torchrun(_step: Step) -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(60)  # the process ends meanwhile, like all of that torchrun
+
+
 MISHAPS = {
     "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
     "terminate": lambda _: os.kill(os.getpid(), signal.SIGTERM),
     "terminate torchrun": lambda _: os.kill(os.getppid(), signal.SIGTERM),
+    "kill torchrun": kill_torchrun,
     "interrupt": lambda _: os.kill(os.getpid(), signal.SIGINT),
     "corrupt": corrupt,
     "blow up": blow_up,
@@ -44,9 +51,12 @@ def owner_of(method: str) -> type[Step] | type[Training]:
     return Step if method in ("gradients", "agree", "apply") else Training
 
 
-def arrange(what: str, method: str, call: int, rank: int = 0) -> None:
-    """Make `what` happen in process `rank` just before the given call of that method, counted from 0."""
-    if int(os.environ.get("RANK", 0)) != rank:
+def arrange(what: str, method: str, call: int, rank: int | None = 0) -> None:
+    """Make `what` happen in process `rank` just before the given call of that method, counted from 0.
+
+    rank: None for the first process of this torchrun, whichever rank that is.
+    """
+    if int(os.environ.get("LOCAL_RANK" if rank is None else "RANK", 0)) != (rank or 0):
         return
     owner = owner_of(method)
     real, calls = getattr(owner, method), Counter()
@@ -65,7 +75,7 @@ def count_bytes(path: Path) -> None:
     `path` with the rank appended."""
     import torch.distributed as dist
 
-    gradients, all_reduce, all_gather = Step.gradients, dist.all_reduce, dist.all_gather
+    gradients, all_reduce, all_gather = Step.gradients, dist.all_reduce, dist.all_gather_single
     sent = Counter()
 
     def counted_reduce(tensor, *args, group=None, **kwargs):
@@ -73,15 +83,15 @@ def count_bytes(path: Path) -> None:
         sent["bytes"] += 2 * (n - 1) / n * tensor.nbytes
         return all_reduce(tensor, *args, group=group, **kwargs)
 
-    def counted_gather(tensors, tensor, *args, group=None, **kwargs):
+    def counted_gather(every, tensor, *args, group=None, **kwargs):
         sent["bytes"] += (dist.get_world_size(group) - 1) * tensor.nbytes
-        return all_gather(tensors, tensor, *args, group=group, **kwargs)
+        return all_gather(every, tensor, *args, group=group, **kwargs)
 
     def counted_step(self, *args):
         sent.clear()
-        dist.all_reduce, dist.all_gather = counted_reduce, counted_gather
+        dist.all_reduce, dist.all_gather_single = counted_reduce, counted_gather
         result = gradients(self, *args)
-        dist.all_reduce, dist.all_gather = all_reduce, all_gather
+        dist.all_reduce, dist.all_gather_single = all_reduce, all_gather
         with open(f"{path}.{self.world.rank}", "a") as file:
             file.write(f"{sent['bytes']}\n")
         return result
