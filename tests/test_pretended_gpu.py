@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from support.pipeline_runs import SITE, call, some_texts, write_sentences
 from support.pretend_gpu import GpuTensor, pretended_gpu
-from support.sae_runs import assert_similar_run, train
+from support.sae_runs import assert_similar_run, random_sae, train
 
 import capture_activations
 import capture_top_activating_sentences
@@ -26,10 +26,12 @@ import promoted_tokens
 import sae_evaluation
 import sae_preprocessing
 import sample_dialogues
+from autoencoder.step import Step, StepOptions
 from latents.index import LatentIndex
 from llama_3 import load_model, load_tokenizer
 from llama_3.generation import complete
 from pipeline.activation_store import ActivationStore
+from pipeline.distributed import World, make_grid
 from pipeline.files import write_json
 from serving.modes import MODES
 from serving.requests import Limits, Served, completions, look_at
@@ -37,6 +39,7 @@ from serving.steered_model import ModelChoice, Sampling, open_model
 from serving.steering import Steering, highest_activations, make_steering
 
 DTYPES = ("float32", "bfloat16")
+WAITS_PER_STEP = 2  # of training: the CPU waits for the GPU so often at most
 
 
 class Folders(SimpleNamespace):
@@ -180,6 +183,22 @@ def test_training_with_the_bfloat16_encoder(made, tmp_path):
     with pretended_gpu():
         gpu = train(made.batches, tmp_path / "gpu", num_epochs=1, encoder_dtype="bfloat16")
     assert_similar_run(cpu, gpu)
+
+
+@pytest.mark.parametrize("encoder_dtype", DTYPES)
+def test_a_training_step_waits_for_the_gpu_at_most_twice(encoder_dtype):
+    options = StepOptions(64, k_aux=8, dead_after_tokens=100, grad_clip=0.25, encoder_dtype=encoder_dtype)
+    generator = torch.Generator().manual_seed(0)
+    with pretended_gpu() as seen:
+        step = Step(random_sae(14, 96, 4), options, make_grid(World(0, 1, torch.device("cuda", 0)), 1))
+        for n_before in range(5):
+            x = torch.randn(64, 14, generator=generator).to(torch.bfloat16).to("cuda")
+            seen.waits.clear()
+            pending = step.gradients(x)
+            step.apply(pending, step.agree(pending), 1e-3, n_before)
+            assert 0 < seen.n_waits() <= WAITS_PER_STEP, seen.waits
+        assert step.n_dead[0] > 0  # the auxiliary loss was counted, too
+    assert not seen.not_contiguous  # nccl would refuse them
 
 
 def test_evaluation(made, copied):
