@@ -63,6 +63,7 @@ if __name__ == "__main__":
 
 import contextlib
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +115,8 @@ class Session:
             records = [dict(zip(heads, row, strict=True)) for row in rows]
             print(json.dumps({"title": title, "rows": records}, ensure_ascii=False, default=list))
         else:
-            print(f"{title}\n{shown.table(heads, rows)}\n")
+            wrapped = "\n".join(textwrap.fill(line, shown.WIDTH) for line in title.splitlines())
+            print(f"{wrapped}\n{shown.table(heads, rows)}\n")
 
 
 # ---- instruments
