@@ -33,14 +33,12 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from latents.markup import visible
 from llama_3 import load_model, load_tokenizer
 from llama_3.checkpoint import TINY_LLAMA_DIR
-from llama_3.generation import encode_text, generate
-from llama_3.model import Transformer
-from llama_3.tokenizer import Tokenizer
+from llama_3.generation import encode_text
 from microscope import control, shown
 from microscope.ablation import check_layers
+from microscope.prompts import continuation
 from pipeline.errors import InputError
 from pipeline.files import require_writable
 from sae import TopKSparseAutoencoder, load_sae_model
@@ -82,12 +80,6 @@ def show_latents(vector: control.ControlVector, sae: TopKSparseAutoencoder, sae_
     print()
 
 
-def write(model: Transformer, tokenizer: Tokenizer, prompt: str, new_tokens: int) -> str:
-    ids = encode_text(tokenizer, prompt)
-    steps = generate(model, [ids], new_tokens, tokenizer.stop_ids)
-    return visible(tokenizer.decode([*ids, *(token for (token,) in steps if token is not None)]))
-
-
 def main() -> None:
     config = parse_constants(globals())
     require_writable(*filter(None, [config.output_path]))
@@ -110,9 +102,10 @@ def main() -> None:
         show_latents(vector, sae, config.sae_model_path, config.latents)
     chosen = {layer: vector.vectors[layer] for layer in layers}
     if config.try_prompt:
-        print("plain    " + write(model, tokenizer, config.try_prompt, config.new_tokens))
+        write = lambda: continuation(model, tokenizer, encode_text(tokenizer, config.try_prompt), config.new_tokens)
+        print(f"plain    {config.try_prompt}{write()}")
         with control.steered(model, chosen, config.strength):
-            print("steered  " + write(model, tokenizer, config.try_prompt, config.new_tokens))
+            print(f"steered  {config.try_prompt}{write()}")
     if config.output_path:
         control.write_gguf(config.output_path, chosen)
         print(f"Written to {config.output_path}.")

@@ -71,14 +71,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latents.markup import visible
 from llama_3 import load_model, load_tokenizer
 from llama_3.checkpoint import TINY_LLAMA_DIR
-from llama_3.generation import generate
 from llama_3.model import Intervention, Transformer
 from llama_3.tokenizer import Tokenizer
 from microscope import ablation, attention, attribution, lens, patching, shown, tensors
-from microscope.prompts import Prompt, answer_id, check_aligned, read_prompt, token_text
+from microscope.prompts import Prompt, answer_id, check_aligned, continuation, read_prompt, token_text
 from pipeline.errors import InputError
 from pipeline.files import require_writable
 from sae import load_sae_model
@@ -182,17 +180,11 @@ def show_ablation(session: Session, prompt: Prompt, without: ablation.Ablation, 
     rows.append(["ablated", changed.loss, kl, session.likeliest(changed.log_p)])
     session.show("Loss of the prompt and KL in nats", ["model", "loss", "KL", "next token"], rows)
     if new_tokens:
-        written = [write(session, prompt, new_tokens)]
+        write = lambda: continuation(session.model, session.tokenizer, prompt.ids, new_tokens)
+        written = [write()]
         with ablation.ablated(session.model, without):
-            written.append(write(session, prompt, new_tokens))
+            written.append(write())
         session.show("Written", ["model", "text"], [["whole", written[0]], ["ablated", written[1]]])
-
-
-def write(session: Session, prompt: Prompt, new_tokens: int) -> str:
-    steps = list(generate(session.model, [prompt.ids], new_tokens, session.tokenizer.stop_ids))
-    ids = [step[0] for step in steps if step[0] is not None]
-    whole, before = session.tokenizer.decode([*prompt.ids, *ids]), session.tokenizer.decode(prompt.ids)
-    return visible(whole[len(before) :]).replace("\n", "↵")
 
 
 def show_every_head(session: Session, prompt: Prompt, value: ablation.Value) -> None:

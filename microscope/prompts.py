@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from latents.markup import visible_token
-from llama_3.generation import check_context, encode_text
+from latents.markup import visible, visible_token
+from llama_3.generation import check_context, encode_text, generate
 from llama_3.model import Transformer
 from llama_3.tokenizer import Tokenizer
 from pipeline.errors import InputError
@@ -40,6 +40,14 @@ def read_prompt(model: Transformer, tokenizer: Tokenizer, text: str) -> Prompt:
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     return visible_token(tokenizer.decode([token_id]))
+
+
+def continuation(model: Transformer, tokenizer: Tokenizer, ids: list[int], new_tokens: int) -> str:
+    """What the model writes after a prompt, always the likeliest token; on one line, to be shown."""
+    steps = generate(model, [ids], new_tokens, tokenizer.stop_ids)
+    written = [token for (token,) in steps if token is not None]
+    text = tokenizer.decode([*ids, *written])[len(tokenizer.decode(ids)) :]
+    return visible(text).replace("\n", "↵")
 
 
 def answer_id(tokenizer: Tokenizer, text: str) -> int:
