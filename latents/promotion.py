@@ -9,6 +9,12 @@ from llama_3.model import Transformer, TransformerBlock
 from llama_3.tokenizer import Tokenizer
 
 
+def direct_logits(model: Transformer, directions: Tensor) -> Tensor:
+    """What directions in the last residual stream add to the logits, (..., vocab_size), before the last norm divides by
+    the stream's length; its linear part. directions: (..., d_model)."""
+    return model.output(directions * model.norm.weight)
+
+
 def promoted_logits(model: Transformer, site: str, directions: Tensor, base: Tensor) -> Tensor:
     """What latents add to the logits of the next token, (n, vocab_size); only differences within a row mean anything.
 
@@ -26,7 +32,7 @@ def promoted_logits(model: Transformer, site: str, directions: Tensor, base: Ten
         directions = layer.attention.wo(values.flatten(-2))
     elif kind == "ffn_norm":
         directions = layer.feed_forward(base + directions) - layer.feed_forward(base)
-    return model.output(directions * model.norm.weight)
+    return direct_logits(model, directions)
 
 
 def plain_tokens(tokenizer: Tokenizer, device: torch.device | str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Llama 3 transformer in plain PyTorch, with Meta's parameter names, open at seven sites of every layer.
+"""The Llama 3 transformer in plain PyTorch, with Meta's parameter names, open at thirteen sites of every layer.
 
 Architecture: "The Llama 3 Herd of Models", arXiv:2407.21783, section 3.2. RMSNorm: arXiv:1910.07467. SwiGLU:
 arXiv:2002.05202. Rotary embeddings: arXiv:2104.09864. Grouped-query attention: arXiv:2305.13245.
@@ -7,6 +7,18 @@ Sites, each (batch, seq, d_model), in the order in which a layer computes them:
 
     x -> resid_pre -> attention_norm -> attention -> attention_out -> + -> resid_mid
                                                      -> ffn_norm -> mlp -> mlp_out -> + -> resid_post
+
+and inside attention and the feed-forward layer:
+
+    q                  (batch, seq, n_heads, head_dim)     queries, rotated to their position
+    k, v               (batch, seq, n_kv_heads, head_dim)  keys, rotated, and values; of the new positions with a cache
+    attention_pattern  (batch, n_heads, query, key)        each query's weights over keys, summing to 1; computed
+                                                           explicitly only where it is asked for
+    head_out           (batch, seq, n_heads, head_dim)     the weighted sums of values, before the output matrix
+    mlp_hidden         (batch, seq, hidden_dim)            silu(w1 x) * w3 x
+
+Gradients flow through every site. Parameters need none here, so a pass records nothing until an intervention returns
+something that requires a gradient.
 """
 
 import contextlib
@@ -24,8 +36,8 @@ from torch import Tensor, nn
 from llama_3.packed import PackedLinear, pack_all
 
 SITES = ("resid_pre", "attention_norm", "attention_out", "resid_mid", "ffn_norm", "mlp_out", "resid_post")
-
-Hook = Callable[[str, Tensor], Tensor]  # (site, x) -> x
+INNER_SITES = ("q", "k", "v", "attention_pattern", "head_out", "mlp_hidden")
+_HEADS_DIM = {"q": 2, "k": 2, "v": 2, "attention_pattern": 1, "head_out": 2}  # dimension that counts the heads
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,66 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 
+# ---- hooks
+
+
+class Intervention(NamedTuple):
+    """What `Transformer.intervene(*intervention)` does to a forward pass; `generate` takes it as `steering`."""
+
+    site: str
+    fn: Callable[[Tensor], Tensor]  # activations at the site -> same shape
+    skip_tokens: Sequence[int] = ()  # positions with one of them keep their value
+    positions: Sequence[int] | None = None  # the others keep their value; counted from each row's first real token
+    heads: Sequence[int] | None = None  # the others keep their value
+
+
+class Hook:
+    """What happens at the sites during one forward pass: each is replaced by interventions, then kept if wanted."""
+
+    def __init__(self, interventions: Sequence[Intervention], tokens: Tensor, positions: Tensor, wanted: Sequence[str]):
+        """tokens: (batch, seq); positions: theirs, (seq,) or (batch, seq); wanted: sites to keep in `found`."""
+        self.interventions, self.tokens, self.positions = interventions, tokens, positions
+        self.wanted = set(wanted)
+        self.found: dict[str, Tensor] = {}
+
+    def needs(self, site: str) -> bool:
+        """Whether anything happens at `site`."""
+        return site in self.wanted or any(each.site == site for each in self.interventions)
+
+    def __call__(self, site: str, x: Tensor) -> Tensor:
+        for intervention in self.interventions:
+            if intervention.site == site:
+                changed = intervention.fn(x.clone())  # fn may work in place
+                applies = self._where(intervention, x)
+                x = changed if applies is None else torch.where(applies, changed, x)
+        if site in self.wanted:
+            self.found[site] = x
+            if len(self.found) == len(self.wanted):
+                raise _AllCaptured
+        return x
+
+    def _where(self, intervention: Intervention, x: Tensor) -> Tensor | None:
+        """Where an intervention applies, broadcasting to x; None for everywhere."""
+        heads_dim = _HEADS_DIM.get(intervention.site.rpartition(".")[2])
+        seq_dim = 2 if heads_dim == 1 else 1
+        applies = None
+        if intervention.skip_tokens or intervention.positions is not None:
+            at = ~torch.isin(self.tokens, torch.tensor(intervention.skip_tokens, device=x.device))  # (batch, seq)
+            if intervention.positions is not None:
+                at &= torch.isin(self.positions, torch.tensor(intervention.positions, device=x.device))
+            applies = at.view(len(at), *(at.shape[1] if dim == seq_dim else 1 for dim in range(1, x.dim())))
+        if intervention.heads is not None and heads_dim is not None:
+            of_heads = torch.zeros(x.shape[heads_dim], dtype=torch.bool, device=x.device)
+            of_heads[list(intervention.heads)] = True
+            of_heads = of_heads.view(-1, *[1] * (x.dim() - 1 - heads_dim))
+            applies = of_heads if applies is None else applies & of_heads
+        return applies
+
+
+class _AllCaptured(Exception):
+    """Raised inside a forward pass when nothing further is wanted."""
+
+
 # ---- layers
 
 
@@ -177,17 +249,43 @@ class Attention(nn.Module):
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: LayerCache | None, start: int
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: LayerCache | None,
+        start: int,
+        hook: Hook,
+        prefix: str,
     ) -> Tensor:
         seq = x.shape[1]
-        q = rotate(self.wq(x).unflatten(-1, (-1, self.head_dim)), rope)  # (batch, seq, n_heads, head_dim)
-        k = rotate(self.wk(x).unflatten(-1, (-1, self.head_dim)), rope)
-        v = self.wv(x).unflatten(-1, (-1, self.head_dim))
+        q = hook(prefix + "q", rotate(self.wq(x).unflatten(-1, (-1, self.head_dim)), rope))
+        k = hook(prefix + "k", rotate(self.wk(x).unflatten(-1, (-1, self.head_dim)), rope))
+        v = hook(prefix + "v", self.wv(x).unflatten(-1, (-1, self.head_dim)))
         if cache is not None:
             cache.keys[:, start : start + seq] = k
             cache.values[:, start : start + seq] = v
             k, v = cache.keys[:, : start + seq], cache.values[:, : start + seq]
-        return self.wo(attend(q, k, v, mask).flatten(-2))
+        if hook.needs(prefix + "attention_pattern"):
+            pattern = hook(prefix + "attention_pattern", attention_pattern(q, k, mask))
+            out = pattern @ v.transpose(1, 2).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
+            out = out.transpose(1, 2)
+        else:
+            out = attend(q, k, v, mask)
+        return self.wo(hook(prefix + "head_out", out).flatten(-2))
+
+
+def attention_pattern(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Weights of each query over the keys, (batch, n_heads, query, key) in q's dtype, the softmax in float32.
+
+    q, k: (batch, seq, heads, head_dim). mask: true where a query sees a key; None: causal, the queries being the last.
+    """
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    scores = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).float() / math.sqrt(q.shape[-1])
+    if mask is None:
+        n_queries, n_keys = scores.shape[-2:]
+        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).tril(n_keys - n_queries)
+    return scores.masked_fill(~mask, -math.inf).softmax(-1).type_as(q)
 
 
 class FeedForward(nn.Module):
@@ -197,8 +295,9 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
         self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+    def forward(self, x: Tensor, hook: Callable[[Tensor], Tensor] = lambda hidden: hidden) -> Tensor:
+        """hook: of what is between the two matrix products, (..., hidden_dim)."""
+        return self.w2(hook(F.silu(self.w1(x)) * self.w3(x)))
 
 
 class TransformerBlock(nn.Module):
@@ -222,20 +321,14 @@ class TransformerBlock(nn.Module):
         p = self.prefix
         x = hook(p + "resid_pre", x)
         h = hook(p + "attention_norm", self.attention_norm(x))
-        x = hook(p + "resid_mid", x + hook(p + "attention_out", self.attention(h, rope, mask, cache, start)))
+        attention_out = hook(p + "attention_out", self.attention(h, rope, mask, cache, start, hook, p))
+        x = hook(p + "resid_mid", x + attention_out)
         h = hook(p + "ffn_norm", self.ffn_norm(x))
-        return hook(p + "resid_post", x + hook(p + "mlp_out", self.feed_forward(h)))
+        mlp_out = hook(p + "mlp_out", self.feed_forward(h, lambda hidden: hook(p + "mlp_hidden", hidden)))
+        return hook(p + "resid_post", x + mlp_out)
 
 
 # ---- the model
-
-
-class Intervention(NamedTuple):
-    """What `Transformer.intervene(*intervention)` does to a forward pass; `generate` takes it as `steering`."""
-
-    site: str
-    fn: Callable[[Tensor], Tensor]  # activations at the site, (..., d_model) -> same
-    skip_tokens: Sequence[int] = ()  # positions with one of them keep their value
 
 
 class Resume(NamedTuple):
@@ -248,10 +341,6 @@ class Resume(NamedTuple):
 # The active ones, each with its model. They belong to the thread (or asyncio task) that entered them, so requests
 # served at the same time do not affect each other.
 _interventions: ContextVar[tuple[tuple["Transformer", Intervention], ...]] = ContextVar("interventions", default=())
-
-
-class _AllCaptured(Exception):
-    """Raised inside a forward pass when nothing further is wanted."""
 
 
 class Transformer(nn.Module):
@@ -281,20 +370,13 @@ class Transformer(nn.Module):
         make = lambda: torch.zeros(shape, dtype=self.dtype, device=self.device)
         return Cache([LayerCache(make(), make()) for _ in range(self.args.n_layers)])
 
-    def continue_from(self, layer_idx: int, x: Tensor, tokens: Tensor) -> Tensor:
-        """Logits of the next token at every position, for a residual stream that enters layer `layer_idx` as x.
-
-        x: (batch, seq, d_model), as `activations(tokens, f"layers.{layer_idx}.resid_pre")` gives it; tokens:
-        (batch, seq), without padding at the left. Interventions act in the layers that are computed.
-        """
-        rope = rope_tables(rope_frequencies(self.args).to(x.device), torch.arange(x.shape[1], device=x.device))
-        hook = self._intervention_hook(tokens)
-        for layer in self.layers[layer_idx:]:
-            x = layer(x, rope, None, None, 0, hook)
-        return self.output(self.norm(x)).float()
-
     def forward(
-        self, tokens: Tensor, cache: Cache | None = None, n_pad: Tensor | None = None, last_only: bool = False
+        self,
+        tokens: Tensor,
+        cache: Cache | None = None,
+        n_pad: Tensor | None = None,
+        last_only: bool = False,
+        resume: Resume | None = None,
     ) -> Tensor:
         """Logits of the next token at every position.
 
@@ -303,10 +385,18 @@ class Transformer(nn.Module):
         n_pad:  (batch,) how many positions at the left of each row, counted from the very first, are padding, so
                 that rows of unequal length end together. The padding's logits are meaningless.
         last_only: logits of the last position only, (batch, 1, vocab_size).
+        resume: compute only the layers from there on.
         Raises ValueError when the cache is too short.
         """
-        x = self._run(tokens, cache, n_pad, self._intervention_hook(tokens))
-        return self.output(self.norm(x[:, -1:] if last_only else x)).float()
+        x = self._run(tokens, cache, n_pad, self._hook(tokens, cache, n_pad), resume)
+        return self.unembed(x[:, -1:] if last_only else x)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """Float32 logits (..., vocab_size) of the next token from the residual stream x, (..., d_model).
+
+        After an earlier layer than the last: the logit lens (nostalgebraist 2020, "interpreting GPT").
+        """
+        return self.output(self.norm(x)).float()
 
     @overload
     def activations(self, tokens: Tensor, sites: str, resume: Resume | None = None) -> Tensor: ...
@@ -315,61 +405,65 @@ class Transformer(nn.Module):
     def activations(
         self, tokens: Tensor, sites: str | Sequence[str], resume: Resume | None = None
     ) -> Tensor | dict[str, Tensor]:
-        """Activations at one site, (batch, seq, d_model) in the model's dtype, or at several as a dict.
+        """Activations at one site in the model's dtype, or at several as a dict; the module lists their shapes.
 
         Nothing beyond the deepest site is computed, and with `resume` no layer before its own; all sites must then be
         in that layer or after it. Raises ValueError for an unknown site.
         """
         wanted = [sites] if isinstance(sites, str) else list(sites)
         for site in wanted:
-            check_site(site, self.args.n_layers)
-        found: dict[str, Tensor] = {}
-        intervene = self._intervention_hook(tokens)
-
-        def hook(site: str, x: Tensor) -> Tensor:
-            x = intervene(site, x)
-            if site in wanted:
-                found[site] = x
-                if len(found) == len(set(wanted)):
-                    raise _AllCaptured
-            return x
-
+            check_site(site, self.args.n_layers, (*SITES, *INNER_SITES))
+        hook = self._hook(tokens, None, None, wanted)
         with contextlib.suppress(_AllCaptured):
             self._run(tokens, None, None, hook, resume)
-        return found[sites] if isinstance(sites, str) else {site: found[site] for site in wanted}
+        return hook.found[sites] if isinstance(sites, str) else {site: hook.found[site] for site in wanted}
 
     @contextlib.contextmanager
     def intervene(
-        self, site: str, fn: Callable[[Tensor], Tensor], skip_tokens: Sequence[int | None] = ()
+        self,
+        site: str,
+        fn: Callable[[Tensor], Tensor],
+        skip_tokens: Sequence[int | None] = (),
+        positions: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
     ) -> Iterator[None]:
-        """Replace the activations at `site` by fn(activations), (..., d_model) -> same, inside the with block.
+        """Replace the activations at `site` by fn(activations), of the same shape, inside the with block.
 
-        Positions with one of `skip_tokens` keep their value; None is no token. Blocks nest: the outer function runs
-        first. A generator should enter the block around each forward pass, not around its `yield`: code that runs
-        between two of its values shares its thread.
+        Positions with one of `skip_tokens` keep their value (None is no token), and so do all but `positions` and
+        `heads`, where given. Positions count from each row's first real token, in attention_pattern those of queries;
+        heads of k and v are key/value heads. Blocks nest: the outer function runs first. A generator should enter the
+        block around each forward pass, not around its `yield`: code that runs between two of its values shares its
+        thread. Raises ValueError for a site, head or position that cannot exist.
         """
-        check_site(site, self.args.n_layers)
+        check_site(site, self.args.n_layers, (*SITES, *INNER_SITES))
+        self._check_part(site, positions, heads)
         skip = tuple(token for token in skip_tokens if token is not None)
-        token = _interventions.set((*_interventions.get(), (self, Intervention(site, fn, skip))))
+        intervention = Intervention(site, fn, skip, positions, heads)
+        token = _interventions.set((*_interventions.get(), (self, intervention)))
         try:
             yield
         finally:
             _interventions.reset(token)
 
-    def _intervention_hook(self, tokens: Tensor) -> Hook:
+    def _check_part(self, site: str, positions: Sequence[int] | None, heads: Sequence[int] | None) -> None:
+        kind = site.rpartition(".")[2]
+        n_heads = self.args.n_kv_heads if kind in ("k", "v") else self.args.n_heads
+        for head in heads or ():
+            if kind not in _HEADS_DIM:
+                raise ValueError(f"{site} has no heads; the sites with heads are {', '.join(_HEADS_DIM)}.")
+            if not 0 <= head < n_heads:
+                raise ValueError(f"{site} has no head {head}; its heads are 0 to {n_heads - 1}.")
+        for position in positions or ():
+            if position < 0:
+                raise ValueError(f"There is no position {position}; positions are counted from 0.")
+
+    def _hook(self, tokens: Tensor, cache: Cache | None, n_pad: Tensor | None, wanted: Sequence[str] = ()) -> Hook:
         active = [intervention for model, intervention in _interventions.get() if model is self]
-
-        def hook(site: str, x: Tensor) -> Tensor:
-            for intervention in active:
-                if intervention.site == site:
-                    changed = intervention.fn(x.clone())  # fn may work in place
-                    if intervention.skip_tokens:
-                        skip = torch.isin(tokens, torch.tensor(intervention.skip_tokens, device=tokens.device))
-                        changed = torch.where(skip[..., None], x, changed)
-                    x = changed
-            return x
-
-        return hook
+        start = cache.length if cache is not None else 0
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        if n_pad is not None:
+            positions = positions - n_pad[:, None]  # negative in the padding
+        return Hook(active, tokens, positions, wanted)
 
     def _run(
         self, tokens: Tensor, cache: Cache | None, n_pad: Tensor | None, hook: Hook, resume: Resume | None = None
@@ -389,7 +483,7 @@ class Transformer(nn.Module):
             if n_pad is not None:
                 mask = mask & (keys[None, :] >= n_pad[:, None])[:, None, None]
                 mask = mask | (keys[None, :] == positions[:, None])  # a padded position sees itself: no row is empty
-                positions = (positions[None] - n_pad[:, None]).clamp(min=0)  # (batch, seq)
+                positions = hook.positions.clamp(min=0)  # (batch, seq)
         rope = rope_tables(rope_frequencies_on(self.args, tokens.device), positions)
         first, x = resume or Resume(0, self.tok_embeddings(tokens).to(self.dtype))
         for i, layer in enumerate(list(self.layers)[first:], first):
@@ -399,11 +493,14 @@ class Transformer(nn.Module):
         return x
 
 
-def check_site(site: str, n_layers: int) -> int:
-    """The layer of a site such as layers.22.attention_norm. Raises ValueError, with the fix, for anything else."""
+def check_site(site: str, n_layers: int, kinds: Sequence[str] = SITES) -> int:
+    """The layer of a site such as layers.22.attention_norm. Raises ValueError, with the fix, for anything else.
+
+    kinds: what may stand last; by default those of width d_model, which an SAE can be trained on.
+    """
     parts = site.split(".")
-    if len(parts) != 3 or parts[0] != "layers" or not parts[1].isdecimal() or parts[2] not in SITES:
-        raise ValueError(f"{site!r} is not a site; write layers.N.S with S one of {', '.join(SITES)}.")
+    if len(parts) != 3 or parts[0] != "layers" or not parts[1].isdecimal() or parts[2] not in kinds:
+        raise ValueError(f"{site!r} is not a site; write layers.N.S with S one of {', '.join(kinds)}.")
     if int(parts[1]) >= n_layers:
         raise ValueError(f"{site!r} is beyond the model's {n_layers} layers; they are counted from 0.")
     return int(parts[1])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from latents.promotion import plain_tokens, standard_logits
 from latents.tables import STEERING
-from llama_3.model import Intervention, Transformer, check_site
+from llama_3.model import Intervention, Resume, Transformer, check_site
 from pipeline.sae_files import SaeFiles
 from serving.dose_response import Opened, Setting, part_by_part
 from serving.steering import Steering, make_steering
@@ -79,14 +79,15 @@ def one_latent_a_row(opened: Opened, latents: Tensor, setting: Setting) -> Inter
 def read_once(model: Transformer, layer_idx: int, prompt: Sequence[int]) -> Read:
     tokens = torch.tensor([list(prompt)], device=model.device)
     resid_pre = model.activations(tokens, f"layers.{layer_idx}.resid_pre")
-    return Read(tokens, resid_pre, model.continue_from(layer_idx, resid_pre, tokens)[0, 1:].softmax(-1))
+    return Read(tokens, resid_pre, model(tokens, resume=Resume(layer_idx, resid_pre))[0, 1:].softmax(-1))
 
 
 def gain(model: Transformer, layer_idx: int, read: Read, promoted: Tensor) -> Tensor:
     """(n, seq - 1) by how much the likeliest of the promoted tokens becomes likelier. promoted: (n, n_promoted), those
     of the latent that steers row n of a batch."""
     n, seq = len(promoted), read.tokens.shape[1]
-    logits = model.continue_from(layer_idx, read.resid_pre.expand(n, -1, -1), read.tokens.expand(n, -1))[:, 1:]
+    resume = Resume(layer_idx, read.resid_pre.expand(n, -1, -1))
+    logits = model(read.tokens.expand(n, -1), resume=resume)[:, 1:]
     theirs = promoted[:, None].expand(-1, seq - 1, -1)
     after = (logits.gather(-1, theirs) - logits.logsumexp(-1, keepdim=True)).exp()
     before = read.probs.expand(n, -1, -1).gather(-1, theirs)

@@ -1,9 +1,9 @@
 """The hand-written Llama 3 against transformers' LlamaForCausalLM, and against itself where two ways must agree.
 
-Compared in float32 to 1e-4, on scaled-down shapes of the released models with random weights: the logits and all seven
-sites of every layer, whole and with a cache; RoPE frequencies out to position 131072; padded rows against each row
-alone. Then what `activations` leaves uncomputed, what `intervene` changes and when it stops, and the loader's errors
-for broken checkpoints.
+Compared in float32 to 1e-4, on scaled-down shapes of the released models with random weights: the logits and all
+thirteen sites of every layer, whole and with a cache; RoPE frequencies out to position 131072; padded rows against
+each row alone. Then what `activations` leaves uncomputed, what `intervene` changes and when it stops, and the loader's
+errors for broken checkpoints.
 
     .venv/bin/python -m pytest tests/test_llama.py
 """
@@ -21,7 +21,16 @@ from hypothesis import strategies as st
 
 from llama_3 import load_model, load_tokenizer
 from llama_3.loading import read_params
-from llama_3.model import SITES, ModelArgs, Transformer, check_site, hidden_dim, rope_frequencies, rope_tables
+from llama_3.model import (
+    INNER_SITES,
+    SITES,
+    ModelArgs,
+    Transformer,
+    check_site,
+    hidden_dim,
+    rope_frequencies,
+    rope_tables,
+)
 from pipeline.errors import InputError
 
 BOS = 7  # any id serves as the token to skip
@@ -108,15 +117,25 @@ def meta_state(hf, shape: dict) -> dict[str, torch.Tensor]:
 
 
 def hf_run(hf, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Logits and the seven sites of every layer, read by hooks."""
-    sites, handles = {}, []
+    """Logits and the thirteen sites of every layer, read by hooks; q and k where transformers rotates them."""
+    from transformers.models.llama import modeling_llama
+
+    sites, handles, rotated = {}, [], []
 
     def keep(module, name, of_input=False):
         def hook(_, args, output):
             found = args[0] if of_input else output
             sites[name] = found[0] if isinstance(found, tuple) else found
+            if name.endswith("attention_out"):
+                sites[name.replace("attention_out", "attention_pattern")] = found[1]
 
         handles.append(module.register_forward_hook(hook))
+
+    def rotate_and_keep(q, k, *rope):
+        q, k = rotate(q, k, *rope)
+        halves = lambda x: x.transpose(1, 2).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)  # our order of pairs
+        rotated.append((halves(q), halves(k)))
+        return q, k
 
     for i, layer in enumerate(hf.model.layers):
         keep(layer.input_layernorm, f"layers.{i}.resid_pre", of_input=True)
@@ -126,9 +145,19 @@ def hf_run(hf, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tens
         keep(layer.post_attention_layernorm, f"layers.{i}.ffn_norm")
         keep(layer.mlp, f"layers.{i}.mlp_out")
         keep(layer, f"layers.{i}.resid_post")
-    logits = hf(tokens, use_cache=False).logits
+        keep(layer.self_attn.v_proj, f"layers.{i}.v")
+        keep(layer.self_attn.o_proj, f"layers.{i}.head_out", of_input=True)
+        keep(layer.mlp.down_proj, f"layers.{i}.mlp_hidden", of_input=True)
+    rotate = modeling_llama.apply_rotary_pos_emb
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_llama, "apply_rotary_pos_emb", rotate_and_keep)
+        logits = hf(tokens, use_cache=False).logits
     for handle in handles:
         handle.remove()
+    for i, (q, k) in enumerate(rotated):
+        sites |= {f"layers.{i}.q": q, f"layers.{i}.k": k}
+        for name in ("v", "head_out"):
+            sites[f"layers.{i}.{name}"] = sites[f"layers.{i}.{name}"].unflatten(-1, (-1, q.shape[-1]))
     return logits, sites
 
 
@@ -160,7 +189,7 @@ def test_logits_equal_transformers(pair):
 def test_every_site_equals_transformers(pair):
     model, tokens, _, sites, _ = pair
     ours = model.activations(tokens, list(sites))
-    assert list(ours) == list(sites) and len(sites) == len(SITES) * model.args.n_layers
+    assert list(ours) == list(sites) and len(sites) == (len(SITES) + len(INNER_SITES)) * model.args.n_layers
     for site, expected in sites.items():
         torch.testing.assert_close(ours[site], expected, atol=1e-4, rtol=0, msg=lambda text, s=site: f"{s}: {text}")
 

@@ -25,7 +25,7 @@ from llama_3 import load_model, load_tokenizer
 from llama_3.checkpoint import checkpoint_identity
 from llama_3.generation import generate
 from llama_3.loading import read_params
-from llama_3.model import SITES
+from llama_3.model import INNER_SITES, SITES
 from llama_3.packed import PackedLinear
 from pipeline.errors import InputError
 
@@ -94,7 +94,7 @@ def test_a_saved_model_gives_transformers_logits_and_sites(pair):
     logits, sites = hf_run(hf, tokens)
     model = load_model(str(folder))
     close(model(tokens), logits)
-    assert len(sites) == 2 * len(SITES)
+    assert len(sites) == 2 * (len(SITES) + len(INNER_SITES))
     for site, expected in sites.items():
         close(model.activations(tokens, site), expected)
     assert (model.output.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()) == hf.config.tie_word_embeddings

@@ -20,7 +20,7 @@ from latents.promotion import promoted_logits
 from latents.tables import PROMOTED
 from llama_3 import load_model, load_tokenizer
 from llama_3.checkpoint import TINY_LLAMA_DIR
-from llama_3.model import SITES
+from llama_3.model import SITES, Resume
 from pipeline.errors import InputError
 from pipeline.files import write_json
 from sae import TopKSparseAutoencoder, load_sae_model, save_sae
@@ -80,7 +80,7 @@ def test_logits_continued_from_a_layer_are_those_of_the_whole_model(model, kind)
     layer_idx = SITES.index(kind) % 3
     x = model.activations(tokens, f"layers.{layer_idx}.resid_pre")
     with model.intervene(f"layers.{layer_idx}.{kind}", lambda x: 2 * x, (276,)):
-        expected, found = model(tokens), model.continue_from(layer_idx, x, tokens)
+        expected, found = model(tokens), model(tokens, resume=Resume(layer_idx, x))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(found, model(tokens), atol=1e-2)
 

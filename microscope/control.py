@@ -1,0 +1,152 @@
+"""Control vectors: one direction per layer that tells positive prompts from negative ones, found from pairs of them.
+
+mean  the mean of the differences between the pairs' activations
+pca   the first principal component of these differences, not centred, pointing to the positive prompts
+
+Activations are resid_post of each prompt's last token, as in repeng (Vogel 2024; Zou et al. 2023, arXiv:2310.01405).
+A vector is as long as the activations of its layer are on average, so that strengths are shares of the stream.
+
+Files are llama.cpp's: direction.N is added to the output of block N, our layers.N.resid_post. Block 0 cannot be steered
+there.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gguf
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama_3.generation import encode_text
+from llama_3.model import Transformer
+from llama_3.tokenizer import Tokenizer
+from pipeline.errors import InputError
+from pipeline.files import atomic_path
+from sae import TopKSparseAutoencoder
+
+Method = Literal["mean", "pca"]
+_ARCHITECTURE = "controlvector"
+
+
+class ControlVector(NamedTuple):
+    vectors: Tensor  # (n_layers, d_model) float32, each as long as its layer's activations
+    separation: Tensor  # (n_layers,) share of held-out pairs whose positive prompt lies further along the vector
+
+
+@torch.inference_mode()
+def last_activations(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """(len(texts), n_layers, d_model) float32 on the CPU: resid_post of each text's last token."""
+    sites = [f"layers.{i}.resid_post" for i in range(model.args.n_layers)]
+    rows = []
+    for text in texts:
+        acts = model.activations(torch.tensor([encode_text(tokenizer, text)], device=model.device), sites)
+        rows.append(torch.stack([acts[site][0, -1].float().cpu() for site in sites]))
+    return torch.stack(rows)
+
+
+def control_vector(positive: Tensor, negative: Tensor, method: Method) -> ControlVector:
+    """positive, negative: (n_pairs, n_layers, d_model) activations of the pairs.
+
+    The last fifth of the pairs, at least one, is held out. Raises InputError for fewer than two pairs.
+    """
+    if len(positive) < 2:
+        raise InputError("A control vector needs at least two pairs of prompts, one of them to check it; add some.")
+    n_held_out = max(1, len(positive) // 5)
+    differences = positive - negative
+    known, held_out = differences[:-n_held_out], differences[-n_held_out:]
+    if method == "mean":
+        directions = known.mean(0)
+    else:
+        directions = torch.linalg.svd(known.transpose(0, 1), full_matrices=False).Vh[:, 0]  # (n_layers, d_model)
+        along = torch.einsum("pld,ld->pl", known, directions)
+        directions = directions * torch.where((along > 0).float().mean(0) < 0.5, -1.0, 1.0)[:, None]
+    directions = F.normalize(directions, dim=-1)
+    separation = ((held_out * directions).sum(-1) > 0).float().mean(0)
+    length = torch.cat([positive, negative]).norm(dim=-1).mean(0)
+    return ControlVector(directions * length[:, None], separation)
+
+
+@contextlib.contextmanager
+def steered(model: Transformer, vectors: Mapping[int, Tensor], strength: float) -> Iterator[None]:
+    """The model with strength x vector added to every token at layers.N.resid_post, inside the with block."""
+    with contextlib.ExitStack() as stack:
+        for layer, vector in vectors.items():
+            change = strength * vector
+            stack.enter_context(
+                model.intervene(f"layers.{layer}.resid_post", lambda x, change=change: x + change.to(x))
+            )
+        yield
+
+
+# ---- latents
+
+
+def nearest_latents(vector: Tensor, sae: TopKSparseAutoencoder, n: int) -> list[tuple[int, float]]:
+    """The n latents whose directions have the highest absolute cosine with a vector (d_model,), and the cosines.
+
+    The vector's mean over d_model is taken off first, as the SAE does with activations.
+    """
+    cosines = F.normalize(vector - vector.mean(), dim=0) @ _directions(sae)
+    best = cosines.abs().topk(min(n, len(cosines))).indices
+    return [(int(i), float(cosines[i])) for i in best]
+
+
+def pursuit(vector: Tensor, sae: TopKSparseAutoencoder, n: int) -> tuple[list[tuple[int, float]], float]:
+    """A vector as a sum of n latents by orthogonal matching pursuit (Pati et al. 1993): latents and coefficients of the
+    vector at unit length, and the share of its squared length that they explain."""
+    target = F.normalize(vector - vector.mean(), dim=0)
+    directions = _directions(sae)
+    chosen: list[int] = []
+    left, coefficients = target, target.new_zeros(0)
+    for _ in range(n):
+        scores = (left @ directions).abs()
+        scores[chosen] = -1
+        chosen.append(int(scores.argmax()))
+        basis = directions[:, chosen]
+        coefficients = torch.linalg.lstsq(basis, target[:, None]).solution[:, 0]
+        left = target - basis @ coefficients
+    return list(zip(chosen, coefficients.tolist(), strict=True)), 1 - float(left.square().sum())
+
+
+def _directions(sae: TopKSparseAutoencoder) -> Tensor:
+    return F.normalize(sae.decoder.weight.detach().float(), dim=0)  # (d_model, n_latents)
+
+
+# ---- files
+
+
+def write_gguf(path: Path | str, vectors: Mapping[int, Tensor]) -> None:
+    """Layer -> (d_model,), layers from 1 on, as llama.cpp's --control-vector reads them; atomically."""
+    with atomic_path(path) as temporary:
+        writer = gguf.GGUFWriter(str(temporary), _ARCHITECTURE)
+        writer.add_string(f"{_ARCHITECTURE}.model_hint", "llama")
+        writer.add_uint32(f"{_ARCHITECTURE}.layer_count", len(vectors))
+        for layer, vector in sorted(vectors.items()):
+            writer.add_tensor(f"direction.{layer}", vector.float().contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def read_gguf_vectors(path: Path | str, model: Transformer) -> dict[int, Tensor]:
+    """Layer -> (d_model,) float32. Raises InputError for a file that is broken or does not fit the model."""
+    try:
+        found = {each.name: torch.from_numpy(each.data.copy()) for each in gguf.GGUFReader(str(path)).tensors}
+    except (OSError, ValueError, IndexError) as error:
+        raise InputError(f"{path} cannot be read ({error}); name a control vector in GGUF.") from None
+    vectors = {}
+    for name, vector in found.items():
+        kind, _, layer = name.partition(".")
+        if kind != "direction" or not layer.isdecimal() or vector.dim() != 1:
+            raise InputError(f"{path} holds {name}, not only direction.N; name a control vector.")
+        if vector.shape[0] != model.args.dim or not 1 <= int(layer) < model.args.n_layers:
+            raise InputError(
+                f"{path} has {name} of {vector.shape[0]} numbers, but this model has layers 1 to "
+                f"{model.args.n_layers - 1} of {model.args.dim}; name a control vector of this model."
+            )
+        vectors[int(layer)] = vector.float()
+    return vectors

@@ -1,0 +1,327 @@
+"""The microscope against transformers' own model, changed or hooked by hand, in float32 to 1e-4.
+
+Lens: hidden states through transformers' norm and head. Ablation: columns of o_proj set to zero. Patching: a forward
+hook that replaces one position. Attribution: sums, and a part of the residual stream computed from o_proj's columns.
+Gradients: finite differences. Then the commands: what they print, and what they refuse.
+
+    .venv/bin/python -m pytest tests/test_microscope.py
+"""
+
+import contextlib
+import json
+
+import pytest
+import torch
+from conftest import write_tiny_model
+from test_llama import NORM_EPS, SHAPES, VOCAB_SIZE, hf_model, meta_state
+
+import llama_3_microscope as script
+from llama_3 import load_model
+from microscope.ablation import Ablation, effect, every_head
+from microscope.attention import head_scores, patterns
+from microscope.attribution import attribution
+from microscope.lens import logit_lens
+from microscope.patching import Contrast, attribution_patch, normalised, patch_heads, patch_map
+from microscope.prompts import Prompt
+from microscope.tensors import all_sites, load_tensors, patches_from, save_tensors, tensors
+from pipeline.errors import InputError
+from sae import TopKSparseAutoencoder
+
+SHAPE = SHAPES["3.2-3B"]
+N_LAYERS, N_HEADS, HEAD_DIM = SHAPE["n_layers"], SHAPE["n_heads"], SHAPE["dim"] // SHAPE["n_heads"]
+ANSWER, OTHER = 12, 34
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return hf_model(SHAPE, 32.0, True)
+
+
+@pytest.fixture(scope="module")
+def model_dir(hf, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("microscope")
+    params = {key: value for key, value in SHAPE.items() if key != "hidden"}
+    write_tiny_model(folder, vocab_size=VOCAB_SIZE, norm_eps=NORM_EPS, **params)
+    torch.save(meta_state(hf, SHAPE), folder / "consolidated.00.pth")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(model_dir):
+    return load_model(model_dir, rope_scaling_factor=32.0)
+
+
+def prompt_of(*ids: int) -> Prompt:
+    return Prompt(list(ids), [str(i) for i in ids])
+
+
+CLEAN, CORRUPTED = prompt_of(5, 17, 60, 33, 2, 71), prompt_of(5, 17, 44, 33, 2, 71)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(torch.as_tensor(actual), torch.as_tensor(expected), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def hf_logits(hf, prompt: Prompt) -> torch.Tensor:
+    return hf(torch.tensor([prompt.ids]), use_cache=False).logits[0]
+
+
+@contextlib.contextmanager
+def without_heads(hf, layer: int, heads):
+    """transformers' model with what these heads write multiplied by zero."""
+    weight = hf.model.layers[layer].self_attn.o_proj.weight
+    kept = weight.clone()
+    for head in heads:
+        weight.data[:, head * HEAD_DIM : (head + 1) * HEAD_DIM] = 0
+    try:
+        yield
+    finally:
+        weight.data.copy_(kept)
+
+
+# ---- instruments
+
+
+def test_lens_is_the_norm_and_head_over_hidden_states(hf, model):
+    with torch.no_grad():
+        hidden = hf(torch.tensor([CLEAN.ids]), output_hidden_states=True).hidden_states
+        final = hf_logits(hf, CLEAN).log_softmax(-1)
+        for layer, found in enumerate(logit_lens(model, CLEAN, "resid_pre", 4)):
+            p = hf.lm_head(hf.model.norm(hidden[layer][0])).softmax(-1)
+            close(found.probabilities, p.topk(4).values)
+            assert torch.equal(found.token_ids, p.topk(4).indices)
+            close(found.entropy, torch.distributions.Categorical(p).entropy())
+            close(found.kl, torch.nn.functional.kl_div(p.log(), final, log_target=True, reduction="none").sum(-1))
+    assert logit_lens(model, CLEAN, "resid_post", 1)[-1].kl.abs().max() < 1e-4
+
+
+def test_patterns_and_scores(hf, model):
+    tokens = [7, *range(20, 28), *range(20, 28)]
+    with torch.no_grad():
+        expected = torch.stack(hf(torch.tensor([tokens]), output_attentions=True).attentions)[:, 0]
+    close(patterns(model, prompt_of(*tokens), [0, 2]), expected[[0, 2]])
+    scores = head_scores(model, tokens, 8)
+    mean = lambda key: torch.stack([expected[:, :, q, key(q)] for q in range(9, 17)]).mean(0)
+    close(scores.induction, mean(lambda q: q - 7))
+    close(scores.previous, mean(lambda q: q - 1))
+    close(scores.first, mean(lambda q: 0))
+
+
+def test_ablating_heads_equals_weights_of_zero(hf, model):
+    with without_heads(hf, 1, [0, 4]):
+        logits = hf_logits(hf, CLEAN)
+    found = effect(model, CLEAN, Ablation(heads={1: [0, 4]}))
+    close(found.log_p, logits[-1].log_softmax(-1))
+    close(found.loss, torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(CLEAN.ids[1:])))
+    for head, each in enumerate(every_head(model, CLEAN, "zero", 1)):
+        with without_heads(hf, 1, [head]):
+            close(each.log_p, hf_logits(hf, CLEAN)[-1].log_softmax(-1))
+
+
+def test_mean_ablation_and_whole_layers(hf, model):
+    def mean(_, args):
+        return (args[0].mean(1, keepdim=True).expand_as(args[0]),)
+
+    handle = hf.model.layers[2].self_attn.o_proj.register_forward_pre_hook(mean)
+    expected = hf_logits(hf, CLEAN)
+    handle.remove()
+    every = Ablation(heads={2: list(range(N_HEADS))}, value="mean")
+    close(effect(model, CLEAN, every).log_p, expected[-1].log_softmax(-1))
+    handle = hf.model.layers[1].mlp.register_forward_hook(lambda *args: 0 * args[2])
+    with without_heads(hf, 0, range(N_HEADS)):
+        expected = hf_logits(hf, CLEAN)
+    handle.remove()
+    found = effect(model, CLEAN, Ablation(attention_layers=[0], mlp_layers=[1]))
+    close(found.log_p, expected[-1].log_softmax(-1))
+
+
+def test_patching_equals_a_hook_that_replaces_one_position(hf, model):
+    contrast = Contrast(CLEAN, CORRUPTED, ANSWER, OTHER)
+    ends = contrast.ends(model)
+    difference = lambda logits: float(logits[-1, ANSWER] - logits[-1, OTHER])
+    close(ends, (difference(hf_logits(hf, CLEAN)), difference(hf_logits(hf, CORRUPTED))))
+    sites = [f"layers.{i}.resid_post" for i in range(N_LAYERS)]
+    found = patch_map(model, contrast, sites, ends)
+    with torch.no_grad():
+        hidden = hf(torch.tensor([CLEAN.ids]), output_hidden_states=True).hidden_states
+    for layer in range(N_LAYERS - 1):  # the last hidden state is normalised
+        for position in range(6):
+
+            def patch(_, args, output, layer=layer, position=position):
+                output[:, position] = hidden[layer + 1][:, position]
+                return output
+
+            handle = hf.model.layers[layer].register_forward_hook(patch)
+            expected = difference(hf_logits(hf, CORRUPTED))
+            handle.remove()
+            close(found[layer, position], normalised(torch.tensor(expected), ends))
+    close(found[0, :2], torch.zeros(2))  # nothing differs before the changed word
+    close(found[-1], torch.tensor([0.0, 0, 0, 0, 0, 1]))
+
+
+def test_patching_heads_equals_replacing_their_part_of_the_input_of_o_proj(hf, model):
+    contrast = Contrast(CLEAN, CORRUPTED, ANSWER, OTHER)
+    ends = contrast.ends(model)
+    found = patch_heads(model, contrast, ends)
+    kept: list[torch.Tensor] = []
+    o_proj = hf.model.layers[1].self_attn.o_proj
+    handle = o_proj.register_forward_pre_hook(lambda _, args: kept.append(args[0].clone()))
+    hf_logits(hf, CLEAN)
+    handle.remove()
+    for head in range(N_HEADS):
+
+        def patch(_, args, head=head):
+            own = args[0].clone()
+            part = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+            own[..., part] = kept[0][..., part]
+            return (own,)
+
+        handle = o_proj.register_forward_pre_hook(patch)
+        logits = hf_logits(hf, CORRUPTED)
+        handle.remove()
+        close(found[1, head], normalised(logits[-1, ANSWER] - logits[-1, OTHER], ends))
+
+
+def test_attribution_patching_is_the_derivative_of_patching(model):
+    contrast = Contrast(CLEAN, CORRUPTED, ANSWER, OTHER)
+    ends, site, step = contrast.ends(model), "layers.1.resid_mid", 1e-2
+    found = attribution_patch(model, contrast, ["layers.0.mlp_out", site], ends)[1]
+    clean = model.activations(torch.tensor([CLEAN.ids]), site)
+    corrupted = model.activations(torch.tensor([CORRUPTED.ids]), site)
+    for position in range(6):
+        differences = []
+        for sign in (1, -1):
+            with model.intervene(site, lambda x, s=sign: x + s * step * (clean - corrupted), positions=[position]):
+                differences.append(contrast.difference(model(torch.tensor([CORRUPTED.ids])))[0])
+        slope = (differences[0] - differences[1]) / (2 * step) / (ends[0] - ends[1])
+        torch.testing.assert_close(found[position], slope, atol=2e-3, rtol=2e-2)
+    assert found.abs().max() > 0.05
+
+
+def test_attribution_sums_to_the_logit_difference(hf, model):
+    parts, difference = attribution(model, CLEAN, ANSWER, OTHER)
+    logits = hf_logits(hf, CLEAN)[-1]
+    close(difference, logits[ANSWER] - logits[OTHER])
+    close(sum(part.amount for part in parts), difference)
+    assert len(parts) == 1 + N_LAYERS * (N_HEADS + 1)
+    kept: list[torch.Tensor] = []
+    with torch.no_grad():
+        attn = hf.model.layers[2].self_attn
+        handles = [attn.o_proj.register_forward_pre_hook(lambda _, args: kept.append(args[0][0, -1]))]
+        handles.append(hf.model.norm.register_forward_pre_hook(lambda _, args: kept.append(args[0][0, -1])))
+        hf_logits(hf, CLEAN)
+        for handle in handles:
+            handle.remove()
+        part = slice(3 * HEAD_DIM, 4 * HEAD_DIM)
+        vector = attn.o_proj.weight[:, part] @ kept[0][part] * hf.model.norm.weight
+        by_hand = hf.lm_head(vector / (kept[1].square().mean() + NORM_EPS).sqrt())
+    close(dict(parts)["head 2.3"], by_hand[ANSWER] - by_hand[OTHER])
+
+
+@pytest.mark.parametrize("site", ["layers.1.resid_post", "layers.1.resid_pre"])
+def test_attribution_to_latents_sums_too(model, site):
+    torch.manual_seed(0)
+    sae = TopKSparseAutoencoder(SHAPE["dim"], 80, 5)
+    sae.initialize(torch.randn(SHAPE["dim"]) * 0.1)
+    sae.info["site"] = site
+    parts, difference = attribution(model, CLEAN, ANSWER, None, sae)
+    close(sum(part.amount for part in parts), difference)
+    latents = [part.name for part in parts if part.name.startswith("latent")]
+    values, indices = sae.encode(model.activations(torch.tensor([CLEAN.ids]), site)[0, -1])
+    assert latents == [f"latent {int(i)}" for i, value in zip(indices, values, strict=True) if value > 0]
+    assert not any(part.name.startswith(("head 0.", "embedding")) for part in parts)
+    sae.info["site"] = "layers.1.attention_norm"
+    with pytest.raises(InputError, match="needs an SAE of the residual stream"):
+        attribution(model, CLEAN, ANSWER, None, sae)
+
+
+def test_saved_tensors_bring_the_clean_answer_back(model, model_dir, tmp_path):
+    path, site = tmp_path / "clean.safetensors", "layers.2.resid_post"
+    save_tensors(path, tensors(model, CLEAN, [site, "layers.1.attention_pattern"]), model_dir)
+    found = load_tensors(path, model_dir)
+    assert set(found) == {site, "layers.1.attention_pattern"}
+    (patch,) = patches_from({site: found[site]}, 6, None, False)
+    with model.intervene(*patch):
+        close(model(torch.tensor([CORRUPTED.ids])), model(torch.tensor([CLEAN.ids])))
+    (patch,) = patches_from({site: found[site]}, 3, None, True)
+    with model.intervene(*patch):
+        close(model.activations(torch.tensor([[1, 2, 3]]), site)[0], found[site].mean(0).expand(3, -1))
+    with pytest.raises(InputError, match="was saved for 6 tokens, this prompt has 3"):
+        patches_from({site: found[site]}, 3, None, False)
+    assert len(all_sites(model.args, [0, 2])) == 26
+
+
+# ---- commands
+
+TEXT = ["--prompt", "hello a"]
+
+
+def printed(capsys, *words: str) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["llama_3_microscope.py", *words])
+        script.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["lens", *TEXT, "--kind", "mlp_out"],
+        ["attention", "--repeated_tokens", "6"],
+        ["attention", *TEXT, "--head", "1.2"],
+        ["ablate", *TEXT, "--all_heads", "--value", "mean"],
+        ["patch", *TEXT, "--corrupted", "hello the", "--answers", " the", " a"],
+        ["attribution", *TEXT],
+    ],
+    ids=lambda words: " ".join(words[:1] + words[3:4]),
+)
+def test_tables_fit_80_columns_and_pictures_appear(words, tiny_model_dir, tmp_path, capsys):
+    picture = tmp_path / "picture.png"
+    words = [*words, "--llama_model_dir", str(tiny_model_dir)]
+    text = printed(capsys, *words, "--picture_path", str(picture))
+    assert max(map(len, text.splitlines())) <= 80 and len(text.splitlines()) > 3
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for line in printed(capsys, *words, "--json").splitlines():
+        assert json.loads(line)["rows"]
+
+
+def test_tensors_to_a_file_and_into_a_prompt(tiny_model_dir, tmp_path, capsys):
+    path, folder = str(tmp_path / "t.safetensors"), ["--llama_model_dir", str(tiny_model_dir)]
+    text = printed(capsys, "tensors", *TEXT, *folder, "--sites", "layers.1.mlp_out", "--save_path", path)
+    assert "layers.1.mlp_out" in text and path in text
+    assert "patched" in printed(capsys, "patch", "--prompt", "aa 12", *folder, "--from_path", path, "--average")
+    ablated = printed(capsys, "ablate", *TEXT, *folder, "--keep_heads", "1.0", "--mlp_layers", "0", "--new_tokens", "3")
+    assert "ablated" in ablated
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["lens"], "This needs a prompt; give one with --prompt."),
+        (["lens", *TEXT, "--position", "99"], "There is no position 99; this prompt has positions 0 to"),
+        (["attention", *TEXT, "--head", "1.6"], "There is no head 1.6; layers have heads 0 to 5."),
+        (["attention", *TEXT, "--head", "one"], "'one' is not a head; write LAYER.HEAD"),
+        (["ablate", *TEXT, "--mlp_layers", "3"], "There is no layer 3; this model has layers 0 to 2."),
+        (["ablate", *TEXT], "Nothing is switched off"),
+        (["patch", *TEXT, "--corrupted", "hello"], "The prompts do not align"),
+        (["patch", *TEXT, "--corrupted", "hello a"], "Both prompts are the same"),
+        (["attribution", *TEXT, "--answers", "xyz"], "The answer 'xyz' is 3 tokens"),
+        (["tensors", *TEXT, "--sites", "layers.0.nothing"], "'layers.0.nothing' is not a site"),
+        (["patch", *TEXT, "--from_path", "none.safetensors"], "none.safetensors cannot be read"),
+    ],
+    ids=lambda each: " ".join(each)[:40] if isinstance(each, list) else "",
+)
+def test_bad_input_is_refused_in_a_sentence(words, sentence, tiny_model_dir, capsys):
+    with pytest.raises(InputError) as refused:
+        printed(capsys, *words, "--llama_model_dir", str(tiny_model_dir))
+    assert str(refused.value).startswith(sentence)
+
+
+def test_a_file_of_another_model_and_too_long_a_prompt(model, model_dir, tiny_model_dir, tmp_path, monkeypatch):
+    save_tensors(tmp_path / "t.safetensors", tensors(model, CLEAN, ["layers.0.mlp_out"]), model_dir)
+    with pytest.raises(InputError, match="is of another model"):
+        load_tensors(tmp_path / "t.safetensors", str(tiny_model_dir))
+    monkeypatch.setattr("microscope.prompts.MOST_PATTERN_BYTES", 100)
+    with pytest.raises(InputError, match="would take"):
+        patterns(model, CLEAN, [0])
