@@ -395,7 +395,7 @@ def test_mode_and_strength_of_the_sae_unless_given(tiny_model_dir, sae_path, cap
     info = json.loads(sae_path.with_suffix(".json").read_text())
     entry = {"mode": "clamp", "strength": 7, "slider": [-9, 9]}
     write_json(sae_path.with_suffix(".json"), info | {"steering": entry})
-    assert steered() == explicit != steered(mode="add")
+    assert steered() == explicit != steered(mode="ablate")
     assert steered(strengths=-7) == steered(strengths=[-7, -7], mode="clamp") != explicit
     for broken in (
         {"mode": "push"},
