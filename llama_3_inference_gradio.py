@@ -100,7 +100,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from latents.index import SORTS, LatentIndex, Sort
-from latents.interesting import interesting_latents
+from latents.interesting import interesting_latents, latents_to_steer
 from latents.meanings import is_embedded
 from llama_3.chat import Message, check_chat
 from pipeline.errors import InputError
@@ -296,7 +296,7 @@ def first_chosen(served: Served, index: LatentIndex) -> list[int]:
         found = index.search(_TINY_LATENT, sort="score")
         return [row["latent"] for row in found if row["meaning"] == _TINY_LATENT][:1]
     highest = served.opened.highest
-    return [] if highest is None else [latent for latent in interesting_latents(index) if highest[latent] > 0][:1]
+    return [] if highest is None else [latent for latent in latents_to_steer(index) if highest[latent] > 0][:1]
 
 
 # ---- links from one part to another

@@ -51,6 +51,13 @@ class Described(Protocol):
     certainty: np.ndarray
     score: np.ndarray
     frequency: np.ndarray
+    output_score: np.ndarray
+
+
+def latents_to_steer(latents: Described) -> list[int]:
+    """The interesting latents, those that steer best first (`output_score`)."""
+    score = np.nan_to_num(latents.output_score, nan=-np.inf)
+    return sorted(interesting_latents(latents), key=lambda latent: -score[latent])
 
 
 def interesting_latents(latents: Described) -> list[int]:

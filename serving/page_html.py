@@ -9,6 +9,7 @@ from torch import Tensor
 
 from latents.cards import CARD_CSS, card_html
 from latents.index import LatentIndex, Sort
+from latents.interesting import latents_to_steer
 from latents.markup import mark_differences, visible
 from pipeline.errors import InputError
 from serving.requests import Look, Served
@@ -74,11 +75,11 @@ def clicked(address: object) -> tuple[str, int]:
 
 
 def results_html(index: LatentIndex, query: str, n_suggested: int) -> str:
-    """The first latents that a search finds, to click; without a search, interesting ones."""
+    """The first latents that a search finds, to click; without a search, those that are best to steer with."""
     if not query.strip():
-        rows = [row for row in index.search(limit=n_suggested) if row["meaning"]]
-        links = " ".join(f"<a href='#steer-{row['latent']}'>{html.escape(row['meaning'])}</a>" for row in rows)
-        return f"<p class='suggested'>or one of these: {links}</p>" if rows else ""
+        names = {latent: index.meaning.item(latent) for latent in latents_to_steer(index)[:n_suggested]}
+        links = " ".join(f"<a href='#steer-{latent}'>{html.escape(name)}</a>" for latent, name in names.items())
+        return f"<p class='suggested'>or one of these: {links}</p>" if names else ""
     rows = index.search(query, sort="score", limit=_N_RESULTS)
     if not rows:
         return status_html(why_nothing_is_found(index, query), is_error=True)

@@ -28,7 +28,7 @@ from support.pipeline_runs import as_flags, refusal
 
 import llama_3_inference_gradio as page_script
 from latents.index import LatentIndex
-from latents.interesting import interesting_latents
+from latents.interesting import interesting_latents, latents_to_steer
 from latents.markup import visible
 from latents.origin import read_info
 from llama_3 import generation, load_model, load_tokenizer
@@ -255,10 +255,10 @@ def test_first_visit(visit, address, alone):
     first = alone.index.search(limit=1)[0]
     window.locator(f".latent-card[data-latent='{first['latent']}']").wait_for()
     assert first["meaning"] in window.locator(".latents tr:has(td)").first.text_content()
-    suggested = window.locator(".suggested a")
-    assert suggested.first.text_content() == first["meaning"]
+    suggested, latent = window.locator(".suggested a"), latents_to_steer(alone.index)[0]
+    assert suggested.first.text_content() == alone.index.meaning_of(latent)
     suggested.first.click()
-    window.locator(f".slot a[href='#card-{first['latent']}']").wait_for()
+    window.locator(f".slot a[href='#card-{latent}']").wait_for()
 
 
 @needs_browser

@@ -23,7 +23,7 @@ from support.pipeline_runs import call, refusal
 
 import sae_report
 from latents.index import LatentIndex, match_rank
-from latents.interesting import interesting_latents
+from latents.interesting import interesting_latents, latents_to_steer
 from latents.markup import mark_differences
 from llama_3 import load_tokenizer
 from pipeline.files import write_json
@@ -265,7 +265,10 @@ def test_interesting_latents_by_hand(tmp_path):
             self.highest = self.frequency
             self.output_score, self.steers_well = np.full(len(rows), np.nan), np.zeros(len(rows), dtype=bool)
 
-    assert interesting_latents(Index()) == [1, 0, 12, 11, 13]
+    index = Index()
+    assert interesting_latents(index) == latents_to_steer(index) == [1, 0, 12, 11, 13]
+    index.output_score[[3, 11, 12]] = 0.9, 0.2, 0.1
+    assert latents_to_steer(index) == [11, 12, 1, 0, 13]
     assert sae_report.chosen_latents(Index(), 7) == [1, 0, 12, 11, 13, 3, 4]
     assert sorted(sae_report.chosen_latents(Index(), 99)) == list(range(15))
 
