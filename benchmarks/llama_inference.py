@@ -1,10 +1,12 @@
 """Our Llama against transformers' `generate`: prefill and decode rates, time to load, memory.
 
-Both load the same checkpoint of random weights: Llama 3.2 1B with every width and the vocabulary halved (309 million
-parameters, tied output, bfloat16 on disk). Greedy. Rates are medians of ROUNDS interleaved measurements in one process;
-loading is measured in separate processes. Ours uses `pack()` on a CPU, as llama_3_inference.py does.
+Both load the same checkpoint: random weights, Llama 3.2 1B with every width and the vocabulary halved (309 million
+parameters, tied output, bfloat16 on disk), or MODEL_DIR's, written again as transformers reads them. Rates are medians
+of ROUNDS interleaved measurements in one process; loading is measured in separate processes. Ours uses `pack()` on a
+CPU, as llama_3_inference.py does.
 
     .venv/bin/python benchmarks/llama_inference.py
+    .venv/bin/python benchmarks/llama_inference.py --model_dir models/smollm2-135M-Instruct-Q4_1 --temperature 0.8
 """
 
 import json
@@ -18,9 +20,11 @@ from typing import Any, Literal, NamedTuple
 from common import processor, timed
 
 from pipeline.files import PROJECT_DIR
-from pipeline.options import Count, parse_constants
+from pipeline.options import Count, NotNegative, parse_constants
 from pipeline.run import run
 
+MODEL_DIR: str | None = None  # a real model, in transformers' format or GGUF, instead of the shape below
+TEMPERATURE: NotNegative = 0.0  # 0: greedy; above: sampled, top-p 0.95
 ROUNDS: Count = 5  # measurements of each, interleaved; medians are reported
 PROMPT_TOKENS: Count = 256  # tokens per prompt
 NEW_TOKENS: Count = 32  # tokens decoded after the first
@@ -33,6 +37,8 @@ N_HEADS: Count = 16
 N_KV_HEADS: Count = 4
 FEED_FORWARD: Count = 4096
 VOCAB_SIZE: Count = 64128
+
+_TOP_P = 0.95  # nucleus sampling
 
 _LOAD = """
 import re, sys, threading, time
@@ -132,6 +138,22 @@ def write_checkpoint(folder: Path, shape: Shape) -> None:
     LlamaForCausalLM(llama).bfloat16().save_pretrained(folder)
 
 
+def write_again(model_dir: Path, folder: Path) -> None:
+    """A real model as a Hugging Face folder in bfloat16. GGUF files are converted by transformers' own reader."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    files = sorted(model_dir.glob("*.gguf"))
+    if files:
+        config = LlamaConfig(**load_gguf_checkpoint(str(files[0]))["config"])
+        model = LlamaForCausalLM(config)
+        read = load_gguf_checkpoint(str(files[0]), return_tensors=True, model_to_load=model)["tensors"]
+        model.load_state_dict(read, strict=not config.tie_word_embeddings)
+    else:
+        model = LlamaForCausalLM.from_pretrained(model_dir)
+    model.bfloat16().save_pretrained(folder)
+
+
 def measure_loading(folder: Path, dtype: str, rounds: int) -> dict[str, list[float]]:
     """Medians of _WHAT_LOADING_TAKES, in seconds and bytes."""
     results: dict[str, list[list[float]]] = {"ours": [], "transformers": []}
@@ -150,7 +172,7 @@ class Decoding(NamedTuple):
     rounds: int
     prompt_tokens: int
     new_tokens: int
-    vocab_size: int
+    temperature: float
 
 
 def measure_rates(folder: Path, dtype: str, batch_size: int, what: Decoding) -> dict[str, tuple[float, float]]:
@@ -160,20 +182,23 @@ def measure_rates(folder: Path, dtype: str, batch_size: int, what: Decoding) -> 
     theirs = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(what.device)
     ours = load_model(str(folder), what.device, getattr(torch, dtype), packed=True)
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(what.vocab_size, (batch_size, what.prompt_tokens), generator=generator)
+    prompts = torch.randint(ours.args.vocab_size, (batch_size, what.prompt_tokens), generator=generator)
     rows = prompts.tolist()
     prompts = prompts.to(what.device)
-    options: dict[str, Any] = dict(attention_mask=torch.ones_like(prompts), do_sample=False, pad_token_id=0)
+    options: dict[str, Any] = dict(attention_mask=torch.ones_like(prompts), pad_token_id=0, eos_token_id=None)
+    options |= dict(do_sample=False)
+    if what.temperature:
+        options |= dict(do_sample=True, temperature=what.temperature, top_p=_TOP_P, top_k=0)
 
     def decode(kind: str, n_new: int) -> list[Any]:
         if kind == "ours":
-            return list(generate(ours, rows, n_new, stop_tokens=[]))
+            return list(generate(ours, rows, n_new, stop_tokens=[], temperature=what.temperature, top_p=_TOP_P))
         with torch.inference_mode():
             return theirs.generate(prompts, max_new_tokens=n_new, **options)[:, what.prompt_tokens :].T.tolist()
 
     times: dict[str, list[tuple[float, float]]] = {"ours": [], "transformers": []}
     first = {kind: decode(kind, 4) for kind in times}  # to warm up
-    assert dtype != "float32" or first["ours"] == first["transformers"]  # the same tokens
+    assert dtype != "float32" or what.temperature or first["ours"] == first["transformers"]  # the same tokens
     for _ in range(what.rounds):
         for kind, found in times.items():
             prefill, whole = timed(decode, kind, 1)[0], timed(decode, kind, 1 + what.new_tokens)[0]
@@ -205,7 +230,10 @@ def main() -> None:
     rows: list[str] = []
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), shape)
+        if config.model_dir:
+            write_again(Path(config.model_dir), Path(folder))
+        else:
+            write_checkpoint(Path(folder), shape)
         for dtype in config.dtypes:
             for batch_size in config.batch_sizes:
                 found = results[f"{dtype}, batch {batch_size}"] = measure_rates(Path(folder), dtype, batch_size, what)

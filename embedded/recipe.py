@@ -217,7 +217,10 @@ def naming_stages(sae: Path, activations: Path) -> list[tuple[str, list[str]]]:
         ),
         ("How well the names tell where a latent fires", scores(sae, sae.with_name(f"{MEANING}.yaml"))),
         ("Tokens that the latents promote", command("promoted_tokens.py", model_path=sae)),
-        ("How strongly to steer, and which latents steer well", command("sae_steering.py", model_path=sae)),
+        (
+            "How strongly to steer, and which latents steer well",
+            command("sae_steering.py", model_path=sae, n_concepts=8),
+        ),
     ]
 
 

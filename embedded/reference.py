@@ -44,7 +44,7 @@ from sae import load_sae_model, save_sae
 
 _MEANINGS_DIR = "latent_index_meaning"  # of the tiny Llama's names
 _OF_TRAINING = ("curves.png", "frequencies.png", "metrics.jsonl")  # NAME.* files to copy unchanged
-_TOP_KEPT = 8  # sentences per latent in the committed NAME.top.parquet
+_TOP_KEPT = 5  # sentences per latent in the committed NAME.top.parquet
 
 
 def write_sae(found: SaeFiles, made: SaeFiles, model_dir: str) -> None:
@@ -126,10 +126,17 @@ def make_smollm2s(run_dir: Path, documents: str | None) -> None:
         if path:
             shutil.copy2(path, texts)
     processes = recipes.processes_for(torch.cuda.device_count())
-    all_text = SMOLLM2._replace(documents=str(texts), dtype="bfloat16", num_samples=0, n_latents=6144, num_epochs=4)
+    all_text = SMOLLM2._replace(
+        documents=str(texts),
+        dtype="bfloat16",
+        num_samples=135_000,
+        n_latents=6144,
+        num_epochs=3,
+        training={**SMOLLM2.training, "encoder_dtype": "bfloat16"},
+    )
     for _, words in recipes.training_stages(all_text, run_dir, processes):
         run_command(words)
-    own_words = all_text._replace(documents=SMOLLM2.documents)
+    own_words = all_text._replace(documents=SMOLLM2.documents, num_samples=0)
     (_, sentences), (_, capture), *_ = recipes.training_stages(own_words, run_dir / "own_words", processes)
     run_command(sentences)
     run_command(capture)

@@ -5,14 +5,6 @@ import re
 from collections.abc import Sequence
 
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
-_FUNCTION_WORDS = """
-about after all also and any are because been before being both but can could did does each either else even every few
-for from had has have having her here hers him his how into its just like many may might more most much must neither nor
-not now off one only onto other our out over own shall she should since some such than that the their them then there
-these they this those though through thus too under until upon very was were what when where whether which while who
-whom whose why will with within without would yet you your
-"""
-FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())  # English text holds them whatever it is about
 
 
 def words_of(sentence: str) -> frozenset[str]:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from latents.interesting import is_empty
 from latents.tables import PROMOTED
-from latents.words import FUNCTION_WORDS
 from llama_3.checkpoint import TINY_LLAMA_DIR
 from llama_3.generation import generate
 from llama_3.model import Intervention, Transformer
@@ -94,8 +94,8 @@ def neutral_prompts(model_dir: str) -> tuple[str, ...]:
 def plain_concepts(sae_path: str) -> dict[int, tuple[Concept, float]]:
     """Latents whose name consists of plain words, one of them among the tokens that the latent's direction promotes.
 
-    With the standard score of its most promoted word. Words of fewer than three letters, and words such as "the" that
-    any text holds, are not plain.
+    With the standard score of its most promoted word. Words that say little about what a text is about are not plain
+    (latents/interesting.py).
     """
     promoted = PROMOTED.read(SaeFiles(sae_path).beside(PROMOTED.suffix), ["tokens", "scores"]).to_pydict()
     found = {}
@@ -111,7 +111,7 @@ def plain_concepts(sae_path: str) -> dict[int, tuple[Concept, float]]:
 
 
 def is_plain_word(word: str) -> bool:
-    return word.isalpha() and len(word) > 2 and word not in FUNCTION_WORDS and word != "number"
+    return word.isalpha() and not is_empty(word)
 
 
 def choose_concepts(sae_path: str, n: int, scores: Mapping[int, float] | None = None) -> list[Concept]:
