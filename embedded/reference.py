@@ -131,12 +131,12 @@ def make_smollm2s(run_dir: Path, documents: str | None) -> None:
         dtype="bfloat16",
         num_samples=135_000,
         n_latents=6144,
-        num_epochs=3,
+        num_epochs=2,
         training={**SMOLLM2.training, "encoder_dtype": "bfloat16"},
     )
     for _, words in recipes.training_stages(all_text, run_dir, processes):
         run_command(words)
-    own_words = all_text._replace(documents=SMOLLM2.documents, num_samples=0)
+    own_words = all_text._replace(documents=SMOLLM2.documents, num_samples=30_000)
     (_, sentences), (_, capture), *_ = recipes.training_stages(own_words, run_dir / "own_words", processes)
     run_command(sentences)
     run_command(capture)
