@@ -18,7 +18,7 @@ RUN_DIR = "demo_run"  # folder for everything; emptied first
 REPORT_LATENTS: Count = 150  # latents with a card in the HTML report
 STEERING_SAMPLES: Count = 128  # completions to count, clean and steered each
 
-_N_TRIED = 16  # latents tried for steering
+_N_TRIED = 8  # latents tried for steering
 _SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 _QUESTION = "What would make a perfect day?"  # of the steered chat
 
