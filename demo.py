@@ -54,6 +54,7 @@ from pipeline.manifests import read_manifest
 from pipeline.progress import duration, progress_bar
 from pipeline.sae_files import SaeFiles
 from sae import load_sae_model
+from serving.dose_response import is_plain_word
 from serving.modes import Mode, steering_defaults
 from serving.own_words import count_hits
 from serving.steering import Steering, highest_activations, make_steering
@@ -131,10 +132,10 @@ class Steered(NamedTuple):
 
 
 def steering_candidates(index: LatentIndex) -> list[Candidate]:
-    """The interesting latents whose name is single words."""
+    """The interesting latents whose name is single words, each saying what a text is about."""
     named = [(latent, index.meaning[latent]) for latent in interesting_latents(index)]
     candidates = [Candidate(latent, meaning.split(", "), meaning) for latent, meaning in named]
-    return [candidate for candidate in candidates if all(word.isalpha() for word in candidate.words)]
+    return [candidate for candidate in candidates if all(map(is_plain_word, candidate.words))]
 
 
 def steer(recipe: Recipe, run_dir: Path, index: LatentIndex, n_samples: int) -> Steered:
