@@ -45,13 +45,13 @@ from serving.steering import Steering, highest_activations, make_steering
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-without_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
-needs_browser = lambda test: pytest.mark.slow(without_browser(test))
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
 SAE_PATH = str(Path(TINY_LLAMA_DIR) / "sae.pth")
 DEFAULT = steering_defaults(read_info(SAE_PATH), SAE_PATH)
 SMOLLM2 = fetched_reference()
+pytestmark = pytest.mark.slow  # importing gradio takes three seconds
 SECONDS = 30_000  # a busy machine is not a failure
 
 
@@ -582,7 +582,6 @@ def complete_by_request(address: str, **values) -> dict:
 STRENGTH = "cannot have strength {}; give a number from -1,000,000 to 1,000,000."
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -607,11 +606,10 @@ def test_numbers_that_no_slider_gives(address, values, said):
     assert "error" not in found if said is None else html.unescape(found["error"]).endswith(said), found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5://127.0.0.1:1"])
-def test_the_page_opens_behind_a_proxy(monkeypatch, proxy):
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.setenv(name, proxy)
+def test_the_page_opens_behind_a_proxy(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
     with serving():
         pass
 
