@@ -49,7 +49,6 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Generator, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,7 +61,8 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
-from starlette.types import ASGIApp, Message as Event, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as Event
 
 from latents.index import LatentIndex, Sort
 from llama_3.chat import Message, encode_dialogue
@@ -652,7 +652,9 @@ def check_access(host: str, api_key: str | None) -> None:
 def listen(host: str, port: int) -> socket.socket:
     """Raises InputError where one cannot listen."""
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512)
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512
+        )
     except (OSError, OverflowError) as failure:
         reason = (getattr(failure, "strerror", None) or str(failure)).partition(" (")[0]
         raise InputError(f"Cannot listen on {host}:{port} ({reason}); choose another --port or --host.") from None

@@ -7,9 +7,12 @@ from typing import Any
 _STYLE = """
 body { font: 15px/1.5 ui-sans-serif, system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h2 { margin: 2.5rem 0 .3rem; font-size: 1.1rem; } h2 b { color: #c2410c; }
-code, pre { font-family: ui-monospace, monospace; font-size: .85rem; } pre { background: #8881; padding: .8rem; overflow: auto; }
-table { border-collapse: collapse; width: 100%; } td, th { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0;
-border-bottom: 1px solid #8883; } td:first-child { white-space: nowrap; } :root { color-scheme: light dark; }
+code, pre { font-family: ui-monospace, monospace; font-size: .85rem; }
+pre { background: #8881; padding: .8rem; overflow: auto; }
+table { border-collapse: collapse; width: 100%; }
+td { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #8883; }
+td:first-child { white-space: nowrap; }
+:root { color-scheme: light dark; }
 """
 
 
@@ -42,7 +45,9 @@ def api_page(document: dict[str, Any], address: str) -> str:
             _row(field, about, field in schemas[name].get("required", ()))
             for field, about in schemas[name]["properties"].items()
         )
-        parts.append(f"<h3 id='{name}'><code>{name}</code></h3><p>{html.escape(schemas[name].get('description', ''))}</p>")
+        parts.append(
+            f"<h3 id='{name}'><code>{name}</code></h3><p>{html.escape(schemas[name].get('description', ''))}</p>"
+        )
         parts.append(f"<table>{rows}</table>")
     return "".join(parts)
 

@@ -1,12 +1,12 @@
 """Many prompts continued by one model together: continuous batching.
 
-One step is one forward pass that gives every row its next token. Rows come and go between steps (Yu et al. 2022, "Orca",
-OSDI, section 3.1), so a short answer never waits for a long one. All rows share one padded cache: the row in slot i is
-filled to its own length. A new prompt is read into the next free slot in parts of _PART tokens, and between two steps
-about one part is read, so that a long prompt does not silence the others.
+One step is one forward pass that gives every row its next token. Rows come and go between steps (Yu et al. 2022,
+"Orca", OSDI, section 3.1), so a short answer never waits for a long one. All rows share one padded cache: the row in
+slot i is filled to its own length. A new prompt is read into the next free slot in parts of _PART tokens, and between
+two steps about one part is read, so that a long prompt does not silence the others.
 
 Each row has its own steering, sampling and seed and sees nothing of its neighbours: it says what
-`llama_3.generation.generate` says, up to rounding, since sums over another number of rows may be added in another order.
+`llama_3.generation.generate` says, up to rounding, which may differ with the number of rows.
 """
 
 import collections

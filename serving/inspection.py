@@ -107,8 +107,9 @@ def contrast(
 ) -> Generator[None, None, dict[str, list[dict[str, Any]]]]:
     """The top_k latents that point towards the positive texts, and those that point towards the negative ones.
 
-    A text's activation of a latent is the mean over its tokens, in multiples of the latent's highest. Latents are ranked
-    by score = (2 separation - 1) x (difference of the sets' means): large differences that most pairs of texts show.
+    A text's activation of a latent is the mean over its tokens, in multiples of the latent's highest. Latents are
+    ranked by score = (2 separation - 1) x (difference of the sets' means): large differences that most pairs of texts
+    show.
     """
     sae = opened.need_sae()
     highest = torch.ones(sae.n_latents) if opened.highest is None else opened.highest.cpu().float()

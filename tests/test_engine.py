@@ -166,7 +166,9 @@ def test_a_row_that_overflows_ends_alone(model, sae):
             assert [row.tell.wait() for row in good] == expected
             for row in bad:
                 row.tell.wait()
-                assert isinstance(row.tell.ended.error, InputError) and "lower the strength" in str(row.tell.ended.error)
+                assert isinstance(row.tell.ended.error, InputError) and "lower the strength" in str(
+                    row.tell.ended.error
+                )
             assert all(x.isfinite().all() for layer in engine._slots.layers for x in layer)
 
 
@@ -344,8 +346,7 @@ def test_too_much_work_is_refused(model):
         futures = [engine.work(forever()) for _ in range(2)]
         time.sleep(0.05)
         with pytest.raises(Full):
-            for _ in range(3):
-                futures.append(engine.work(forever()))
+            futures.extend(engine.work(forever()) for _ in range(3))
         for future in futures:
             future.cancel()
 
@@ -423,12 +424,11 @@ def test_growing_text_is_the_whole_text(tokenizer, stops):
     ids = tokenizer.encode(text)
     told = []
     grow = GrowingText(tokenizer, [276], stops, told.append)
-    goes_on = True
-    for n, token in enumerate(ids):
-        goes_on = grow(Token(token))
-        if not goes_on:
-            break
+    n_read, goes_on = 0, True
+    while n_read < len(ids) and goes_on:
+        goes_on = grow(Token(ids[n_read]))
+        n_read += 1
     assert grow(Ended("length")) is False
     assert "".join(event.text for event in told[:-1]) == up_to_the_first_stop(text, stops)
     assert told[-1] == Ended("length") and goes_on == (up_to_the_first_stop(text, stops) == text)
-    assert sum(isinstance(event, Piece) and event.token is not None for event in told) == n + 1
+    assert sum(isinstance(event, Piece) and event.token is not None for event in told) == n_read

@@ -29,16 +29,12 @@ from support.latent_files import DEAD, N_LATENTS, write_latents
 from support.pipeline_runs import as_flags, refusal
 
 import llama_3_inference_server as script
-from latents.index import LatentIndex
 from llama_3 import load_tokenizer
 from llama_3.chat import Message, encode_answered, encode_dialogue
 from llama_3.generation import encode_text, generate, stream
-from pipeline.files import write_json
 from sae import TopKSparseAutoencoder, save_sae
 from serving import inspection
-from serving.engine import Engine
-from serving.metrics import Metrics
-from serving.steered_model import ModelChoice, Sampling, fetched_reference, open_model, strongest_latents
+from serving.steered_model import ModelChoice, Sampling, fetched_reference, strongest_latents
 from serving.steering import Steering
 
 SECONDS = 60  # a busy machine is not a failure
@@ -363,7 +359,9 @@ def test_goodfires_controller(address, served):
             with torch.inference_mode():
                 tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
     said = found["choices"][0]["message"]["content"]
-    assert served.opened.text_after(ids, tokens[len(ids) :]).startswith(said) and found["usage"]["completion_tokens"] > 0
+    assert (
+        served.opened.text_after(ids, tokens[len(ids) :]).startswith(said) and found["usage"]["completion_tokens"] > 0
+    )
     scoped = controller | {"scopes": [{"conditionals": []}]}
     assert "scopes" in complaint(post(address, "/v1/chat/completions", body | {"controller": scoped}))
 
@@ -458,7 +456,9 @@ def test_addresses_that_do_not_exist(address):
 
 
 def test_search_and_cards(address, served):
-    found = httpx.get(f"{address}/v1/latents", params={"search": "dogs", "limit": 3, "offset": 1, "sort": "score"}).json()
+    found = httpx.get(
+        f"{address}/v1/latents", params={"search": "dogs", "limit": 3, "offset": 1, "sort": "score"}
+    ).json()
     assert found["data"] == served.index.search("dogs", "score", 3, 1) and found["total"] == served.index.count("dogs")
     card = httpx.get(f"{address}/v1/latents/3").json()
     expected = served.index.card(3)
@@ -500,7 +500,10 @@ def test_contrast_against_plain_loops(address, served):
         turns = asked if isinstance(asked, str) else [Message(**turn) for turn in asked]
         rows = strongest_latents(opened, inspection.encode_asked(opened, turns, 200), opened.sae.k)
         rows = [latents for _, latents in rows[int(rows[0][1] == []) :]]
-        return [sum(dict(row).get(i, 0.0) for row in rows) / len(rows) / highest[i] if highest[i] else 0.0 for i in range(N_LATENTS)]
+        return [
+            sum(dict(row).get(i, 0.0) for row in rows) / len(rows) / highest[i] if highest[i] else 0.0
+            for i in range(N_LATENTS)
+        ]
 
     a, b = ([means(each) for each in given] for given in (positive, negative))
     scores = {}
@@ -520,7 +523,7 @@ def test_contrast_against_plain_loops(address, served):
 
 
 def test_without_an_sae(choice):
-    with started(ModelChoice(choice.llama_model_dir)) as (address, served):
+    with started(ModelChoice(choice.llama_model_dir)) as (address, _):
         assert post(address, "/v1/completions", {"prompt": "a", "max_tokens": 3}).status_code == 200
         assert "no SAE" in complaint(httpx.get(f"{address}/v1/latents"))
         body = {"prompt": "a", "steering": [{"latent": 3}]}
@@ -671,7 +674,12 @@ def test_a_slow_reader_holds_no_row(address, served):
 
 
 def test_nonsense_on_the_wire(address, served):
-    for nonsense in (b"\x00\x01\x02\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\n\r\n", b"\r\n"):
+    for nonsense in (
+        b"\x00\x01\x02\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\n\r\n",
+        b"\r\n",
+    ):
         with connect(address) as client:
             client.sendall(nonsense)
             client.shutdown(socket.SHUT_WR)
