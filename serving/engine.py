@@ -74,6 +74,7 @@ class Row:
     generator: torch.Generator = field(init=False, repr=False)
     last: int = field(default=-1, init=False)
     n_new: int = field(default=0, init=False)
+    began: float = field(default=0.0, init=False)  # time.monotonic()
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.seed)
@@ -289,7 +290,18 @@ class Engine:
                         self._changed.wait()
                 if self._ends_at is not None and not self._goes_on():
                     return
-                self._turn()
+                try:
+                    self._turn()
+                except Exception as error:  # nobody's own: memory, or a mistake here
+                    self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """End all rows in the cache, and begin a new one."""
+        rows, self._rows, self._reading, self._steering = self._in_cache(), [], None, None
+        self._slots = Slots(self.model, self.max_rows)
+        traceback.print_exception(error)
+        for row in rows:
+            self._tell_end(row, Ended("error", error))
 
     def _turn(self) -> None:
         """Rows leave, prompts are read, every row gets a token, other work goes on."""
@@ -343,13 +355,15 @@ class Engine:
         slot = len(self._rows)
         begin = self._slots.filled[slot]
         part = row.prompt[begin : begin + _PART]
+        row.began = row.began or time.monotonic()
         try:
             self._slots.reserve(slot + 1, begin + len(part))
-            logits = self._forward([part], self._slots.one(slot), row.steering)
+            cache = self._slots.one(slot)
+            self._slots.filled[slot] += len(part)  # also if it fails halfway
+            logits = self._forward([part], cache, row.steering)
         except Exception as error:  # this row's own: its steering, or memory
             self._end(row, _failed(error))
             return len(part)
-        self._slots.filled[slot] += len(part)
         self.counts.prompt_tokens += len(part)
         if self._slots.filled[slot] == len(row.prompt):
             self._reading, self._steering = None, None
@@ -362,16 +376,11 @@ class Engine:
         n = len(self._rows)
         if self._steering is None:
             self._steering = for_rows([row.steering for row in self._rows])
-        try:
-            self._slots.reserve(n, max(self._slots.filled[:n]) + 1)
-            cache = self._slots.one(0) if n == 1 else self._slots.first(n)
-            logits = self._forward([[row.last] for row in self._rows], cache, self._steering)
-        except Exception as error:  # nobody's own: memory, or a mistake here
-            for row in [*self._rows]:
-                self._end(row, _failed(error))
-            return
+        self._slots.reserve(n, max(self._slots.filled[:n]) + 1)
+        cache = self._slots.one(0) if n == 1 else self._slots.first(n)
         for slot in range(n):
             self._slots.filled[slot] += 1
+        logits = self._forward([[row.last] for row in self._rows], cache, self._steering)
         self.counts.steps += 1
         self._give(self._rows[:], logits)
 
@@ -422,6 +431,8 @@ class Engine:
 
     def _tell_end(self, row: Row, ended: Ended) -> None:
         self.counts.rows[ended.reason] += 1
+        if ended.reason in ("stop", "length"):
+            self._row_s += 0.1 * (time.monotonic() - row.began - self._row_s)
         _told(row, ended)
 
     def _advance_work(self) -> None:
@@ -451,7 +462,8 @@ def draw(rows: Sequence[Row], logits: Tensor) -> list[Token]:
         ways.setdefault((row.temperature, row.top_p), []).append(i)
     tokens: dict[int, int] = {}
     for (temperature, top_p), of in ways.items():
-        drawn = sample(logits[of], temperature, top_p, uniform[of].to(logits.device))
+        own = logits if len(ways) == 1 else logits[of]
+        drawn = sample(own, temperature, top_p, uniform[of].to(logits.device))
         tokens |= zip(of, drawn.tolist(), strict=True)
     found = [Token(tokens[i]) for i in range(len(rows))]
     for i, row in enumerate(rows):

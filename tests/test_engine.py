@@ -351,6 +351,27 @@ def test_too_much_work_is_refused(model):
             future.cancel()
 
 
+def test_a_mistake_of_the_engines_own_ends_its_rows_and_no_others(model, sae, monkeypatch, capsys):
+    doomed = [Row([276, 1], 400, [], Listener(pause=lambda: time.sleep(0.002))) for _ in range(2)]
+    good = some_rows(sae, 3)
+    expected = [alone(model, row) for row in good]
+    with running(model, 2) as engine:
+        engine.submit([*doomed, *good])
+        time.sleep(0.05)
+        forward = engine._forward
+
+        def fails_once(*what):
+            monkeypatch.setattr(engine, "_forward", forward)
+            raise MemoryError("no room")
+
+        monkeypatch.setattr(engine, "_forward", fails_once)
+        for row in doomed:
+            row.tell.wait()
+            assert str(row.tell.ended.error) == "no room"
+        assert [row.tell.wait() for row in good] == expected
+    assert "no room" in capsys.readouterr().err
+
+
 # ---- the model's side
 
 
