@@ -381,7 +381,7 @@ def what_is_wrong(failure: RequestValidationError) -> tuple[str, str | None]:
     if first["type"] == "extra_forbidden":
         return f"Unrecognized request argument: {'.'.join(place)}; leave it out.", ".".join(place)
     name = ".".join(place)
-    return (f"{name}: {message}; correct it." if name else f"{message[:1].upper()}{message[1:]}."), name or None
+    return (f"{name}: {message}; correct it." if name else f"{message}."), name or None
 
 
 def add_error_answers(app: FastAPI) -> None:
@@ -393,8 +393,12 @@ def add_error_answers(app: FastAPI) -> None:
     @app.exception_handler(AnyHTTPException)
     async def refused(http: Request, failure: AnyHTTPException) -> Response:
         message = failure.detail
-        if failure.status_code == 404 and message == "Not Found":
+        if message == "Not Found":
             message = f"There is no {http.url.path} here; /docs lists what there is."
+        elif message == "Method Not Allowed":
+            message = f"{http.url.path} does not take {http.method}; /docs says what it takes."
+        elif message == "There was an error parsing the body":
+            message = "The body cannot be read as JSON; correct it."
         code = "model_not_found" if isinstance(failure, NoSuchModel) else None
         return JSONResponse(error(failure.status_code, message, code), failure.status_code, failure.headers)
 
@@ -416,11 +420,12 @@ def add_error_answers(app: FastAPI) -> None:
 
 
 class Door:
-    """Around the app: asks for the key, refuses addresses that a web page could have forged, counts responses, and does
-    not wait for a body for ever."""
+    """Around the app: asks for the key, refuses addresses that a web page could have forged, counts responses, and
+    neither waits for a body for ever nor reads one of any size."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, api_key: str | None):
-        self.app, self.metrics, self.api_key = app, metrics, api_key
+    def __init__(self, app: ASGIApp, served: Served, api_key: str | None):
+        self.app, self.metrics, self.max_bytes = app, served.metrics, served.limits.body_bytes
+        self.api_key = api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -434,10 +439,10 @@ class Door:
 
         if (refusal := self._refusal(scope)) is not None:
             return await refusal(scope, receive, counted)
-        deadline, has_body = time.monotonic() + _BODY_S, False
+        deadline, n_bytes, has_body = time.monotonic() + _BODY_S, 0, False
 
         async def received() -> Event:
-            nonlocal has_body
+            nonlocal has_body, n_bytes
             if has_body:
                 return await receive()
             try:
@@ -446,6 +451,10 @@ class Door:
                 message = f"The body did not arrive within {_BODY_S:g} seconds; send it at once."
                 raise HTTPException(408, message, {"Connection": "close"}) from None
             has_body = not event.get("more_body", False)
+            n_bytes += len(event.get("body", b""))
+            if n_bytes > self.max_bytes:
+                message = f"The body has over {self.max_bytes:,} bytes, which is the limit; shorten it."
+                raise HTTPException(413, message, {"Connection": "close"})
             return event
 
         try:
@@ -493,13 +502,12 @@ def build(served: Served, api_key: str | None) -> FastAPI:
         version="1",
         docs_url=None,
         redoc_url=None,
-        max_body_size=served.limits.body_bytes,
     )
     add_error_answers(app)
     add_openai(app, served)
     add_latents(app, served)
     add_state(app, served)
-    app.add_middleware(Door, metrics=served.metrics, api_key=api_key)
+    app.add_middleware(Door, served=served, api_key=api_key)
     return app
 
 

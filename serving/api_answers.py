@@ -52,7 +52,8 @@ class Choice:
         tokens = self.tokens[first:]
         if kind == "chat":
             return {"content": [self._chat_logprob(token) for token in tokens], "refusal": None}
-        named = lambda token: {self.tokenizer.decode([i]): logprob for i, logprob in token.likeliest}
+        # Several tokens may be written alike, as parts of characters are: the likeliest keeps its place.
+        named = lambda token: {self.tokenizer.decode([i]): logprob for i, logprob in reversed(token.likeliest)}
         return {
             "tokens": [self.tokenizer.decode([token.id]) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],

@@ -6,11 +6,20 @@ unless its value is neutral; one that cannot is accepted and ignored.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from serving.modes import MODES, Mode
 
-_Text = Annotated[str, Field(min_length=1)]
+
+def _whole(text: str) -> str:
+    """JSON can hold half a surrogate pair, which is no character."""
+    if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("holds half a surrogate pair")
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_whole)]
+_SomeText = Annotated[_Text, Field(min_length=1)]
 _NOT_SUPPORTED: dict[str, Any] = {  # field -> its neutral value
     "audio": None,
     "best_of": 1,
@@ -53,12 +62,12 @@ class Steer(Body):
     """One thing to steer by: a latent, the latent that a search finds, or a control vector."""
 
     latent: int | None = Field(None, ge=0, description="its number")
-    search: _Text | None = Field(None, description="words of its meaning; of those found, the one that steers best")
+    search: _SomeText | None = Field(None, description="words of its meaning; of those found, the one that steers best")
     strength: float | None = Field(
         None, description="in multiples of its highest activation; the SAE's own if left out"
     )
     mode: Mode | None = Field(None, description=f"{', '.join(MODES)}; the SAE's own if left out")
-    control_vector: _Text | None = Field(None, description="the name of one that the server has")
+    control_vector: _SomeText | None = Field(None, description="the name of one that the server has")
     scale: float | None = Field(None, description="of a control vector; 1 if left out")
 
     @model_validator(mode="after")
@@ -113,8 +122,8 @@ class Generation(Body):
     temperature: float | None = Field(1.0, ge=0, le=2)
     top_p: float | None = Field(1.0, ge=0, le=1)
     n: int | None = Field(1, ge=1)
-    stop: list[_Text] | None = Field(None, max_length=16)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="drawn, and told in the response, if left out")
+    stop: list[_SomeText] | None = Field(None, max_length=16)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="drawn if left out; the response says it")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     steering: list[Steer] | None = Field(None, description="what to steer by, in this request only")
@@ -137,7 +146,9 @@ class Generation(Body):
 class CompletionBody(Generation):
     """POST /v1/completions"""
 
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(description="one text or several, or their tokens")
+    prompt: _Text | list[int] | list[_Text] | list[list[int]] = Field(
+        description="one text or several, or their tokens"
+    )
     logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens told beside each token")
 
 
@@ -154,7 +165,7 @@ class MessageBody(BaseModel):
     model_config = ConfigDict(extra="ignore")  # also a name, a refusal, annotations that clients send back
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_text_of)]
+    content: Annotated[_Text, BeforeValidator(_text_of)]
 
 
 Dialogue = Annotated[list[MessageBody], Field(min_length=1)]
@@ -182,14 +193,14 @@ class InspectBody(Body):
     """POST /v1/latents/inspect: a text or a dialogue"""
 
     model: str | None = None
-    text: _Text | None = None
+    text: _SomeText | None = None
     messages: Dialogue | None = None
     top_k: int = Field(8, ge=1, le=64, description="strongest latents of each token")
 
     @model_validator(mode="after")
     def _one(self) -> "InspectBody":
         if (self.text is None) == (self.messages is None):
-            raise ValueError("give text or messages")
+            raise ValueError("Give either text or messages")
         return self
 
 
@@ -197,6 +208,6 @@ class ContrastBody(Body):
     """POST /v1/latents/contrast: two sets, each of texts or dialogues"""
 
     model: str | None = None
-    positive: list[_Text | Dialogue] = Field(min_length=1, description="what to steer towards")
-    negative: list[_Text | Dialogue] = Field(min_length=1, description="what to steer away from")
+    positive: list[_SomeText | Dialogue] = Field(min_length=1, max_length=100, description="what to steer towards")
+    negative: list[_SomeText | Dialogue] = Field(min_length=1, max_length=100, description="what to steer away from")
     top_k: int = Field(10, ge=1, le=100, description="latents in each direction")

@@ -26,12 +26,13 @@ import torch
 from conftest import PROJECT_DIR, TINY_PARAMS
 from support.chat_models import write_chat_model
 from support.latent_files import DEAD, N_LATENTS, write_latents
-from support.pipeline_runs import as_flags, refusal
+from support.pipeline_runs import SITE, as_flags, refusal
 
 import llama_3_inference_server as script
 from llama_3 import load_tokenizer
 from llama_3.chat import Message, encode_answered, encode_dialogue
 from llama_3.generation import encode_text, generate, stream
+from llama_3.model import Intervention
 from sae import TopKSparseAutoencoder, save_sae
 from serving import inspection
 from serving.steered_model import ModelChoice, Sampling, fetched_reference, strongest_latents
@@ -65,6 +66,7 @@ def started(choice: ModelChoice, api_key=None, limits=LIMITS, max_waiting=100):
     """A server in a thread of this process: its address and what it serves."""
     served = script.open_served(choice, max_waiting, limits)
     listening = script.listen("127.0.0.1", 0)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)  # of its connections: a slow reader blocks soon
     server = script.make_server(served, api_key, grace_s=1.0)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
@@ -400,7 +402,6 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}]}
         ("completions", {"prompt": "a", "steering": [{"latent": 40}]}, "There is no latent 40"),
         ("completions", {"prompt": "a", "steering": [{"latent": 1, "strength": 1e9}]}, "give a number from"),
         ("completions", {"prompt": "a", "steering": [{"search": "zebra"}]}, "No latent's meaning contains 'zebra'"),
-        ("completions", {"prompt": "a", "steering": [{"latent": 1, "strength": 1e6}]}, "lower the strength"),
         ("chat/completions", {}, "messages: Field required"),
         ("chat/completions", {"messages": []}, "messages"),
         ("chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, "role"),
@@ -408,7 +409,7 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}]}
         ("chat/completions", CHAT | {"tools": [{}]}, "tools is not supported"),
         ("chat/completions", CHAT | {"top_logprobs": 2}, "top_logprobs needs logprobs"),
         ("chat/completions", CHAT | {"frequency_penalty": 0.5}, "frequency_penalty is not supported"),
-        ("latents/inspect", {}, "give text or messages"),
+        ("latents/inspect", {}, "Give either text or messages"),
         ("latents/inspect", {"text": "a" * 2000}, "but the limit is 200"),
         ("latents/contrast", {"positive": ["a"]}, "negative: Field required"),
         ("latents/contrast", {"positive": [], "negative": ["a"]}, "positive"),
@@ -416,6 +417,28 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 )
 def test_bad_bodies_get_one_sentence(address, served, path, body, said):
     assert said in complaint(post(address, f"/v1/{path}", body))
+
+
+def test_a_steered_model_that_overflows_says_so(address, served, monkeypatch):
+    """With a status before the first token, as an event of the stream after it; a neighbour goes on."""
+    slowly(served, monkeypatch, 0.001)
+    calls = []
+    broken = lambda x: x * float("nan") if (calls.append(1) or len(calls)) > n_good else x
+    monkeypatch.setattr(script, "resolve", lambda asked, *_: ([Intervention(SITE, broken)] if asked else [], []))
+    body = {"prompt": "a", "max_tokens": 20, "temperature": 0, "stream": True}
+    whole = httpx.post(f"{address}/v1/completions", json=body, timeout=SECONDS)
+    for n_good in (0, 5):
+        calls.clear()
+        found = httpx.post(f"{address}/v1/completions", json=body | {"steering": [{"latent": 1}]}, timeout=SECONDS)
+        if n_good == 0:
+            assert "lower the strength" in complaint(found)
+        else:
+            last = found.text.strip().rpartition("data: ")[2]
+            assert found.status_code == 200 and "lower the strength" in json.loads(last)["error"]["message"]
+            assert found.text.count("data: ") == 1 + 5 + 1  # the opening, five tokens, the error
+    again = httpx.post(f"{address}/v1/completions", json=body, timeout=SECONDS)
+    texts = [[event["choices"][0]["text"] for event in events(each.text)] for each in (whole, again)]
+    assert texts[0] == texts[1]
 
 
 def test_fields_that_change_nothing_are_accepted(address):
@@ -434,8 +457,9 @@ def test_fields_that_change_nothing_are_accepted(address):
         (b'{"prompt": "a", "temperature": NaN}', "application/json", 400, "temperature"),
         (b'{"prompt": "a"}', "text/plain", 400, "Content-Type: application/json"),
         (b"", "application/json", 400, "There is no body"),
-        (b"[" * 100_000, "application/json", 400, ""),
-        (b" " * (LIMITS.body_bytes + 1), "application/json", 413, ""),
+        (b"[" * 100_000, "application/json", 400, "cannot be read as JSON"),
+        (b'{"\\ud800": 1, "prompt": ""}', "application/json", 400, "unicode"),
+        (b" " * (LIMITS.body_bytes + 1), "application/json", 413, "bytes, which is the limit"),
     ],
 )
 def test_bodies_that_are_none(address, content, kind, status, said):
@@ -446,7 +470,7 @@ def test_bodies_that_are_none(address, content, kind, status, said):
 
 def test_addresses_that_do_not_exist(address):
     assert "There is no /v2 here; /docs lists" in complaint(httpx.get(f"{address}/v2"), 404)
-    assert httpx.get(f"{address}/v1/completions").status_code == 405
+    assert "does not take GET" in complaint(httpx.get(f"{address}/v1/completions"), 405)
     assert "There is no latent 40" in complaint(httpx.get(f"{address}/v1/latents/40"), 404)
     assert "There is no model 'x'" in complaint(httpx.get(f"{address}/v1/models/x"), 404)
     assert "sort" in complaint(httpx.get(f"{address}/v1/latents?sort=size"))
@@ -613,6 +637,7 @@ LONG = {"prompt": "the ring", "max_tokens": 300, "temperature": 1.5, "seed": 2}
 
 def slowly(served, monkeypatch, seconds=0.005):
     """Make every step take a while, so that a client can leave in the middle."""
+    monkeypatch.setattr(served.opened.tokenizer, "stop_ids", frozenset())
     forward = served.engine._forward
     monkeypatch.setattr(served.engine, "_forward", lambda *what: time.sleep(seconds) or forward(*what))
 
@@ -657,18 +682,20 @@ def test_half_a_body(address, served, monkeypatch):
     assert served.engine.n_rows == 0
 
 
-def test_a_slow_reader_holds_no_row(address, served):
+def test_a_slow_reader_holds_no_row(address, served, monkeypatch):
     """Its answer waits for it, whole, while its place goes to others."""
+    monkeypatch.setattr(served.opened.tokenizer, "stop_ids", frozenset())
     ids = encode_text(served.opened.tokenizer, "the ring")
     expected = alone(served, ids, 300, 2, 1.5)
     with connect(address) as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
-        client.sendall(request_bytes(LONG | {"stream": True, "logprobs": 20}))
-        until(lambda: served.engine.counts.rows and served.engine.n_rows == 0 and client.recv(1, socket.MSG_PEEK))
+        n_before = served.engine.counts.rows["length"]
+        client.sendall(request_bytes(LONG | {"stream": True, "logprobs": 20}))  # more than the sockets' buffers hold
+        until(lambda: served.engine.counts.rows["length"] == n_before + 1)
+        assert served.engine.n_rows == 0
         assert post(address, "/v1/completions", {"prompt": "a", "max_tokens": 2}).status_code == 200
         answer = b""
         while b"[DONE]" not in answer:
-            answer += client.recv(1000)
+            answer += client.recv(1_000_000)
     said = re.findall(r'"text": ("(?:[^"\\]|\\.)*"), "logprobs"', answer.decode())
     assert "".join(json.loads(text) for text in said) == expected
 
