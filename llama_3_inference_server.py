@@ -593,14 +593,14 @@ def add_latents(app: FastAPI, served: Served) -> None:
         check_model(served, body.model)
         index = served.need_index()
 
-        def encode() -> list[list[list[int]]]:
+        def encode() -> tuple[list[list[int]], list[list[int]]]:
             texts = lambda given: [each if isinstance(each, str) else messages_of(each) for each in given]
             encoded = lambda each: encode_asked(served.opened, each, served.limits.max_prompt_tokens)
-            return [list(map(encoded, texts(given))) for given in (body.positive, body.negative)]
+            return list(map(encoded, texts(body.positive))), list(map(encoded, texts(body.negative)))
 
-        sets = await run_in_threadpool(encode)
-        found = await worked(served, http, contrast(served.opened, index, *sets, body.top_k))
-        n = sum(len(ids) for texts in sets for ids in texts)
+        positive, negative = await run_in_threadpool(encode)
+        found = await worked(served, http, contrast(served.opened, index, positive, negative, body.top_k))
+        n = sum(map(len, positive + negative))
         return {"object": "contrast", **found, "usage": {"prompt_tokens": n, "total_tokens": n}}
 
 

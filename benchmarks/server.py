@@ -158,7 +158,7 @@ def server(model_dir: str, max_rows: int, n_users: int) -> Iterator[str]:
     """Its address."""
     options = {"llama_model_dir": model_dir, "port": 0, "max_rows": max_rows, "max_waiting": n_users}
     words = command("llama_3_inference_server.py", **options)
-    process = subprocess.Popen(words, cwd=PROJECT_DIR, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, cwd=PROJECT_DIR, stdout=subprocess.PIPE, encoding="utf-8")
     try:
         assert process.stdout is not None
         ready = re.match(r"Ready: (\S+)", process.stdout.readline())

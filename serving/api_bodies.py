@@ -61,14 +61,16 @@ class Body(BaseModel):
 class Steer(Body):
     """One thing to steer by: a latent, the latent that a search finds, or a control vector."""
 
-    latent: int | None = Field(None, ge=0, description="its number")
-    search: _SomeText | None = Field(None, description="words of its meaning; of those found, the one that steers best")
-    strength: float | None = Field(
-        None, description="in multiples of its highest activation; the SAE's own if left out"
+    latent: int | None = Field(default=None, ge=0, description="its number")
+    search: _SomeText | None = Field(
+        default=None, description="words of its meaning; of those found, the one that steers best"
     )
-    mode: Mode | None = Field(None, description=f"{', '.join(MODES)}; the SAE's own if left out")
-    control_vector: _SomeText | None = Field(None, description="the name of one that the server has")
-    scale: float | None = Field(None, description="of a control vector; 1 if left out")
+    strength: float | None = Field(
+        default=None, description="in multiples of its highest activation; the SAE's own if left out"
+    )
+    mode: Mode | None = Field(default=None, description=f"{', '.join(MODES)}; the SAE's own if left out")
+    control_vector: _SomeText | None = Field(default=None, description="the name of one that the server has")
+    scale: float | None = Field(default=None, description="of a control vector; 1 if left out")
 
     @model_validator(mode="after")
     def _one(self) -> "Steer":
@@ -103,7 +105,7 @@ class GoodfireController(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)  # also its name and thresholds
 
     interventions: list[GoodfireIntervention] = []
-    scopes: list[Any] = Field([], max_length=0, description="conditions are not supported")
+    scopes: list[Any] = Field(default=[], max_length=0, description="conditions are not supported")
 
 
 # ---- completions
@@ -117,17 +119,17 @@ class StreamOptions(Body):
 class Generation(Body):
     """What completions and chats have in common."""
 
-    model: str | None = Field(None, description="the server's model may be left out")
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(1.0, ge=0, le=2)
-    top_p: float | None = Field(1.0, ge=0, le=1)
-    n: int | None = Field(1, ge=1)
-    stop: list[_SomeText] | None = Field(None, max_length=16)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="drawn if left out; the response says it")
+    model: str | None = Field(default=None, description="the server's model may be left out")
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=1.0, ge=0, le=2)
+    top_p: float | None = Field(default=1.0, ge=0, le=1)
+    n: int | None = Field(default=1, ge=1)
+    stop: list[_SomeText] | None = Field(default=None, max_length=16)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="drawn if left out; the response says it")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    steering: list[Steer] | None = Field(None, description="what to steer by, in this request only")
-    controller: GoodfireController | None = Field(None, description="Goodfire's way to say it")
+    steering: list[Steer] | None = Field(default=None, description="what to steer by, in this request only")
+    controller: GoodfireController | None = Field(default=None, description="Goodfire's way to say it")
 
     @model_validator(mode="before")
     @classmethod
@@ -149,7 +151,7 @@ class CompletionBody(Generation):
     prompt: _Text | list[int] | list[_Text] | list[list[int]] = Field(
         description="one text or several, or their tokens"
     )
-    logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens told beside each token")
+    logprobs: int | None = Field(default=None, ge=0, le=20, description="likeliest tokens told beside each token")
 
 
 def _text_of(content: Any) -> Any:
@@ -175,9 +177,9 @@ class ChatBody(Generation):
     """POST /v1/chat/completions"""
 
     messages: Dialogue
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
 
     @model_validator(mode="after")
     def _fits(self) -> "ChatBody":
@@ -195,7 +197,7 @@ class InspectBody(Body):
     model: str | None = None
     text: _SomeText | None = None
     messages: Dialogue | None = None
-    top_k: int = Field(8, ge=1, le=64, description="strongest latents of each token")
+    top_k: int = Field(default=8, ge=1, le=64, description="strongest latents of each token")
 
     @model_validator(mode="after")
     def _one(self) -> "InspectBody":
@@ -210,4 +212,4 @@ class ContrastBody(Body):
     model: str | None = None
     positive: list[_SomeText | Dialogue] = Field(min_length=1, max_length=100, description="what to steer towards")
     negative: list[_SomeText | Dialogue] = Field(min_length=1, max_length=100, description="what to steer away from")
-    top_k: int = Field(10, ge=1, le=100, description="latents in each direction")
+    top_k: int = Field(default=10, ge=1, le=100, description="latents in each direction")

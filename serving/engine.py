@@ -110,7 +110,10 @@ class Slots:
     @property
     def room(self) -> tuple[int, int]:
         """Slots, and positions of each."""
-        return self.layers[0].keys.shape[:2] if self.layers else (0, 0)
+        if not self.layers:
+            return 0, 0
+        n_slots, length, *_ = self.layers[0].keys.shape
+        return n_slots, length
 
     def reserve(self, n_slots: int, length: int) -> None:
         """Make room for n_slots of `length` positions, at least twice what there was if there is too little."""

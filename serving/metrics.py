@@ -4,7 +4,7 @@ import bisect
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from serving.engine import Engine
 
@@ -47,7 +47,7 @@ def exposition(metrics: Metrics, engine: Engine) -> str:
     """All of them as text."""
     counts = engine.counts
     responses = [(f'{{path="{path}",status="{status}"}}', n) for (path, status), n in sorted(metrics.responses.items())]
-    values: list[tuple[str, str, str, list[tuple[str, float]]]] = [
+    values: list[tuple[str, str, str, Sequence[tuple[str, float]]]] = [
         ("llama_responses_total", "counter", "Responses begun, by path and status.", responses),
         ("llama_rows", "gauge", "Completions in the batch.", [("", engine.n_rows)]),
         ("llama_rows_waiting", "gauge", "Completions waiting for a place in the batch.", [("", engine.n_waiting)]),
