@@ -44,8 +44,9 @@ quick: install  ## tests without processes, browser, kills and benchmarks: at mo
 
 check: lint types quick  ## what to run before a commit: lint, types, quick
 
+# Three processes for two cores: many tests wait, for a browser, a killed process or a lost node.
 test: install  ## all tests: at most 6 minutes
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadscope
 
 faults: install  ## kill every data stage and the training again and again, and compare the results: 3 minutes
 	FAULT_KILLS=30 $(BIN)/python -m pytest tests/test_faults.py
