@@ -24,6 +24,9 @@ SAE_LAYER_IDX: CountOrZero | None = None  # for an SAE without a JSON: its layer
 K: Count | None = None  # for an SAE without a JSON: latents kept per token (published SAE: 64)
 NORMALIZE_EPS: NotNegative | None = None  # for an SAE without a JSON (published SAE: 1e-6)
 ROPE_SCALING_FACTOR: Positive | None = None  # overrides the checkpoint's (published SAE's activations: 8)
+CONTROL_VECTORS: list[str] = []  # GGUF files that requests may steer with: of control_vectors.py, repeng or llama.cpp
+VECTOR_SCALES: list[float] = [1.0]  # their scales unless a request says otherwise, one for each or one for all
+VECTOR_SHIFT: Literal[0, 1] = 0  # 1: files of llama.cpp's cvector-generator, which names each layer one too high
 DEVICE = "auto"  # auto: a GPU if there is one
 DTYPE: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
 DATE = "auto"  # chat: today's date, written like "26 Jul 2024", or none; auto: that date from Llama 3.1 on, else none
@@ -66,7 +69,7 @@ from starlette.types import Message as Event
 
 from latents.index import LatentIndex, Sort
 from llama_3.chat import Message, encode_dialogue
-from llama_3.generation import check_context, encode_text
+from llama_3.generation import check_context, check_temperature, encode_text
 from llama_3.model import Intervention
 from pipeline.errors import InputError
 from serving.api_answers import DONE, Choice, Head, Kind, chunk, error, opening, server_sent, usage, whole
@@ -77,7 +80,15 @@ from serving.engine import Ended, Engine, Full, Row, ShuttingDown
 from serving.growing_text import GrowingText, Piece
 from serving.inspection import card_json, contrast, encode_asked, inspect
 from serving.metrics import CONTENT_TYPE, Metrics, exposition
-from serving.steered_model import ModelChoice, Sampling, SteeredModel, open_model, taken_from
+from serving.steered_model import (
+    ModelChoice,
+    Sampling,
+    SteeredModel,
+    VectorChoice,
+    open_model,
+    taken_from,
+    with_control_vectors,
+)
 
 T = TypeVar("T")
 
@@ -197,6 +208,8 @@ def asked(
                 f"The prompt has {len(prompt):,} tokens, but the limit is {limits.max_prompt_tokens:,}; shorten it."
             )
         check_context(served.opened.model, len(prompt), max_new_tokens)
+    temperature = 1.0 if body.temperature is None else body.temperature
+    check_temperature(temperature)
     steering, applied = resolve(asked_for(body.steering, body.controller), served.opened, served.index)
     seed = secrets.randbits(32) if body.seed is None else body.seed
     return Asked(
@@ -204,7 +217,7 @@ def asked(
         prompts,
         n,
         max_new_tokens,
-        1.0 if body.temperature is None else body.temperature,
+        temperature,
         1.0 if body.top_p is None else body.top_p,
         body.stop or [],
         n_logprobs,
@@ -524,7 +537,8 @@ def add_openai(app: FastAPI, served: Served) -> None:
         default = served.opened.defaults
         about_sae |= {"n_latents": sae.n_latents, "k": sae.k, "mode": default.mode, "strength": default.strength}
     model = {"id": served.model_id, "object": "model", "created": int(time.time()), "owned_by": "local"}
-    model |= {"max_model_len": served.opened.model.args.max_seq_len, "sae": about_sae}
+    vectors = {name: {"scale": each.scale, "where": each.where} for name, each in served.opened.control_vectors.items()}
+    model |= {"max_model_len": served.opened.model.args.max_seq_len, "sae": about_sae, "control_vectors": vectors}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -637,9 +651,9 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def open_served(choice: ModelChoice, max_waiting: int, limits: Limits) -> Served:
+def open_served(choice: ModelChoice, vectors: VectorChoice, max_waiting: int, limits: Limits) -> Served:
     """Load everything, and start the engine. Raises InputError for what does not fit together."""
-    opened = open_model(choice, needs_sae=choice.sae_path is not None)
+    opened = with_control_vectors(open_model(choice, needs_sae=choice.sae_path is not None), vectors)
     index = None
     if opened.sae is not None:
         index = LatentIndex(opened.sae_path, opened.tokenizer, opened.model, opened.sae)
@@ -699,10 +713,10 @@ def main() -> None:
     api_key = config.api_key or os.environ.get("LLAMA_API_KEY") or None
     check_access(config.host, api_key)
     listening = listen(config.host, config.port)
-    choice = taken_from(vars(config), ModelChoice)
+    choice, vectors = taken_from(vars(config), ModelChoice), taken_from(vars(config), VectorChoice)
     print(f"Loading {choice.name} ...", file=sys.stderr, flush=True)
     limits = Limits(config.max_rows, config.max_prompt_tokens, config.max_new_tokens)
-    serve(open_served(choice, config.max_waiting, limits), listening, api_key, config.grace_s)
+    serve(open_served(choice, vectors, config.max_waiting, limits), listening, api_key, config.grace_s)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def by_turns(opened: SteeredModel, asked: list[dict[str, Any]], n_requests: int)
             began, n_tokens = time.perf_counter(), 0
             prompt = encode_text(opened.tokenizer, body["prompt"])
             sampling = Sampling(body["max_tokens"], body["temperature"], 1.0, body["seed"])
-            steering = opened.intervention(Steering({steer["latent"]: steer["strength"]}, steer["mode"]))
+            steering = opened.interventions(Steering({steer["latent"]: steer["strength"]}, steer["mode"]))
             steps = opened.generate([prompt], sampling, 0, steering)
             while True:
                 with lock:

@@ -1,5 +1,6 @@
 """Generate text: sampling, streams of tokens and of text, batches of prompts of any lengths."""
 
+import contextlib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -70,12 +71,12 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seeds: Sequence[int] | None = None,
-    steering: Intervention | None = None,
+    steering: Intervention | Sequence[Intervention] | None = None,
 ) -> Iterator[list[int | None]]:
     """Stream the next token of every prompt, None for one that has stopped.
 
     prompts: token ids, of any lengths, each at least one. seeds: one per prompt; a prompt's samples depend on its seed,
-    not on its neighbours. steering: for `model.intervene`, in force in this call only.
+    not on its neighbours. steering: for `model.intervene`, in force in this call only; several act in their order.
     Raises InputError where the longest prompt and the new tokens do not fit the model's context, for a temperature
     that cannot be divided by, and where the model gives no finite numbers.
     """
@@ -91,15 +92,15 @@ def generate(
     cache = model.new_cache(batch, longest + max_new_tokens)
     stops = set(stop_tokens)
     alive = [True] * batch
+    interventions = [steering] if isinstance(steering, Intervention) else list(steering or ())
     for _ in range(max_new_tokens):
         with torch.inference_mode():
-            if steering is None:
+            with contextlib.ExitStack() as stack:
+                for each in interventions:
+                    stack.enter_context(model.intervene(*each))
                 logits = model(tokens, cache, n_pad, last_only=True)[:, 0]
-            else:
-                with model.intervene(*steering):
-                    logits = model(tokens, cache, n_pad, last_only=True)[:, 0]
             if not says_something(logits).all():
-                raise overflow(steering is not None)
+                raise overflow(is_steered=bool(interventions))
             uniform = torch.stack([torch.rand((), generator=g) for g in generators])
             tokens = sample(logits, temperature, top_p, uniform.to(device))[:, None]
         step: list[int | None] = []

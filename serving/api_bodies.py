@@ -70,7 +70,7 @@ class Steer(Body):
     )
     mode: Mode | None = Field(default=None, description=f"{', '.join(MODES)}; the SAE's own if left out")
     control_vector: _SomeText | None = Field(default=None, description="the name of one that the server has")
-    scale: float | None = Field(default=None, description="of a control vector; 1 if left out")
+    scale: float | None = Field(default=None, description="of a control vector; the server's own if left out")
 
     @model_validator(mode="after")
     def _one(self) -> "Steer":

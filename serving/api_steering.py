@@ -29,12 +29,20 @@ def resolve(
 ) -> tuple[list[Intervention], list[dict[str, Any]]]:
     """The interventions, and what they do, item by item, for the response.
 
-    Latents steered in one mode are one intervention; modes act in the order in which they are first named. Raises
-    InputError for what does not exist, is named twice, or cannot be steered by.
+    Latents steered in one mode are one intervention; modes act in the order in which they are first named, after
+    control vectors. Raises InputError for what does not exist, is named twice, or cannot be steered by.
     """
     applied: list[dict[str, Any]] = []
     by_mode: dict[Mode, dict[int, float]] = {}
+    scales: dict[str, float] = {}
     for each in asked:
+        if (name := each.control_vector) is not None:
+            if name in scales:
+                raise InputError(f"The control vector {name!r} is named twice; name it once.")
+            known = opened.control_vectors.get(name)
+            scales[name] = each.scale if each.scale is not None else known.scale if known else 1.0
+            applied.append({"control_vector": name, "scale": scales[name]})
+            continue
         opened.need_sae()
         assert index is not None
         latent = found(index, each.search) if each.search is not None else each.latent
@@ -47,8 +55,8 @@ def resolve(
         strengths[latent] = strength
         meaning = index.meaning_of(latent) if latent < index.n_latents else None
         applied.append({"latent": latent, "meaning": meaning, "strength": strength, "mode": mode})
-    interventions = [opened.intervention(Steering(strengths, mode)) for mode, strengths in by_mode.items()]
-    return [each for each in interventions if each is not None], applied
+    steerings = [Steering(control_vectors=scales), *(Steering(strengths, mode) for mode, strengths in by_mode.items())]
+    return [each for steering in steerings for each in opened.interventions(steering)], applied
 
 
 def found(index: LatentIndex, query: str) -> int:

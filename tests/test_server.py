@@ -33,16 +33,18 @@ from llama_3 import load_tokenizer
 from llama_3.chat import Message, encode_answered, encode_dialogue
 from llama_3.generation import encode_text, generate, stream
 from llama_3.model import Intervention
+from microscope.control import steered as steered_by
+from microscope.control import write_gguf
 from sae import TopKSparseAutoencoder, save_sae
 from serving import inspection
-from serving.steered_model import ModelChoice, Sampling, fetched_reference, strongest_latents
+from serving.steered_model import ModelChoice, Sampling, VectorChoice, fetched_reference, strongest_latents
 from serving.steering import Steering
 
 SECONDS = 60  # a busy machine is not a failure
 LIMITS = script.Limits(max_rows=4, max_prompt_tokens=200, max_new_tokens=300)
 DEFAULT = {"mode": "clamp", "strength": 1.5, "slider": [-3, 3]}
 SMOLLM2 = fetched_reference()
-QUIET = 531  # a token that no prompt holds
+NO_VECTORS = VectorChoice()
 
 
 # ---- the server
@@ -62,9 +64,9 @@ def choice(tmp_path_factory) -> ModelChoice:
 
 
 @contextlib.contextmanager
-def started(choice: ModelChoice, api_key=None, limits=LIMITS, max_waiting=100):
+def started(choice: ModelChoice, api_key=None, limits=LIMITS, max_waiting=100, vectors=NO_VECTORS):
     """A server in a thread of this process: its address and what it serves."""
-    served = script.open_served(choice, max_waiting, limits)
+    served = script.open_served(choice, vectors, max_waiting, limits)
     listening = script.listen("127.0.0.1", 0)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**14)  # of its connections: a slow reader blocks soon
     server = script.make_server(served, api_key, grace_s=1.0)
@@ -137,7 +139,7 @@ def alone(served, ids, n, seed=0, temperature=0.0, top_p=1.0, steering=None, fir
 
 
 def steered(served, strengths, mode="add"):
-    return served.opened.intervention(Steering(strengths, mode))
+    return served.opened.interventions(Steering(strengths, mode))[0]
 
 
 def dialogue(served, *contents, system=None) -> list[int]:
@@ -231,7 +233,7 @@ def test_openai_stop(client, served):
     stop = text[9:12]
     expected = text[: text.index(stop)]
     options = {"model": "chat", "prompt": "the ring", "max_tokens": 40, "seed": 5}
-    whole = client.completions.create(**options, stop=[QUIET * "z", stop])
+    whole = client.completions.create(**options, stop=["zzzz", stop])
     assert (whole.choices[0].text, whole.choices[0].finish_reason) == (expected, "stop")
     chunks = list(client.completions.create(**options, stop=stop, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected
@@ -368,6 +370,42 @@ def test_goodfires_controller(address, served):
     assert "scopes" in complaint(post(address, "/v1/chat/completions", body | {"controller": scoped}))
 
 
+# ---- control vectors
+
+
+def test_control_vectors(choice, tmp_path):
+    """By name, alone and with a latent, at the file's scale or the request's."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = {layer: 3 * torch.randn(TINY_PARAMS["dim"], generator=generator) for layer in (1, 2)}
+    write_gguf(tmp_path / "calm.gguf", vectors)
+    chosen = VectorChoice([str(tmp_path / "calm.gguf")], [2.0])
+    with started(choice, vectors=chosen) as (address, served):
+        ids = encode_text(served.opened.tokenizer, "the ring")
+        body = {"prompt": "the ring", "max_tokens": 8, "temperature": 0}
+        clean = post(address, "/v1/completions", body).json()["choices"][0]["text"]
+        latent = {"latent": 5, "strength": 2.0, "mode": "clamp"}
+        for item, scale in (({"control_vector": "calm"}, 2.0), ({"control_vector": "calm", "scale": -1.0}, -1.0)):
+            for further in ([], [latent]):
+                found = post(address, "/v1/completions", body | {"steering": [*further, item]}).json()
+                tokens = list(ids)
+                for _ in range(8):
+                    with contextlib.ExitStack() as stack:
+                        stack.enter_context(steered_by(served.opened.model, vectors, scale))
+                        for _ in further:
+                            stack.enter_context(served.opened.model.intervene(*steered(served, {5: 2.0}, "clamp")))
+                        with torch.inference_mode():
+                            tokens.append(int(served.opened.model(torch.tensor([tokens]))[0, -1].argmax()))
+                text = found["choices"][0]["text"]
+                assert served.opened.text_after(ids, tokens[len(ids) :]).startswith(text) and text != clean
+                assert {"control_vector": "calm", "scale": scale} in found["steering"]
+        (model,) = httpx.get(f"{address}/v1/models").json()["data"]
+        assert model["control_vectors"] == {"calm": {"scale": 2.0, "where": "after layers 1 to 2"}}
+        twice = {"steering": [{"control_vector": "calm"}] * 2}
+        assert "twice" in complaint(post(address, "/v1/completions", body | twice))
+        unknown = {"steering": [{"control_vector": "../calm"}]}
+        assert "There is no control vector '../calm'" in complaint(post(address, "/v1/completions", body | unknown))
+
+
 # ---- bad requests
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
@@ -389,6 +427,7 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}]}
         ("completions", {"prompt": "a", "temprature": 1}, "Unrecognized request argument: temprature"),
         ("completions", {"prompt": "a", "echo": True}, "echo is not supported"),
         ("completions", {"prompt": "a", "top_p": 1.5}, "top_p"),
+        ("completions", {"prompt": "a", "temperature": 1e-40}, "A temperature of"),
         ("completions", {"prompt": "a", "stop": ""}, "stop"),
         ("completions", {"prompt": "a", "stop": ["a"] * 17}, "stop"),
         ("completions", {"prompt": "a", "seed": 2**63}, "seed"),
