@@ -114,9 +114,9 @@ def some_rows(sae, n: int, seed: int = 0) -> list[Row]:
 # ---- rows together
 
 
-@pytest.mark.parametrize("max_rows", [1, 3, 16])
+@pytest.mark.parametrize("max_rows", [1, 4, 12])
 def test_rows_together_say_what_each_says_alone(model, sae, max_rows):
-    rows = some_rows(sae, 30)
+    rows = some_rows(sae, 16)
     expected = [alone(model, row) for row in rows]
     rng = random.Random(1)
     with running(model, max_rows) as engine:
@@ -153,7 +153,7 @@ def test_a_row_with_several_interventions(model, sae):
 
 def test_a_row_that_overflows_ends_alone(model, sae):
     """Neither its neighbours nor the rows that take its place in the cache meet its NaN and infinities."""
-    for poison in (float("nan"), float("inf"), -float("inf")):
+    for poison in (float("nan"), float("inf")):
         broken = [Intervention(SITE, lambda x, poison=poison: x * 0 + poison)]
         late = []  # breaks only after some steps
         late = [Intervention(SITE, lambda x, n=late: n.append(1) or (x * poison if len(n) > 6 else x))]  # noqa: B023
@@ -422,7 +422,7 @@ def up_to_the_first_stop(text: str, stops: list[str]) -> str:
     return text
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(
     st.lists(st.text("ab\n", max_size=4), max_size=12),
     st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),

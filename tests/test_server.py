@@ -294,9 +294,9 @@ def test_openai_steering(client, served):
 
 
 def test_openai_many_at_once_with_different_steering(client, served):
-    """Twelve threads, four rows: each gets what it would get alone."""
+    """Nine threads, four rows: each gets what it would get alone."""
     ids = encode_text(served.opened.tokenizer, "the ring")
-    latents = [i for i in range(16) if i not in DEAD][:12]
+    latents = [i for i in range(16) if i not in DEAD][:9]
     expected = [alone(served, ids, 20, 1, 1.0, steering=steered(served, {i: 2.0})) for i in latents]
     found = {}
 
@@ -311,7 +311,7 @@ def test_openai_many_at_once_with_different_steering(client, served):
         thread.start()
     for thread in threads:
         thread.join(SECONDS)
-    assert [found[latent] for latent in latents] == expected and len(set(expected)) > 6
+    assert [found[latent] for latent in latents] == expected and len(set(expected)) > 5
 
 
 def test_openai_errors(client, choice):
@@ -725,10 +725,12 @@ def test_a_slow_reader_holds_no_row(address, served, monkeypatch):
     """Its answer waits for it, whole, while its place goes to others."""
     monkeypatch.setattr(served.opened.tokenizer, "stop_ids", frozenset())
     ids = encode_text(served.opened.tokenizer, "the ring")
-    expected = alone(served, ids, 300, 2, 1.5)
+    expected = alone(served, ids, 150, 2, 1.5)
     with connect(address) as client:
         n_before = served.engine.counts.rows["length"]
-        client.sendall(request_bytes(LONG | {"stream": True, "logprobs": 20}))  # more than the sockets' buffers hold
+        client.sendall(
+            request_bytes(LONG | {"max_tokens": 150, "stream": True, "logprobs": 20})
+        )  # more than the sockets' buffers hold
         until(lambda: served.engine.counts.rows["length"] == n_before + 1)
         assert served.engine.n_rows == 0
         assert post(address, "/v1/completions", {"prompt": "a", "max_tokens": 2}).status_code == 200
