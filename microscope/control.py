@@ -6,8 +6,9 @@ pca   the first principal component of these differences, not centred, pointing 
 Activations are resid_post of each prompt's last token, as in repeng (Vogel 2024; Zou et al. 2023, arXiv:2310.01405).
 A vector is as long as the activations of its layer are on average, so that strengths are shares of the stream.
 
-Files are llama.cpp's: direction.N is added to the output of block N, our layers.N.resid_post. Block 0 cannot be steered
-there.
+Files are llama.cpp's: direction.N is added to the output of block N, our layers.N.resid_post, at every token. Block 0
+cannot be steered there. repeng writes what it found at the output of block N as direction.N; llama.cpp's own
+cvector-generator names it direction.N+1, one layer later, and nothing in a file tells the two apart.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_3.generation import encode_text
-from llama_3.model import Transformer
+from llama_3.model import Intervention, Transformer
 from llama_3.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.files import atomic_path
@@ -73,12 +74,18 @@ def control_vector(positive: Tensor, negative: Tensor, method: Method) -> Contro
 def steered(model: Transformer, vectors: Mapping[int, Tensor], strength: float) -> Iterator[None]:
     """The model with strength x vector added to every token at layers.N.resid_post, inside the with block."""
     with contextlib.ExitStack() as stack:
-        for layer, vector in vectors.items():
-            change = strength * vector
-            stack.enter_context(
-                model.intervene(f"layers.{layer}.resid_post", lambda x, change=change: x + change.to(x))
-            )
+        for each in interventions(vectors, strength):
+            stack.enter_context(model.intervene(*each))
         yield
+
+
+def interventions(vectors: Mapping[int, Tensor], strength: float) -> list[Intervention]:
+    """Add strength x vector to every token at layers.N.resid_post, for `generate(steering=...)`."""
+    added = {layer: strength * vector for layer, vector in vectors.items()}
+    return [
+        Intervention(f"layers.{layer}.resid_post", lambda x, change=change: x + change.to(x))
+        for layer, change in added.items()
+    ]
 
 
 # ---- latents
@@ -136,21 +143,33 @@ def write_gguf(path: Path | str, vectors: Mapping[int, Tensor]) -> None:
         writer.close()
 
 
-def read_gguf_vectors(path: Path | str, model: Transformer) -> dict[int, Tensor]:
-    """Layer -> (d_model,) float32. Raises InputError for a file that is broken or does not fit the model."""
+def read_gguf_vectors(path: Path | str, model: Transformer, shift: int = 0) -> dict[int, Tensor]:
+    """Layer -> (d_model,) float32: direction.N belongs to layer N - shift.
+
+    shift: 0 reads a file as llama.cpp does; 1 undoes what cvector-generator does to names, so that each vector acts
+    where it was found. Raises InputError for a file that is broken or does not fit the model.
+    """
     try:
-        found = {each.name: torch.from_numpy(each.data.copy()) for each in gguf.GGUFReader(str(path)).tensors}
-    except (OSError, ValueError, IndexError) as error:
+        tensors = gguf.GGUFReader(str(path)).tensors
+        found = {each.name: torch.from_numpy(each.data.copy()) for each in tensors}
+        kinds = {each.name: each.tensor_type.name for each in tensors}
+    except (OSError, ValueError, LookupError) as error:
         raise InputError(f"{path} cannot be read ({error}); name a control vector in GGUF.") from None
+    if not found:
+        raise InputError(f"{path} holds no direction.N; name a control vector.")
     vectors = {}
     for name, vector in found.items():
         kind, _, layer = name.partition(".")
         if kind != "direction" or not layer.isdecimal() or vector.dim() != 1:
             raise InputError(f"{path} holds {name}, not only direction.N; name a control vector.")
+        if kinds[name] != "F32":
+            raise InputError(f"{path} holds {name} as {kinds[name]}, and llama.cpp reads F32 alone; write it again.")
         if vector.shape[0] != model.args.dim or not 1 <= int(layer) < model.args.n_layers:
             raise InputError(
                 f"{path} has {name} of {vector.shape[0]} numbers, but this model has layers 1 to "
                 f"{model.args.n_layers - 1} of {model.args.dim}; name a control vector of this model."
             )
-        vectors[int(layer)] = vector.float()
+        if not vector.isfinite().all():
+            raise InputError(f"{path} holds NaN or infinite numbers in {name}; make the vector again.")
+        vectors[int(layer) - shift] = vector.float()
     return vectors

@@ -113,7 +113,7 @@ def at_most_every(seconds: float, values: Iterable[T]) -> Iterator[T]:
 def completions(
     served: Served, prompts: Sequence[str], steering: Steering, sampling: Sampling
 ) -> Iterator[dict[str, list[str]]]:
-    """The growing completions of every prompt, clean and, with latents, steered, from the same seeds.
+    """The growing completions of every prompt, clean and, if anything steers, steered, from the same seeds.
 
     Raises InputError before the first step if something cannot be completed.
     """
@@ -124,9 +124,9 @@ def completions(
             check_context(model, len(encode_text(tokenizer, prompt)), sampling.max_new_tokens)
         except InputError as error:
             raise InputError(f"Prompt {number}: {error}") from None
-    interventions = {"clean": None}
-    if (intervention := served.opened.intervention(steering)) is not None:
-        interventions = {"clean": None, "steered": intervention}
+    interventions = {"clean": []}
+    if steered := served.opened.interventions(steering):
+        interventions["steered"] = steered
     options = sampling.options(len(prompts))
     streams = [stream_text(model, tokenizer, prompts, steering=each, **options) for each in interventions.values()]
     texts = {kind: [""] * len(prompts) for kind in interventions}
@@ -169,7 +169,7 @@ def chat(
         tokenizer,
         [[*first, *read]],
         date,
-        steering=served.opened.intervention(steering),
+        steering=served.opened.interventions(steering),
         **sampling.options(1, first=len(dialogue) // 2),  # each answer has another seed
     )
     text = ""

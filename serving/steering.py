@@ -14,12 +14,15 @@ With `keep_error` the change is added to the activation itself, so what the SAE 
 reconstruct stays; without, the changed reconstruction replaces the activation. benchmarks/steering.py compares them.
 Clamping follows Templeton et al. 2024, "Scaling Monosemanticity", under "Influence on Behavior". A transcoder steers
 at its target site, where its directions are; its latents' values are known only at its input, so it can only `add`.
+
+Control vectors from files need no SAE: each is added to the residual stream of every token, begin-of-text included,
+times its scale, as llama.cpp does (microscope/control.py).
 """
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,11 +40,16 @@ _MOST = 1_000_000  # of a strength; the model's sums of squares overflow long af
 
 
 class Steering(NamedTuple):
-    """What a user asks for; without strengths nothing is steered."""
+    """What a user asks for; without strengths and control vectors nothing is steered."""
 
     strengths: Mapping[int, float] = {}  # latent -> strength, in multiples of its highest activation
     mode: Mode = DEFAULT_MODE
     keep_error: bool = True
+    control_vectors: Mapping[str, float] = {}  # name -> scale
+
+    @property
+    def steers(self) -> bool:
+        return bool(self.strengths or self.control_vectors)
 
 
 def make_steering(
@@ -129,6 +137,18 @@ def check_latents(strengths: Mapping[int, float], highest: Tensor, mode: str = D
             )
 
 
+def check_scales(scales: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise InputError for a control vector that was not opened, or a scale that is no usable number."""
+    for name, scale in scales.items():
+        if name not in known:
+            there = f"open are {', '.join(known)}" if known else "none is open; name its file with --control_vectors"
+            raise InputError(f"There is no control vector {name!r}; {there}.")
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= _MOST:
+            raise InputError(
+                f"The control vector {name} cannot have scale {scale}; give a number from {-_MOST:,} to {_MOST:,}."
+            )
+
+
 def highest_activations(sae_path: str | Path, n_latents: int | None = None) -> Tensor:
     """(n_latents,) float32, each latent's highest activation in NAME.latents.parquet, 0 for one that never fired.
 
@@ -151,12 +171,17 @@ def strength_of_each(latents: Sequence[int], strengths: Sequence[S]) -> dict[int
 
     Raises InputError if they do not fit together.
     """
-    if len(strengths) == 1:
-        strengths = [*strengths] * len(latents)
-    if len(strengths) != len(latents):
-        raise InputError(
-            f"--latents names {len(latents)}, --strengths {len(strengths)}; give one for each or one for all."
-        )
     if len(set(latents)) < len(latents):
         raise InputError("--latents names a latent twice; name it once, with one strength.")
-    return dict(zip(latents, strengths, strict=True))
+    return dict(zip(latents, one_for_each(latents, strengths, "--latents", "--strengths"), strict=True))
+
+
+def one_for_each(things: Sequence[Any], values: Sequence[S], their_option: str, option: str) -> list[S]:
+    """As many values as things; a single one is for all. Raises InputError for another number of them."""
+    if len(values) == 1:
+        return [*values] * len(things)
+    if len(values) != len(things):
+        raise InputError(
+            f"{their_option} names {len(things)}, {option} {len(values)}; give one for each or one for all."
+        )
+    return list(values)
