@@ -696,6 +696,7 @@ def announce(training: Training) -> None:
     """Print what will be read, written, held in memory and sent. Raises Stop if the disk is too small."""
     options, step, manifest = training.options, training.step, training.data.manifest
     d_model, kind = manifest["d_model"], training.data.kind
+    what = ("Matryoshka, " if options.matryoshka else "") + kind.in_words.replace("JumpReLU", "BatchTopK")
     to = f" and of {kind.target_site} from {options.target_data_dir}" if kind.target_site else ""
     sae_bytes = 4 * (2 * options.n_latents * d_model + options.n_latents + d_model + options.skip * d_model**2)
     present = sum(path.stat().st_size for path in checkpoint_files(training.folder))
@@ -706,7 +707,7 @@ def announce(training: Training) -> None:
     copies = 4 if n_rows == training.batch_size // step.data.size else 5
     memory = copies * sae_bytes // step.slices.size + block + n_rows * (24 * d_model + 80 * min(options.k, n_slice))
     print(
-        f"{kind.in_words}: reading {manifest['counts']['train']:,} activations of {manifest['site']} from "
+        f"{what}: reading {manifest['counts']['train']:,} activations of {manifest['site']} from "
         f"{options.data_dir}{to}; "
         f"writing {options.model_save_path} ({gb(sae_bytes)}) and checkpoints ({gb(3 * sae_bytes)} each) to "
         f"{training.folder}; {training.n_steps:,} steps of {training.batch_size} on {step.world.size} x "
