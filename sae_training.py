@@ -114,7 +114,7 @@ from pipeline.progress import gb, progress_bar
 from pipeline.sae_files import SaeFiles
 from pipeline.source import Source
 from pipeline.statistics import read_statistics
-from sae import TopKSparseAutoencoder, load_sae_model, rows_at_once, save_sae, save_tensors
+from sae import SparseAutoencoder, load_sae_model, rows_at_once, save_sae, save_tensors
 
 
 class RunOptions(NamedTuple):
@@ -196,10 +196,10 @@ def slices_by_default(n_latents: int, n_processes: int) -> int:
     return math.gcd(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), n_processes, n_latents)
 
 
-def empty_sae(options: RunOptions, manifest: dict[str, Any]) -> TopKSparseAutoencoder:
+def empty_sae(options: RunOptions, manifest: dict[str, Any]) -> SparseAutoencoder:
     """The whole SAE, its weights uninitialised. Raises InputError for an impossible k or size."""
     try:
-        return TopKSparseAutoencoder(manifest["d_model"], options.n_latents, options.k, manifest["normalize_eps"])
+        return SparseAutoencoder(manifest["d_model"], options.n_latents, options.k, manifest["normalize_eps"])
     except ValueError as error:
         raise InputError(f"{error}; correct --k or --n_latents.") from None
     except RuntimeError as error:  # how torch reports a lack of memory
@@ -210,7 +210,7 @@ def empty_sae(options: RunOptions, manifest: dict[str, Any]) -> TopKSparseAutoen
 
 def starting_sae(
     options: RunOptions, data: Data, load_path: str | None, seed: int, orthogonal: bool
-) -> TopKSparseAutoencoder:
+) -> SparseAutoencoder:
     """The whole SAE as training begins; uninitialised if there is a checkpoint to load weights from."""
     sae = empty_sae(options, data.manifest)
     if whole_checkpoints(Path(options.checkpoint_dir)):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.distributed import ALONE, World
-from sae import TopKSparseAutoencoder, dot_products, products_are_exact, rows_at_once, top_k
+from sae import SparseAutoencoder, dot_products, products_are_exact, rows_at_once, top_k
 
 
 class Losses(NamedTuple):
@@ -51,7 +51,7 @@ class Dead(NamedTuple):
 
 
 def loss_sums(
-    sae: TopKSparseAutoencoder,
+    sae: SparseAutoencoder,
     z: Tensor,
     dead: Dead | None = None,
     slices: World = ALONE,

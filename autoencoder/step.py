@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 
 from autoencoder.losses import Dead, Losses, loss_sums
 from pipeline.distributed import Grid
-from sae import TopKSparseAutoencoder
+from sae import SparseAutoencoder
 
 
 class StepOptions(NamedTuple):
@@ -60,7 +60,7 @@ class Step:
     hold the same slice and divide the batch. sae: the whole SAE; its slice is cut here.
     """
 
-    def __init__(self, sae: TopKSparseAutoencoder, options: StepOptions, grid: Grid):
+    def __init__(self, sae: SparseAutoencoder, options: StepOptions, grid: Grid):
         self.world, self.data, self.slices = grid.world, grid.column, grid.row
         self.options = options
         self.sae = sae.slice(self.slices.rank, self.slices.size) if self.slices.size > 1 else sae

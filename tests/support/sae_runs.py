@@ -18,18 +18,28 @@ from torch import Tensor
 from pipeline.files import read_json
 from pipeline.manifests import MANIFEST
 from pipeline.run import run
-from sae import TopKSparseAutoencoder
+from sae import Kind, SparseAutoencoder
 from support.activation_folders import write_activation_folder
 
 
-def random_sae(d_model: int, n_latents: int, k: int, eps: float = 1e-5, seed: int = 0) -> TopKSparseAutoencoder:
-    """Every weight random: encoder and decoder not tied, biases not zero, decoder columns not of unit norm."""
+def random_sae(
+    d_model: int,
+    n_latents: int,
+    k: int,
+    eps: float = 1e-5,
+    seed: int = 0,
+    kind: Kind = Kind(),  # noqa: B008
+) -> SparseAutoencoder:
+    """Every weight random: encoder and decoder not tied, biases not zero, decoder columns not of unit norm, thresholds
+    of either sign."""
     generator = torch.Generator().manual_seed(seed)
-    sae = TopKSparseAutoencoder(d_model, n_latents, k, eps)
+    sae = SparseAutoencoder(d_model, n_latents, k, eps, kind=kind)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
         sae.encoder.weight.div_(d_model**0.5)
+        if sae.threshold is not None:
+            sae.threshold.copy_(0.5 + torch.randn(n_latents, generator=generator))
     return sae
 
 
