@@ -11,7 +11,7 @@ import pytest
 from conftest import PROJECT_DIR
 
 # Each imports only from itself and those before it.
-ORDER = ["pipeline.errors", "llama_3", "pipeline", "sae", "autoencoder", "embedded", "latents", "microscope"]
+ORDER = ["pipeline.errors", "llama_3", "pipeline", "sae", "autoencoder", "formats", "embedded", "latents", "microscope"]
 ORDER += ["claude", "serving"]
 ROOMS = [name for name in ORDER if (PROJECT_DIR / name).is_dir()]
 SCRIPTS = sorted(path.stem for path in PROJECT_DIR.glob("*.py") if path.stem != "sae")

@@ -1,0 +1,331 @@
+"""sae_convert.py and formats/: files in every format, written here from their published layouts, against what their
+programs compute (support/foreign_saes.py); exports read back; each refusal in a sentence.
+
+.venv/bin/python -m pytest tests/test_formats.py
+make interop    # exports also through the real programs
+"""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from support import foreign_saes
+from support.foreign_saes import D, K, N, Weights
+from support.pipeline_runs import call, refusal
+
+import sae_convert as script
+from formats.comparison import difference, made_up_activations
+from formats.table import FORMATS, recognise
+from pipeline.errors import InputError
+from sae import Kind, SparseAutoencoder, load_sae_model, save_sae
+
+IMPORTS = {
+    "llamascope": [
+        ("", foreign_saes.llama_scope, {}),
+        ("transcoder", foreign_saes.llama_scope, {"norm_out": 7.0, "hook_point_in": "blocks.3.hook_resid_mid",
+                                                  "hook_point_out": "blocks.3.hook_mlp_out"}),
+    ],
+    "llamascope-r1": [
+        ("", foreign_saes.llama_scope_r1, {}),
+        ("without norms", foreign_saes.llama_scope_r1, {"include_norm": False}),
+        ("newer names", foreign_saes.llama_scope_r1, {"newer": True}),
+    ],
+    "sparsify": [
+        ("", foreign_saes.sparsify, {}),
+        ("skip transcoder of before", foreign_saes.sparsify, {"skip": True, "skip_connection": True}),
+        ("skip transcoder", foreign_saes.sparsify, {"skip": True, "transcode": True}),
+        ("transcoder", foreign_saes.sparsify, {"transcode": True}),
+    ],
+    "saelens": [
+        ("standard", foreign_saes.saelens, {}),
+        ("not centred", foreign_saes.saelens, {"apply_b_dec_to_input": False}),
+        ("topk", foreign_saes.saelens, {"architecture": "topk"}),
+        ("layer norm", foreign_saes.saelens, {"architecture": "topk", "normalize_activations": "layer_norm"}),
+        ("by decoder norm", foreign_saes.saelens, {"architecture": "topk", "rescale_acts_by_decoder_norm": True}),
+        ("jumprelu", foreign_saes.saelens, {"architecture": "jumprelu", "apply_b_dec_to_input": False}),
+        ("transcoder", foreign_saes.saelens, {"architecture": "transcoder", "apply_b_dec_to_input": False}),
+        ("jumprelu skip", foreign_saes.saelens, {"architecture": "jumprelu_skip_transcoder"}),
+        ("version 5", foreign_saes.saelens, {"version": 5}),
+        ("version 5 topk", foreign_saes.saelens, {"version": 5, "architecture": "topk"}),
+    ],
+    "dictionary_learning": [
+        (name, foreign_saes.dictionary_learning, {"dict_class": name})
+        for name in ("AutoEncoder", "AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")
+    ],
+    "openai": [("", foreign_saes.openai, {}), ("relu", foreign_saes.openai, {"activation": "ReLU"})],
+    "gemmascope": [("", foreign_saes.gemma_scope, {}), ("lower case", foreign_saes.gemma_scope, {"lower": True})],
+    "goodfire": [("", foreign_saes.goodfire, {})],
+    "qresearch": [("", foreign_saes.goodfire, {"encoder": "encoder", "decoder": "decoder"})],
+}  # fmt: skip
+CASES = [(name, *case) for name, cases in IMPORTS.items() for case in cases]
+NO_SITE = ("openai", "gemmascope", "goodfire", "qresearch")
+
+
+def dense(sae: SparseAutoencoder, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values, indices = sae.encode(x)
+    latents = torch.zeros(len(x), sae.n_latents)
+    for row in range(len(x)):
+        for value, latent in zip(values[row], indices[row], strict=True):
+            latents[row, latent] += value
+    return latents, sae(x)
+
+
+@pytest.mark.parametrize(("name", "variant", "write", "options"), CASES, ids=lambda part: str(part)[:30])
+def test_import(tmp_path, capsys, name, variant, write, options):
+    w, folder = Weights(), tmp_path / "layers.3.mlp"
+    folder.mkdir()
+    latents, x_hat = write(folder, w, **options)
+    found, foreign = recognise(folder)
+    assert found == name
+    row = FORMATS[name]
+    formula = row.formula(foreign, w.x)
+    torch.testing.assert_close(formula[0], latents, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(formula[1], x_hat, atol=1e-5, rtol=1e-4)
+    site = {"site": "layers.3.resid_post"} if name in NO_SITE else {}
+    call(script, command_word="import", path=folder, output_path=tmp_path / "sae.pth", **site)
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].startswith("Against its formula: largest difference over 256 activations")
+    sae = load_sae_model(tmp_path / "sae.pth")
+    ours = dense(sae, w.x)
+    assert 0 < float((latents > 0).float().mean()) < 0.9  # something fires, not everything
+    torch.testing.assert_close(ours[0], latents, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours[1], x_hat, atol=1e-4, rtol=1e-4)
+    info = json.loads((tmp_path / "sae.json").read_text())
+    assert info["imported"]["format"] == name and info["layer"] == 3
+    hooks = {"transcoder": "resid_mid" if name == "llamascope" else "ffn_norm"}
+    if name == "saelens":
+        assert info["site"] == "layers.3.resid_post" and info["begin_of_text"] is False
+        assert info["imported"]["model_name"] == "a-llama"
+    if name == "sparsify":
+        assert info["site"] == ("layers.3.mlp_out" if not variant else "layers.3.ffn_norm")
+    if name == "llamascope":
+        assert info["site"] == f"layers.3.{hooks.get(variant, 'resid_post')}"
+
+
+def test_llama_scope_by_another_tools_formula_differs(tmp_path):
+    """SAELens leaves the norms of directions out, and keeps other latents: the check would see it."""
+    w = Weights()
+    latents, x_hat = foreign_saes.llama_scope(tmp_path, w)
+    _, foreign = recognise(tmp_path)
+    sae = FORMATS["llamascope"].to_ours(foreign).sae()
+    s = D**0.5 / 3
+    pre = s * w.x @ w.W_enc.t() + w.b_enc
+    theirs = foreign_saes.jump(pre, 0.8 * s)
+    found = difference(sae, w.x, (theirs, theirs @ w.W_dec / s + w.b_dec / s))
+    assert not found.is_small and found.support > 100
+    assert difference(sae, w.x, (latents, x_hat)).is_small
+
+
+# ---- out
+
+
+def random_sae(kind: Kind, k: int | None = K, seed: int = 3, one_threshold: bool = True) -> SparseAutoencoder:
+    w = Weights(seed)
+    sae = SparseAutoencoder(D, N, k, 1e-5, kind=kind)
+    state = {"b_pre": w.b_dec, "encoder.weight": w.W_enc, "encoder.bias": w.b_enc}
+    state |= {"decoder.weight": torch.nn.functional.normalize(w.W_dec, dim=1).t()}
+    state |= {"threshold": torch.full((N,), 0.7) if one_threshold else w.threshold} if kind.gate == "jumprelu" else {}
+    state |= {"skip": w.skip} if kind.skip else {}
+    sae.load_state_dict(state)
+    return sae
+
+
+def to_mlp(gate, **more) -> Kind:
+    return Kind(gate, "scale", 2.5, target_site="layers.3.mlp_out", target_scale=0.7, **more)
+
+
+EXPORTS = {
+    "saelens": [
+        Kind(), Kind("topk", "none"), Kind("topk", "scale", 2.5), Kind("jumprelu", "scale", 0.4, centred=False),
+        Kind("relu", "none"), to_mlp("relu"), to_mlp("jumprelu", skip=True), Kind("jumprelu", "layer_norm"),
+    ],
+    "sparsify": [
+        Kind("topk", "none"), Kind("topk", "scale", 2.5), Kind("topk", "none", centred=False), to_mlp("topk"),
+        to_mlp("topk", skip=True),
+    ],
+    "dictionary_learning": [
+        Kind("topk", "scale", 2.5), Kind("jumprelu", "scale", 2.5), Kind("relu", "none", centred=False),
+    ],
+    "openai": [Kind(), Kind("relu", "scale", 2.5, centred=False)],
+    "llamascope": [Kind("jumprelu", "scale", 2.5), Kind("relu", "none", centred=False)],
+    "gemmascope": [Kind("jumprelu", "scale", 2.5), Kind("relu", "none")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("to", "kind"), [(to, kind) for to, kinds in EXPORTS.items() for kind in kinds], ids=lambda part: str(part)[:60]
+)
+def test_export_and_back(tmp_path, capsys, to, kind):
+    """The written files compute the same by the steps of support/foreign_saes.py's formulas, and come back equal."""
+    sae = random_sae(kind)
+    site = "layers.3.ffn_norm" if kind.target_site else "layers.3.resid_post"
+    save_sae(sae, tmp_path / "sae.pth", {"site": site, "begin_of_text": False, "model": {"name": "a-llama"}})
+    folder = tmp_path / ("layers.3.mlp" if to == "sparsify" and kind.target_site else "layers.3")
+    call(script, command_word="export", path=tmp_path / "sae.pth", to=to, output_path=folder)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("Against its formula: largest difference") for line in lines[-2:])
+    if "INTEROP" in os.environ and FORMATS[to].package is not None:
+        assert lines[-1].startswith("Against its own program: largest difference")
+    assert not list(tmp_path.glob(".*.tmp"))
+    at = {} if to in ("sparsify", "saelens", "llamascope", "dictionary_learning") else {"site": site}
+    if to == "saelens" and kind.target_site:
+        at = {}
+    call(script, command_word="import", path=folder, output_path=tmp_path / "back.pth", **at)
+    back = load_sae_model(tmp_path / "back.pth")
+    assert back.site == site
+    x = made_up_activations(sae, 64, seed=7)
+    latents, x_hat = dense(sae, x)
+    their_latents, their_x_hat = dense(back, x)
+    scale = float(latents.max())
+    torch.testing.assert_close(their_latents / scale, latents / scale, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(their_x_hat, x_hat, atol=1e-4 * float(x_hat.abs().max()), rtol=1e-4)
+
+
+def test_exports_that_cannot_be(tmp_path, capsys):
+    for kind, one, to, sentence in (
+        (Kind(), True, "sparsify", "sparsify cannot and no weights can; train with --normalization none or scale"),
+        (Kind(), True, "llamascope", "holds SAEs with jumprelu or relu, but this one has topk"),
+        (Kind("jumprelu", "none"), False, "llamascope", "has one threshold for all latents, but these lie between"),
+        (Kind("topk", "none"), True, "openai", "TopK normalises each activation with eps 1e-5, but this SAE has"),
+        (Kind("topk", "none"), True, "gemmascope", "holds SAEs with jumprelu or relu, but this one has topk"),
+        (to_mlp("topk"), True, "saelens", "SAELens has no TopK transcoder"),
+        (to_mlp("relu"), True, "gemmascope", "holds autoencoders, but this is a transcoder to layers.3.mlp_out"),
+    ):
+        save_sae(random_sae(kind, one_threshold=one), tmp_path / "sae.pth", {"site": "layers.3.ffn_norm"})
+        options = {"path": tmp_path / "sae.pth", "to": to, "output_path": tmp_path / "out"}
+        assert sentence in refusal(capsys, script, command_word="export", **options)
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*.tmp"))
+    sae = SparseAutoencoder(D, N, K, 1e-6)
+    sae.load_state_dict(random_sae(Kind()).state_dict())
+    save_sae(sae, tmp_path / "old.pth", {"site": "layers.3.attention_norm"})
+    options = {"path": tmp_path / "old.pth", "to": "saelens", "output_path": tmp_path / "out"}
+    assert "SAELens normalises with eps 1e-5, but this SAE has 1e-06" in refusal(
+        capsys, script, command_word="export", **options
+    )
+
+
+def test_an_export_that_differs_is_removed(tmp_path, capsys, monkeypatch):
+    save_sae(random_sae(Kind("topk", "none")), tmp_path / "sae.pth", {"site": "layers.3.resid_post"})
+    row = FORMATS["saelens"]
+
+    def wrong(sae, folder):
+        row.write(sae, folder)
+        cfg = json.loads((folder / "cfg.json").read_text())
+        (folder / "cfg.json").write_text(json.dumps(cfg | {"apply_b_dec_to_input": False}))
+
+    monkeypatch.setitem(FORMATS, "saelens", row._replace(write=wrong))
+    options = {"path": tmp_path / "sae.pth", "to": "saelens", "output_path": tmp_path / "out"}
+    assert "The two differ: against its formula" in refusal(capsys, script, command_word="export", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sae.json", "sae.pth"]
+
+
+def test_rounding_at_a_gates_edge_is_no_difference():
+    sae = random_sae(Kind("topk", "none"))
+    x = made_up_activations(sae, 50)
+    latents, x_hat = dense(sae, x)
+    least = torch.where(latents[0] > 0, latents[0], torch.inf).argmin()
+    other = latents.clone()
+    other[0, least], other[0, (latents[0] == 0).nonzero()[0, 0]] = 0, latents[0, least]
+    found = difference(sae, x, (other, x_hat))
+    assert found.is_small and (found.support, found.at_edge) == (0, 1)
+    largest = latents[0].argmax()
+    other = latents.clone()
+    other[0, largest] = 0
+    found = difference(sae, x, (other, x_hat))
+    assert not found.is_small and found.support == 1
+    assert not difference(sae, x, (latents * 1.001, x_hat)).is_small
+    assert not difference(sae, x, (latents, x_hat * 1.001)).is_small
+
+
+# ---- bad input
+
+
+class Unpickled:
+    def __reduce__(self):
+        return print, ("code was run",)
+
+
+def test_what_cannot_be_imported(tmp_path, capsys):
+    w = Weights()
+    n = iter(range(100))
+
+    def refused(write=None, output="new.pth", **options) -> str:
+        folder = tmp_path / f"{next(n)}" / "layers.3"
+        folder.mkdir(parents=True)
+        if write:
+            write(folder)
+        told = {"path": folder, "output_path": tmp_path / output} | options
+        said = refusal(capsys, script, command_word="import", **told)
+        assert not (tmp_path / "new.pth").exists() and not (tmp_path / "new.json").exists()
+        return said
+
+    unknown = refused()
+    for marker in ("hyperparams.json", "cfg.json with sae.safetensors", "sae_weights.safetensors", "ae.pt", "pre_bias"):
+        assert marker in unknown
+    assert "is of no known format" in unknown
+    assert "There is nothing at" in refused(path=tmp_path / "none" / "there")
+    assert "ending in .pth" in refused(output="new.safetensors")
+    assert "does not say where it reads; give --site" in refused(lambda f: foreign_saes.goodfire(f, w))
+    bad_site = refused(lambda f: foreign_saes.goodfire(f, w), site="layers.3.somewhere")
+    assert "somewhere" in bad_site
+    contradicts = refused(lambda f: foreign_saes.llama_scope(f, w), site="layers.4.resid_post")
+    assert "says it reads layers.3.resid_post, not layers.4.resid_post" in contradicts
+
+    def with_pickle(folder):
+        torch.save({"encoder_linear.weight": w.W_enc, "x": Unpickled()}, folder / "sae.pt")
+
+    said = refused(with_pickle)
+    assert "holds more than tensors and plain values" in said and "print" in said
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "sae.pt").write_bytes(pickle.dumps(Unpickled()))
+    assert "it is refused" in refused(path=tmp_path / "p") and "code was run" not in capsys.readouterr().out
+    (tmp_path / "p" / "sae.pt").write_bytes(b"PK\3\4 no more")
+    assert "truncated" in refused(path=tmp_path / "p")
+
+    def shapes(folder):
+        foreign_saes.sparsify(folder, w)
+        foreign_saes.write_safetensors(folder / "sae.safetensors", {
+            "encoder.weight": w.W_enc, "encoder.bias": w.b_enc[1:], "W_dec": w.W_dec, "b_dec": w.b_dec,
+        })  # fmt: skip
+
+    assert "holds encoder.bias as (95,) instead of (96,): its shapes contradict" in refused(shapes)
+    assert "lacks the tensor threshold" in refused(
+        lambda f: (foreign_saes.saelens(f, w), foreign_saes.write_json(f / "cfg.json", {"architecture": "jumprelu"}))
+    )
+    for options, sentence in (
+        ({"hook_point_in": "blocks.3.ln2.hook_normalized"}, "the norm's output before the norm's weight"),
+        ({"use_glu_encoder": True}, "gated linear unit"),
+        ({"sae_type": "lorsa"}, "sparse attention layer (lorsa)"),
+        ({"sae_type": "clt"}, "cross-layer transcoder (clt)"),
+        ({"sae_type": "crosscoder"}, "a crosscoder"),
+        ({"norm_activation": "token-wise"}, "norm_activation 'token-wise'"),
+        ({"act_fn": "prolu"}, "act_fn 'prolu'; jumprelu and relu are read here"),
+    ):
+        assert sentence in refused(lambda f, options=options: foreign_saes.llama_scope(f, w, **options))
+    assert "architecture gated" in refused(lambda f: foreign_saes.saelens(f, w, architecture="gated"))
+    normalise = {"normalize_activations": "constant_norm_rescale"}
+    assert "constant_norm_rescale, which has no form" in refused(lambda f: foreign_saes.saelens(f, w, **normalise))
+    assert "a GatedAutoEncoder" in refused(lambda f: foreign_saes.dictionary_learning(f, w, "GatedAutoEncoder"))
+    (tmp_path / "npz").mkdir()
+    np.savez(tmp_path / "npz" / "params.npz", W_enc=np.array([object()]))
+    assert "not a whole file of numpy arrays" in refused(path=tmp_path / "npz")
+    (tmp_path / "ours").mkdir()
+    torch.save({"b_pre": w.b_dec}, tmp_path / "ours" / "sae.pth")
+    assert "already an SAE of this project" in refused(path=tmp_path / "ours")
+
+
+def test_files_name_their_folder(tmp_path):
+    w = Weights()
+    for file, write in (
+        ("checkpoints/final.safetensors", foreign_saes.llama_scope),
+        ("sae.safetensors", foreign_saes.sparsify),
+        ("params.npz", foreign_saes.gemma_scope),
+    ):
+        folder = tmp_path / write.__name__
+        write(folder, w)
+        assert recognise(folder / file)[0] == recognise(folder)[0]
+    with pytest.raises(InputError, match="There is nothing at"):
+        recognise(tmp_path / "nothing")
