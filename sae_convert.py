@@ -22,9 +22,13 @@ from typing import Literal
 from pipeline.options import Count, parse_constants
 from pipeline.run import run
 
+_Format = Literal[
+    "saelens", "sparsify", "dictionary_learning", "openai", "llamascope", "gemmascope", "sae_dashboard", "neuronpedia"
+]
+
 PATH: str  # import: a folder, a file or OWNER/NAME[/FOLDER] of the hub; export: the SAE, NAME.pth
 OUTPUT_PATH: str | None = None  # import: the SAE to write, NAME.pth; export: the folder to write
-TO: Literal["saelens", "sparsify", "dictionary_learning", "openai", "llamascope", "gemmascope"] | None = None  # format
+TO: _Format | None = None  # export: the format; the last two show latents, the others hold the SAE itself
 PUSH: str | None = None  # export: USER/NAME of the hub to upload to, with a card; without TO in this project's format
 PULL = False  # import: the repository holds an SAE of this project; fetch it as it is
 LICENCE: str | None = None  # of what is pushed, such as apache-2.0, for the card
@@ -54,6 +58,7 @@ from autoencoder.evaluation import evaluate
 from formats import hub
 from formats.common import Foreign, Ours, Place
 from formats.comparison import Difference, difference, made_up_activations
+from formats.dashboards import Known, write_neuronpedia, write_sae_dashboard
 from formats.table import FORMATS, Format, recognise
 from llama_3 import load_model, load_tokenizer
 from llama_3.model import Transformer, check_site
@@ -65,6 +70,7 @@ from pipeline.manifests import git_commit
 from pipeline.sae_files import SaeFiles
 from pipeline.source import Source
 from sae import SparseAutoencoder, load_sae_model, save_sae
+from serving.constant_steering import stds
 
 _ROWS = 512  # activations compared
 _FVU, _RECOVERED = 0.6, 0.8  # a published SAE leaves less unexplained than the first, and recovers more than the second
@@ -265,7 +271,9 @@ def export_sae(config: Any) -> None:
     try:
         temporary.mkdir()
         says = []
-        if config.to:
+        if config.to in ("sae_dashboard", "neuronpedia"):
+            says = write_dashboard(sae, config, temporary, opened)
+        elif config.to:
             says = write_and_compare(sae, config.to, temporary, activations(sae, opened))
         else:
             copy_own(SaeFiles(config.path), temporary)
@@ -294,6 +302,20 @@ def write_and_compare(sae: SparseAutoencoder, to: str, folder: Path, x: Tensor) 
     found = compare(sae, foreign, row, x)
     refuse_differences(found)
     return [f"Against {against}: {each}." for against, each in found]
+
+
+def write_dashboard(sae: SparseAutoencoder, config: Any, folder: Path, opened: Model | None) -> list[str]:
+    """Write what is known of the latents, in normalised space, directions in the model's own units."""
+    if opened is None:
+        raise InputError(f"--to {config.to} shows tokens and directions of the model; name it with --llama_model_dir.")
+    known = Known(config.path, sae, opened.tokenizer)
+    name = (sae.info.get("model") or {}).get("name", "llama"), Path(SaeFiles(config.path).name).name
+    if config.to == "neuronpedia":
+        n_files = write_neuronpedia(known, folder, *name)
+    else:
+        spread = stds(opened.model, sae, opened.sentences, opened.tokenizer.bos_id)
+        n_files = write_sae_dashboard(known, folder, *name, spread.mean)
+    return [f"{n_files} files, each read back and equal."]
 
 
 def copy_own(files: SaeFiles, folder: Path) -> None:

@@ -12,13 +12,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from support import foreign_saes
+from support import foreign_saes, latent_files
+from support.fake_hub import FakeHub, Repo
 from support.foreign_saes import D, K, N, Weights
 from support.pipeline_runs import call, refusal
 
 import sae_convert as script
 from formats.comparison import difference, made_up_activations
 from formats.table import FORMATS, recognise
+from latents.index import LatentIndex
+from latents.tables import top_sentences
+from llama_3 import load_model, load_tokenizer
 from pipeline.errors import InputError
 from sae import Kind, SparseAutoencoder, load_sae_model, save_sae
 
@@ -329,3 +333,120 @@ def test_files_name_their_folder(tmp_path):
         assert recognise(folder / file)[0] == recognise(folder)[0]
     with pytest.raises(InputError, match="There is nothing at"):
         recognise(tmp_path / "nothing")
+
+
+# ---- the hub
+
+
+@pytest.fixture
+def a_hub(monkeypatch, tmp_path):
+    """A local hub, asked by this process."""
+    from huggingface_hub import constants
+
+    with FakeHub() as running:
+        running.tokens.add("hf_mine")
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_TOKEN", "hf_mine")
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        yield running
+
+
+def test_push_and_pull(a_hub, tmp_path, capsys):
+    sae = random_sae(Kind("topk", "none"))
+    info = {"site": "layers.3.resid_post", "begin_of_text": False, "model": {"name": "a-llama"}, "tokens_trained": 1234}
+    save_sae(sae, tmp_path / "sae.pth", info | {"quality": {"val_fvu": 0.123456}})
+    (tmp_path / "sae.meaning_a.yaml").write_text("{}")
+    (tmp_path / "other.txt").write_text("not pushed")
+    call(script, command_word="export", path=tmp_path / "sae.pth", push="me/an-sae", licence="apache-2.0")
+    assert f"Uploaded to {a_hub.url}/me/an-sae" in capsys.readouterr().out
+    repo = a_hub.repos["me/an-sae"]
+    files = repo.commits[repo.main]
+    assert set(files) == {"README.md", "sae.json", "sae.meaning_a.yaml", "sae.pth"}
+    card = files["README.md"].decode()
+    for part in ("license: apache-2.0", "| model | a-llama |", "| FVU, held out | 0.1235 |", "1,234", "--to saelens"):
+        assert part in card
+    call(script, command_word="import", path="me/an-sae", pull=True, output_path=tmp_path / "theirs" / "b.pth")
+    again = load_sae_model(tmp_path / "theirs" / "b.pth")
+    assert again.info == load_sae_model(tmp_path / "sae.pth").info
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), sae.state_dict().values(), strict=True))
+    assert (tmp_path / "theirs" / "b.meaning_a.yaml").exists()
+
+    call(script, command_word="export", path=tmp_path / "sae.pth", to="sparsify", push="me/theirs")
+    repo = a_hub.repos["me/theirs"]
+    assert set(repo.commits[repo.main]) == {"README.md", "cfg.json", "sae.safetensors"}
+    at = {"site": "layers.3.resid_post"}
+    call(script, command_word="import", path="me/theirs", output_path=tmp_path / "back.pth", **at)
+    assert load_sae_model(tmp_path / "back.pth").info["imported"]["path"] == "me/theirs"
+
+
+def test_a_folder_of_a_repository(a_hub, tmp_path, capsys):
+    w = Weights()
+    foreign_saes.sparsify(tmp_path / "layers.7", w)
+    files = {f"layers.7/{path.name}": path.read_bytes() for path in (tmp_path / "layers.7").iterdir()}
+    repo = a_hub.repos["them/saes"] = Repo()
+    repo.commit(files | {"layers.8/cfg.json": b"{}"})
+    call(script, command_word="import", path="them/saes/layers.7", output_path=tmp_path / "sae.pth")
+    assert load_sae_model(tmp_path / "sae.pth").site == "layers.7.resid_post"
+    refused = lambda path: refusal(capsys, script, command_word="import", path=path, output_path=tmp_path / "x.pth")
+    assert "does not have them/none or its files (404)" in refused("them/none")
+    assert "them/saes has no layers.9" in refused("them/saes/layers.9")
+    assert "is of no known format" in refused("them/saes/layers.8")
+
+
+# ---- latents for other programs' pages
+
+
+@pytest.fixture
+def known_latents(tmp_path, tiny_model_dir):
+    """A random SAE of the tiny model with everything beside it."""
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    path = latent_files.write_latents(tmp_path / "known", tiny_model_dir, tokenizer)
+    info = json.loads(path.with_suffix(".json").read_text())
+    sae = SparseAutoencoder(36, latent_files.N_LATENTS, 6)
+    sae.initialize(torch.zeros(36), torch.Generator().manual_seed(0))
+    save_sae(sae, path, info | {"site": "layers.1.resid_post"})
+    return path
+
+
+def test_latents_for_sae_dashboard(known_latents, tmp_path, tiny_model_dir):
+    options = {"path": known_latents, "llama_model_dir": tiny_model_dir, "text_path": tmp_path / "t.txt"}
+    options["text_path"].write_text("hello the ring. " * 9)
+    call(script, command_word="export", to="sae_dashboard", output_path=tmp_path / "out", **options)
+    (path,) = (tmp_path / "out").iterdir()
+    batch = json.loads(path.read_text())
+    assert {name: batch[name] for name in ("model_id", "layer", "sae_set", "sae_id_suffix")} == {
+        "model_id": "tiny", "layer": 1, "sae_set": "sae", "sae_id_suffix": None,
+    }  # fmt: skip
+    index, tokenizer = LatentIndex(known_latents), load_tokenizer(str(tiny_model_dir))
+    alive = [i for i in range(latent_files.N_LATENTS) if i not in latent_files.DEAD]
+    assert [feature["feature_index"] for feature in batch["features"]] == alive
+    sae, model = load_sae_model(known_latents), load_model(str(tiny_model_dir))
+    ids = tokenizer.encode("hello the ring. " * 9)
+    std = float(sae.normalize(model.activations(torch.tensor([ids[:128]]), sae.site)[0])[2].double().mean())
+    top = dict(top_sentences(known_latents.with_name("sae.top.parquet"), "max", 20))
+    for feature in batch["features"][:5]:
+        latent = feature["feature_index"]
+        sentences = top[latent]
+        for shown, sentence in zip(feature["activations"], sentences, strict=True):
+            assert "".join(shown["tokens"]) == tokenizer.decode(sentence.token_ids)
+            assert shown["values"] == pytest.approx(sentence.token_activations, abs=1e-4)
+            assert shown["values"][shown["qualifying_token_index"]] == max(shown["values"])
+        assert feature["vector"] == pytest.approx((std * sae.decoder.weight[:, latent]).tolist(), rel=1e-4)
+        assert feature["frac_nonzero"] == pytest.approx(index.frequency[latent], rel=1e-5)
+
+
+def test_latents_for_neuronpedia(known_latents, tmp_path, tiny_model_dir, capsys):
+    options = {"path": known_latents, "to": "neuronpedia", "output_path": tmp_path / "out"}
+    assert "name it with --llama_model_dir" in refusal(capsys, script, command_word="export", **options)
+    call(script, command_word="export", llama_model_dir=tiny_model_dir, **options)
+    assert "1 files, each read back and equal" in capsys.readouterr().out
+    body = json.loads((tmp_path / "out" / "upload-0.json").read_text())
+    assert (body["modelId"], body["source"]) == ("tiny", "1-sae")
+    named = {f["index"]: f["explanations"][0]["text"] for f in body["features"] if f["explanations"]}
+    assert named == {i: text for i, (text, _) in latent_files.MEANINGS.items() if i not in latent_files.DEAD}
+    assert all(0 <= f["density"] <= 1 and 1 <= len(f["activations"]) <= 20 for f in body["features"])
+    info = json.loads(known_latents.with_suffix(".json").read_text())
+    known_latents.with_suffix(".json").write_text(json.dumps(info | {"site": "layers.1.attention_norm"}))
+    options |= {"llama_model_dir": tiny_model_dir, "output_path": tmp_path / "other"}
+    assert "and layers.1.attention_norm is none" in refusal(capsys, script, command_word="export", **options)
