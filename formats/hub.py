@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import InputError
+from formats.common import first_line
+from pipeline.errors import InputError, Stop
 from pipeline.hub import connection_errors, explain
 
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?")
@@ -19,7 +20,7 @@ def is_hub_id(path: str) -> bool:
 def fetch(hub_id: str) -> Path:
     """OWNER/NAME, or OWNER/NAME/FOLDER of it, in the hub's local cache. Raises Stop with the fix where it cannot be."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     match = _ID.fullmatch(hub_id)
     assert match is not None
@@ -29,6 +30,10 @@ def fetch(hub_id: str) -> Path:
         path = Path(snapshot_download(repo, allow_patterns=patterns))
     except HFValidationError as error:
         raise InputError(f"{hub_id} is no repository of the hub ({error}); write OWNER/NAME.") from None
+    except LocalEntryNotFoundError as error:  # an OSError, which hides that of the network
+        if isinstance(error.__cause__, connection_errors()):
+            raise explain(error.__cause__, repo) from None
+        raise Stop(f"{repo} cannot be fetched ({first_line(error)}); check the network and HF_ENDPOINT.") from None
     except (OSError, connection_errors()) as error:
         raise explain(error, repo) from None
     found = path / folder

@@ -52,10 +52,11 @@ def stds(model: Transformer, sae: SparseAutoencoder, texts: Sequence[Sequence[in
             tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
             real = (tokens >= 0) & (tokens != (-1 if bos_id is None else bos_id))
             acts = model.activations(tokens.clamp(min=0), sae.site)[real]
-            target = acts.new_full((len(acts), 1), 1 / sae.kind.target_scale)
-            std = sae.normalize(acts)[2] if sae.kind.target_site is None else target
-            found.append(std[:, 0].double().cpu())
-    every = torch.cat(found) if found else torch.zeros(0)
+            if sae.kind.target_site is not None:
+                found.append(torch.full((len(acts),), 1 / sae.kind.target_scale, dtype=torch.float64))
+            elif len(acts):
+                found.append(sae.normalize(acts)[2][:, 0].double().cpu())
+    every = torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
     if not len(every):
         raise InputError("The texts hold no token to measure; name others with --text_path.")
     low, high = torch.quantile(every, torch.tensor([0.05, 0.95], dtype=every.dtype)).tolist()

@@ -69,6 +69,7 @@ NO_SITE = ("openai", "gemmascope", "goodfire", "qresearch")
 
 
 def dense(sae: SparseAutoencoder, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    sae.requires_grad_(False)
     values, indices = sae.encode(x)
     latents = torch.zeros(len(x), sae.n_latents)
     for row in range(len(x)):
@@ -346,6 +347,8 @@ def a_hub(monkeypatch, tmp_path):
     with FakeHub() as running:
         running.tokens.add("hf_mine")
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_TOKEN", "hf_mine")
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")

@@ -212,13 +212,11 @@ def sae_path(tmp_path, tiny_model_dir):
     save_sae(random_sae(), tmp_path / "sae.pth", info)
     columns = {name: [0] * N_LATENTS for name in LATENTS.schema.names}
     columns |= {"latent": list(range(N_LATENTS)), "max": [0.0, *[2.0] * (N_LATENTS - 1)]}
-    columns |= {name: [[] for _ in range(N_LATENTS)] for name in LATENTS.schema.names if name in LISTS}
+    columns |= {"sentences_by_tenth": [[0] * 10] * N_LATENTS}
+    columns |= dict.fromkeys(("cofiring_latents", "cofiring_jaccard"), [[]] * N_LATENTS)
     LATENTS.write(tmp_path / "sae.latents.parquet", columns)
     (tmp_path / "texts.txt").write_text("hello the ring. " * 9)
     return tmp_path / "sae.pth"
-
-
-LISTS = ("sentences_by_tenth", "cofiring_latents", "cofiring_jaccard")
 
 
 def test_everything_at_once(sae_path, tmp_path, capsys, tiny_model_dir, model):

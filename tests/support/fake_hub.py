@@ -153,6 +153,8 @@ def _hub(hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
     files = repo.commits.get(revision)
     if files is None:
         return _refuse(handler, 404, "RevisionNotFound", f"Invalid rev id: {revision}")
+    if is_info and rest[:1] == ["tree"]:
+        return _reply(handler, 200, {}, _tree(files))
     if is_info:  # public for a gated repository too
         return _reply(handler, 200, {}, _model_info(hub, name, revision, files, "blobs" in parse_qs(url.query)))
     if repo.readers is not None and token not in repo.readers:
@@ -163,7 +165,7 @@ def _hub(hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
         return _refuse(handler, 404, "EntryNotFound", "Entry not found")
     content = files[path]
     if is_cached:
-        return _send(hub, handler, request, path, content)
+        return _send(hub, handler, request, path, content, {"X-Repo-Commit": revision})
     headers = {"X-Repo-Commit": revision, "X-Linked-Size": len(content)}
     if is_large(path):  # the hash offers the xet protocol, which a client need not take
         sha = hashlib.sha256(content).hexdigest()
@@ -204,6 +206,15 @@ def _upload(hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
     return answer({"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/{name}/commit/{oid}"})
 
 
+def _tree(files: dict[str, bytes]) -> bytes:
+    rows = []
+    for path, content in sorted(files.items()):
+        row = {"type": "file", "path": path, "size": len(content), "oid": git_blob_id(content)}
+        sha = hashlib.sha256(content).hexdigest()
+        rows.append(row | ({"lfs": {"oid": sha, "size": len(content), "pointerSize": 1}} if is_large(path) else {}))
+    return json.dumps(rows).encode()
+
+
 def _model_info(hub: FakeHub, name: str, commit: str, files: dict[str, bytes], blobs: bool) -> bytes:
     siblings: list[dict] = [{"rfilename": path} for path in sorted(files)]
     for sibling in siblings if blobs else []:
@@ -231,10 +242,18 @@ def _cdn(hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
     return None
 
 
-def _send(hub: FakeHub, handler: BaseHTTPRequestHandler, request: Request, path: str, content: bytes) -> None:
+def _send(
+    hub: FakeHub,
+    handler: BaseHTTPRequestHandler,
+    request: Request,
+    path: str,
+    content: bytes,
+    more: dict[str, object] | None = None,
+) -> None:
     request.path = path
     start = 0
     headers: dict[str, object] = {"Accept-Ranges": "bytes", "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+    headers |= more or {}
     if request.range and not hub.ignore_range:
         start = int(request.range.removeprefix("bytes=").removesuffix("-"))
         if start >= len(content):
