@@ -94,7 +94,7 @@ def formula(foreign: Foreign, x: Tensor) -> tuple[Tensor, Tensor]:
     name = dict_class(foreign)
     h = ((x if name == "JumpReluAutoEncoder" else x - b_dec) @ W_enc.t() + b_enc).relu()
     if name == "AutoEncoderTopK":
-        h = relu_top_k(h, int(foreign.tensors.get("k", foreign.config.get("k"))))
+        h = relu_top_k(h, int(foreign.tensors["k"] if "k" in foreign.tensors else foreign.need("k")))
     elif name != "AutoEncoder":
         h = above(h, foreign.tensors["threshold"].float())
     return h, h @ W_dec + b_dec

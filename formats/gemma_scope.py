@@ -6,6 +6,7 @@ d_model), b_enc, b_dec, threshold (n_latents), float32.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,4 +57,5 @@ def write(sae: SparseAutoencoder, folder: Path) -> None:
     threshold = torch.zeros(len(parts.W_enc)) if parts.threshold is None else parts.threshold
     arrays = {"W_enc": parts.W_enc.t(), "W_dec": parts.W_dec, "b_enc": parts.b_enc, "b_dec": parts.b_dec}
     arrays["threshold"] = threshold
-    np.savez(folder / FILE, **{name: np.ascontiguousarray(array.detach().numpy()) for name, array in arrays.items()})
+    contiguous: dict[str, Any] = {name: np.ascontiguousarray(array.detach()) for name, array in arrays.items()}
+    np.savez(folder / FILE, **contiguous)

@@ -10,7 +10,7 @@ from pipeline.errors import InputError, Stop
 from pipeline.hub import connection_errors, explain
 
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:/(.+))?")
-_KEPT = ("*.json", "*.safetensors", "*.pt", "*.pth", "*.npz", "*.yaml", "*.parquet", "*.md")
+_KEPT: list[str] = ["*.json", "*.safetensors", "*.pt", "*.pth", "*.npz", "*.yaml", "*.parquet", "*.md"]
 
 
 def is_hub_id(path: str) -> bool:
@@ -25,7 +25,7 @@ def fetch(hub_id: str) -> Path:
     match = _ID.fullmatch(hub_id)
     assert match is not None
     repo, folder = match[1], (match[2] or "").strip("/")
-    patterns = [f"{folder}/*"] if folder else list(_KEPT)
+    patterns = [f"{folder}/*"] if folder else _KEPT
     try:
         path = Path(snapshot_download(repo, allow_patterns=patterns))
     except HFValidationError as error:

@@ -178,7 +178,8 @@ def formula(foreign: Foreign, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def write(sae: SparseAutoencoder, folder: Path) -> None:
-    kind, config = sae.kind, {"normalize_activations": "none"}
+    kind = sae.kind
+    config: dict[str, Any] = {"normalize_activations": "none"}
     if kind.normalization == "layer_norm":
         if sae.normalize_eps != _EPS:
             raise InputError(

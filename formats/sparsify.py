@@ -45,7 +45,7 @@ def weights(foreign: Foreign) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | 
 
 
 def to_ours(foreign: Foreign) -> Ours:
-    config, (*parts, skip) = foreign.config, weights(foreign)
+    config, (W_enc, b_enc, W_dec, b_dec, skip) = foreign.config, weights(foreign)
     if config.get("activation", "topk") != "topk":
         raise InputError(f"{foreign.path} has activation {config['activation']}; topk is read here.")
     is_transcoder = skip is not None or bool(config.get("transcode"))
@@ -70,7 +70,8 @@ def to_ours(foreign: Foreign) -> Ours:
         skip=skip is not None,
     )
     facts = {"site": site} if site else {}
-    return Ours(*parts, kind, int(foreign.need("k")), skip=skip, facts=facts, notes=tuple(notes))
+    k = int(foreign.need("k"))
+    return Ours(W_enc, b_enc, W_dec, b_dec, kind, k, skip=skip, facts=facts, notes=tuple(notes))
 
 
 def formula(foreign: Foreign, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +112,7 @@ def package(folder: Path, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """The same by eai-sparsify itself; None where it is not installed."""
     if importlib.util.find_spec("sparsify") is None:
         return None
-    from sparsify import SparseCoder  # pyright: ignore[reportMissingImports]
+    from sparsify import SparseCoder  # pyright: ignore
 
     coder = SparseCoder.load_from_disk(folder, device="cpu")
     with torch.no_grad():

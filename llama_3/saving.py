@@ -187,14 +187,14 @@ def write_tokenizer(found: Checkpoint, model_dir: str, folder: Path) -> None:
     if found.format == "gguf":
         parts = gguf_tokenizer(read_gguf(found.config_path))
         model, bos_id, ends = parts.model, parts.bos_id, parts.eos_ids
-        begins = parts.add_bos and bos_id is not None
+        begins = parts.add_bos
         settings |= {"chat_template": parts.template[0]} if parts.template else {}
     else:
         tokenizer = load_tokenizer(model_dir)
         assert isinstance(tokenizer, TiktokenTokenizer)
         model = byte_level_model(tokenizer, read_ranks(blobfile.join(found.folder, "tokenizer.model")))
         bos_id, ends, begins = tokenizer.bos_id, [tokenizer.eos_id], True
-    if begins:
+    if begins and bos_id is not None:
         bos = model.id_to_token(bos_id)
         model.post_processor = processors.TemplateProcessing(f"{bos} $A", None, [(bos, bos_id)])
     settings |= {"bos_token": model.id_to_token(bos_id)} if bos_id is not None else {}
@@ -208,7 +208,7 @@ def byte_level_model(tokenizer: TiktokenTokenizer, ranks: Mapping[bytes, int]) -
     text_of = {byte: text for text, byte in BYTE_OF.items()}
     written = lambda token: "".join(text_of[byte] for byte in token)
     vocabulary = {written(token): rank for token, rank in ranks.items()}
-    merges = [tuple(map(written, parts)) for parts in merges_of(ranks)]
+    merges = [(written(first), written(second)) for first, second in merges_of(ranks)]
     model = tokenizers.Tokenizer(BPE(vocabulary, merges, ignore_merges=True))
     model.pre_tokenizer = pre_tokenizers.Sequence(
         [

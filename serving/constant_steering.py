@@ -77,7 +77,8 @@ def biases_of(model: Transformer, site: str, added: Tensor) -> dict[str, Tensor]
     """
     layer, kind = check_site(site, model.args.n_layers), site.rpartition(".")[2]
     block, added = model.layers[layer], added.to(model.device, torch.float32)
-    times = lambda part: block.get_submodule(part).weight.float() @ added
+    weights = dict(block.named_parameters())
+    times = lambda part: weights[f"{part}.weight"].float() @ added
     if kind == "resid_pre":
         if layer == 0:
             raise InputError(
