@@ -6,11 +6,11 @@ Writes  CONTROL_VECTOR_PATH, for llama.cpp's --control-vector; CHECKPOINT_DIR, t
         biases, a Hugging Face folder, and beside the weights of a GGUF file a GGUF file; LM_EVAL_PATH, for
         lm_eval --model steered --model_args steer_path=...; any of them
 Method  serving/constant_steering.py. Mode `add` moves each token by its own std, these files all tokens alike, by the
-        mean std over TEXT_PATH; how far stds spread, and the share of completions with the latents' own words both
-        ways, are printed. What was written is opened again and compared with this project's model with the constant
+        mean std over TEXT_PATH, whose spread is printed, times what it takes for as many completions to hold the
+        latents' own words. What was written is opened again and compared with this project's model with the constant
         added; if it differs, it is removed
-Cost    two passes over the text, COMPLETIONS completions twice; for CHECKPOINT_DIR the size of the model on disk, and
-        with VERIFY twice that in memory
+Cost    a pass over the text, COMPLETIONS completions three to eight times; for CHECKPOINT_DIR the size of the model on
+        disk, and with VERIFY twice that in memory
 
     python steering_export.py --sae_model_path llama_3/smollm2/sae.pth --latents 1234 --control_vector_path sea.gguf
     python steering_export.py --sae_model_path data/sae.pth --latents 1234 --strengths 0.4 --checkpoint_dir data/sea
@@ -33,7 +33,7 @@ LM_EVAL_PATH: str | None = None  # .pt file to write for lm-evaluation-harness' 
 TEXT_PATH = str(Path(__file__).parent / "llama_3" / "smollm2" / "dialogues.parquet")  # documents to measure the std on
 TEXTS: Count = 200  # of these
 MAX_TOKENS: Count = 256  # of each text
-COMPLETIONS: CountOrZero = 64  # written both ways and compared; 0: none
+COMPLETIONS: CountOrZero = 64  # written each way and compared; 0: none, and the constant is that of the mean std
 NEW_TOKENS: Count = 24  # tokens of each
 SEED: Seed = 0  # of the completions
 VERIFY = True  # open a checkpoint again with transformers, where that is installed
@@ -77,42 +77,55 @@ from serving.steered_model import Sampling, latent_meanings
 from serving.steering import Steering, check_latents, highest_activations, make_steering, strength_of_each
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of logits; biases are rounded too
+_MULTIPLES = (1, 1.5, 2, 3, 4, 6)  # of the constant
 _GGUF_NAME = "model.gguf"
 
 
 def print_spread(spread: Spread, site: str, path: str) -> None:
     print(
-        f"Std at {site} over {spread.tokens:,} tokens of {path}: {spread.mean:.4g} on average, {spread.std:.2g} from "
-        f"token to token ({spread.std / spread.mean:.0%}); 90 % lie between {spread.low:.4g} and {spread.high:.4g}."
+        f"Std at {site} over {spread.tokens:,} tokens of {path}, the first of each text aside: {spread.mean:.4g} on "
+        f"average, {spread.std:.2g} from token to token ({spread.std / spread.mean:.0%}); 90 % lie between "
+        f"{spread.low:.4g} and {spread.high:.4g}. Of first tokens: {spread.first:.4g}."
     )
 
 
 # ---- the same concept?
 
 
-def compare(
+def matching_multiple(
     opened: Opened,
     steering: Steering,
-    added: Intervention,
-    names: Sequence[str],
+    added: Tensor,
+    words: list[str],
     prompts: Sequence[str],
     n: int,
     sampling: Sampling,
-) -> None:
-    """Print the share of completions with the latents' own words: clean, with `add`, and with the constant."""
-    words = sorted({word for name in names for word in words_of(name) if is_plain_word(word)})
-    if not words:
-        print("The latents have no names whose words could be counted, so completions are not compared.")
-        return
+) -> float:
+    """The multiple of the constant at which as many completions hold the words as with `add`, within two standard
+    errors; prints the share at each that was tried."""
     ids = [encode_text(opened.tokenizer, prompt) for prompt in prompts]
     task = Task([Concept(min(steering.strengths), words)], list(itertools.islice(itertools.cycle(ids), n)), sampling)
-    per_token = make_steering(opened.sae, steering, opened.highest, opened.tokenizer.bos_id)
-    ways = {"clean": None, "each token's std": per_token, "the constant": added}
-    print(f"Of {n} completions of {sampling.max_new_tokens} tokens, share with {', '.join(words)}; nats per token")
-    for name, way in ways.items():
+
+    def measured(name: str, way: Intervention | None) -> float:
         row = measure_each(opened, task, [way])
         share = row["words_share"]
-        print(f"  {name:18} {share:6.1%} +- {(share * (1 - share) / n) ** 0.5:.1%}  {row['nats']:8.2f}")
+        print(f"  {name:20}{share:6.1%} +- {error(share):.1%}{row['nats']:10.2f}", flush=True)
+        return share
+
+    error = lambda share: (share * (1 - share) / n) ** 0.5
+    print(f"Of {n} completions of {sampling.max_new_tokens} tokens, share with {', '.join(words)}; nats per token")
+    measured("clean", None)
+    bos_id = opened.tokenizer.bos_id
+    wanted = measured("each token's own std", make_steering(opened.sae, steering, opened.highest, bos_id))
+    shares = {}
+    for multiple in _MULTIPLES:
+        change = Intervention(opened.sae.output_site, lambda x, by=multiple: x + by * added.to(x))
+        share = shares[multiple] = measured(f"the constant x {multiple:g}", change)
+        if share + 2 * (error(share) ** 2 + error(wanted) ** 2) ** 0.5 >= wanted:
+            return multiple
+    best = max(shares, key=lambda multiple: shares[multiple])
+    print(f"No multiple does as much as each token's own std; x {best:g} comes closest.")
+    return best
 
 
 # ---- files
@@ -216,13 +229,14 @@ def main() -> None:
     spread = stds(model, sae, texts, tokenizer.bos_id)
     print_spread(spread, site, config.text_path)
     added = constant(sae, strengths, highest, spread.mean)
-    if config.completions:
-        opened = Opened(model, tokenizer, sae, highest)
-        sampling = Sampling(config.new_tokens, 0.8, 0.95, config.seed)
-        change = Intervention(site, lambda x: x + added.to(x))
-        meanings = [names[latent] for latent in strengths if latent in names]
-        prompts = neutral_prompts(model_dir)
-        compare(opened, Steering(strengths, "add"), change, meanings, prompts, config.completions, sampling)
+    meanings = [names[latent] for latent in strengths if latent in names]
+    words = sorted({word for name in meanings for word in words_of(name) if is_plain_word(word)})
+    if config.completions and words:
+        opened, sampling = Opened(model, tokenizer, sae, highest), Sampling(config.new_tokens, 0.8, 0.95, config.seed)
+        steering, prompts = Steering(strengths, "add"), neutral_prompts(model_dir)
+        added *= matching_multiple(opened, steering, added, words, prompts, config.completions, sampling)
+    else:
+        print("Completions are not compared: " + ("--completions 0." if words else "the latents' names have no words."))
     says = []
     if config.control_vector_path:
         says.append(write_control_vector(config.control_vector_path, site, added, model))

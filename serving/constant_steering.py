@@ -5,8 +5,9 @@ the same to every token, so the std becomes its mean over real text:
 
     c = mean std x sum over i of s_i m_i d_i        at the SAE's output site
 
-With an SAE that does not normalise each activation, and with transcoders, this is `add` itself. The constant acts on
-begin-of-text too, which `add` leaves alone.
+With an SAE that does not normalise each activation, and with transcoders, this is `add` itself, but for begin-of-text,
+which `add` leaves alone. Where texts do not begin with it, `add` changes their first token a hundred times as much as
+the others (`stds`), and all later tokens look there: to do as much, the constant must be a multiple of the mean.
 
 A constant at a site is the same as biases of the matrices around it, since each site is only read through a matrix, or
 is the output of one:
@@ -31,36 +32,41 @@ from sae import SparseAutoencoder
 
 
 class Spread(NamedTuple):
-    """The std of activations over d_model, over the tokens of a text, begin-of-text left out."""
+    """The std of activations over d_model, over the tokens of texts without their first."""
 
     mean: float
     std: float
     low: float  # 5th percentile
     high: float  # 95th
     tokens: int
+    first: float  # mean over the first tokens
 
 
 def stds(model: Transformer, sae: SparseAutoencoder, texts: Sequence[Sequence[int]], bos_id: int | None) -> Spread:
     """What `add` multiplies by on real text: the std of each activation, or the SAE's constant.
 
-    texts: token ids. Raises InputError if there is no token to measure.
+    The first token of a text counts apart, begin-of-text or not: attention rests on it where it has nothing else to
+    look at, and its activations are a hundred times as large (Xiao et al. 2023, arXiv:2309.17453; Sun et al. 2024,
+    arXiv:2402.17762). texts: token ids. Raises InputError if there is no token to measure.
     """
-    found = []
+    first, others = [], []
     with torch.inference_mode():
         for batch in make_batches([len(ids) for ids in texts], 2048):
             rows = [torch.tensor(texts[i], device=model.device) for i in batch]
             tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+            acts = model.activations(tokens.clamp(min=0), sae.site)
+            found = acts.new_full(acts.shape[:2], 1 / sae.kind.target_scale, dtype=torch.float32)
+            if sae.kind.target_site is None:
+                found = sae.normalize(acts)[2][..., 0]
             real = (tokens >= 0) & (tokens != (-1 if bos_id is None else bos_id))
-            acts = model.activations(tokens.clamp(min=0), sae.site)[real]
-            if sae.kind.target_site is not None:
-                found.append(torch.full((len(acts),), 1 / sae.kind.target_scale, dtype=torch.float64))
-            elif len(acts):
-                found.append(sae.normalize(acts)[2][:, 0].double().cpu())
-    every = torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
+            first.append(found[:, 0].double().cpu())
+            others.append(found[:, 1:][real[:, 1:]].double().cpu())
+    every = torch.cat(others) if others else torch.zeros(0, dtype=torch.float64)
     if not len(every):
         raise InputError("The texts hold no token to measure; name others with --text_path.")
-    low, high = torch.quantile(every, torch.tensor([0.05, 0.95], dtype=every.dtype)).tolist()
-    return Spread(float(every.mean()), float(every.std()) if len(every) > 1 else 0.0, low, high, len(every))
+    low, high = torch.quantile(every[:: -(-len(every) // 10**6)], every.new_tensor([0.05, 0.95])).tolist()
+    std = float(every.std()) if len(every) > 1 else 0.0
+    return Spread(float(every.mean()), std, low, high, len(every), float(torch.cat(first).mean()))
 
 
 def constant(sae: SparseAutoencoder, strengths: Mapping[int, float], highest: Tensor, std: float) -> Tensor:

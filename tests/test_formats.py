@@ -426,7 +426,7 @@ def test_latents_for_sae_dashboard(known_latents, tmp_path, tiny_model_dir):
     assert [feature["feature_index"] for feature in batch["features"]] == alive
     sae, model = load_sae_model(known_latents), load_model(str(tiny_model_dir))
     ids = tokenizer.encode("hello the ring. " * 9)
-    std = float(sae.normalize(model.activations(torch.tensor([ids[:128]]), sae.site)[0])[2].double().mean())
+    std = float(sae.normalize(model.activations(torch.tensor([ids[:128]]), sae.site)[0, 1:])[2].double().mean())
     top = dict(top_sentences(known_latents.with_name("sae.top.parquet"), "max", 20))
     for feature in batch["features"][:5]:
         latent = feature["feature_index"]

@@ -66,6 +66,7 @@ def test_the_constant_is_the_mean_of_what_add_does(model):
     assert spread.tokens == 10
     assert (spread.mean, spread.std) == pytest.approx((float(found.mean()), float(found.std())), rel=1e-6)
     assert spread.low <= found.median() <= spread.high
+    assert spread.first == pytest.approx(float(model.activations(torch.tensor([[275]]), sae.site).std()), rel=1e-5)
     with pytest.raises(InputError, match="no token to measure"):
         stds(model, sae, [[275]], bos_id=275)
 
@@ -230,7 +231,7 @@ def test_everything_at_once(sae_path, tmp_path, capsys, tiny_model_dir, model):
     call(script, **options, **out, completions=4, new_tokens=5)
     printed = capsys.readouterr().out
     assert "Latent 5 (hello, ring): add, strength 3." in printed and "90 % lie between" in printed
-    assert "Of 4 completions of 5 tokens, share with hello, ring" in printed and "the constant" in printed
+    assert "Of 4 completions of 5 tokens, share with hello, ring" in printed and "the constant x 1" in printed
     assert "transformers' logits, against ours with the constant added" in printed
     assert "run llama.cpp's convert_hf_to_gguf.py" in printed
     (added,) = read_gguf_vectors(tmp_path / "v.gguf", model).values()
