@@ -264,9 +264,13 @@ class SparseAutoencoder(nn.Module):
         z, _, _ = self.normalize(x)
         return self.encode_normalized(z, h_bias)
 
+    def centre(self, z: Tensor) -> Tensor:
+        """What the encoder reads of normalised z."""
+        return z - self.b_pre if self.kind.centred else z
+
     def encode_normalized(self, z: Tensor, h_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`encode` for activations that are already normalised."""
-        x = (z - self.b_pre if self.kind.centred else z).to(self.encoder.weight.dtype)
+        x = self.centre(z).to(self.encoder.weight.dtype)
         blocks = []
         for rows in x.reshape(-1, self.d_model).split(rows_at_once(4 * self.n_latents, x.device)):
             pre_acts = F.linear(rows, self.encoder.weight, self.encoder.bias)  # (rows, n_latents)
@@ -290,7 +294,7 @@ class SparseAutoencoder(nn.Module):
         if self.kind.gate == "topk":
             assert self.k is not None
             return top_k(pre_acts, self.k)
-        least = pre_acts.new_zeros(()) if self.threshold is None else self.threshold.to(pre_acts.dtype)
+        least = pre_acts.new_zeros(()) if self.threshold is None else self.threshold
         kept = pre_acts.masked_fill(pre_acts <= least, 0).relu()
         n_kept = (kept != 0).sum(1)
         return top_k(kept, max(1, int(n_kept.max())) if len(kept) else 1)
@@ -399,7 +403,10 @@ def load_sae_model(
         sae = SparseAutoencoder(d_model, n_latents, info.get("k"), info.get("normalize_eps", 0.0), kind=kind)
     except ValueError as error:
         raise InputError(f"{path}: {error}; correct k.") from None
-    sae.to(device=device, dtype=dtype).load_state_dict(state)
+    sae.to(device=device, dtype=dtype)
+    if sae.threshold is not None:
+        sae.threshold = sae.threshold.float()  # rounding it would change what passes
+    sae.load_state_dict(state)
     sae.info = info
     return sae.requires_grad_(False).eval()
 

@@ -306,8 +306,13 @@ def latent_meanings(sae_path: str, n_latents: int | None = None, unusable: list[
     return {latent: meaning.text for latent, meaning in best_meanings(sae_path, n_latents, unusable).items()}
 
 
-def strongest_latents(opened: SteeredModel, ids: Sequence[int], n: int) -> list[tuple[str, list[tuple[int, float]]]]:
-    """Each token's text and its n strongest latents with their activations, normalised space; none on begin-of-text."""
+def strongest_latents(
+    opened: SteeredModel, ids: Sequence[int], n: int | None = None
+) -> list[tuple[str, list[tuple[int, float]]]]:
+    """Each token's text and its n strongest latents with their activations, normalised space; none on begin-of-text.
+
+    n: None for all that fire.
+    """
     sae = opened.need_sae()
     with torch.inference_mode():
         acts = opened.model.activations(torch.tensor([ids], device=opened.model.device), sae.info["site"])[0]

@@ -95,7 +95,7 @@ def naive(model, sae, sentences, bos_id=None) -> dict:
     raw = [activations(model, starts + ids)[len(starts) :] for ids in sentences]
     losses = {kind: [] for kind in ("clean", "spliced", "zeroed", "mean")}
     kl = {kind: [] for kind in losses}
-    z, z_hat, active, places = [], [], [], []
+    z, z_hat, active, places, x_hat = [], [], [], [], []
     for number, ids in enumerate(sentences):
         mean = torch.cat([x for other, x in enumerate(raw) if other != number]).mean(0).float()
         tokens = starts + ids
@@ -119,11 +119,13 @@ def naive(model, sae, sentences, bos_id=None) -> dict:
             latents[kept] = pre_acts[kept].relu()
             active.append(latents > 0)
             z_hat.append(sae.decoder.weight.double() @ latents + sae.b_pre.double())
+            x_hat.append(z_hat[-1] * x.std() + x.mean())
     z, z_hat, active = torch.stack(z), torch.stack(z_hat), torch.stack(active)
-    mse = (z - z_hat).square().mean(1).tolist()
+    mse, x = (z - z_hat).square().mean(1).tolist(), torch.cat(raw)
     loss = {kind: statistics.fmean(values) for kind, values in losses.items()}
     return {
         "fvu": float((z - z_hat).square().sum() / (z - z.mean(0)).square().sum()),
+        "fvu_raw": float((x - torch.stack(x_hat)).square().sum() / (x - x.mean(0)).square().sum()),
         "mse_normalized": statistics.fmean(mse),
         "cosine": statistics.fmean(float(a @ b / (a.norm() * b.norm())) for a, b in zip(z, z_hat, strict=True)),
         "l0": float(active.sum(1).double().mean()),

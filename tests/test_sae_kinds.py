@@ -102,6 +102,7 @@ def test_blocks_of_rows_and_their_widths_change_nothing(kind, monkeypatch):
 
 
 @every_kind
+@pytest.mark.filterwarnings("ignore:std\\(\\)")
 def test_nothing_to_encode_or_to_keep(kind):
     sae = make(kind)
     assert sae(torch.zeros(0, D)).shape == (0, D)
