@@ -1,9 +1,6 @@
 """steering_export.py and what it needs: the constant against per-token steering, biases against the constant at every
 site, written checkpoints in transformers, tokenizers against ours, a GGUF file against its source.
 
-With LLAMA_CPP naming a Python that has the packages of support/llama_cpp_reference.py, files are also opened by
-llama.cpp.
-
 .venv/bin/python -m pytest tests/test_steering_export.py
 """
 
