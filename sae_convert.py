@@ -61,6 +61,7 @@ from formats.comparison import Difference, difference, made_up_activations
 from formats.dashboards import Known, write_neuronpedia, write_sae_dashboard
 from formats.table import FORMATS, Format, recognise
 from llama_3 import load_model, load_tokenizer
+from llama_3.checkpoint import checkpoint_identity
 from llama_3.model import Transformer, check_site
 from llama_3.tokenizer import Tokenizer
 from pipeline.documents import first_texts
@@ -214,8 +215,8 @@ def import_sae(config: Any) -> None:
         k = ours.k or foreign.config.get("top_k") or foreign.config.get("k")
         print_measures(measured, k if isinstance(k, int) else None)
         origin["measured"] = measured
-        source = Source.read({**facts}, output).with_folder("model_dir", opened.folder)
-        facts |= source.as_json(output)
+        known = {**facts, "model": checkpoint_identity(opened.folder)}
+        facts |= Source.read(known, output).with_folder("model_dir", opened.folder).as_json(output)
     save_sae(sae.cpu(), output, {**facts, "imported": origin, "git_commit": git_commit()})
     try:
         again = load_sae_model(output)

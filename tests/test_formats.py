@@ -23,6 +23,7 @@ from formats.table import FORMATS, recognise
 from latents.index import LatentIndex
 from latents.tables import top_sentences
 from llama_3 import load_model, load_tokenizer
+from llama_3.checkpoint import TINY_LLAMA_DIR
 from pipeline.errors import InputError
 from sae import Kind, SparseAutoencoder, load_sae_model, save_sae
 
@@ -65,6 +66,11 @@ IMPORTS = {
     "qresearch": [("", foreign_saes.goodfire, {"encoder": "encoder", "decoder": "decoder"})],
 }  # fmt: skip
 CASES = [(name, *case) for name, cases in IMPORTS.items() for case in cases]
+LISTS_AND_FILES = (
+    "Open the file and read all of its lines. If it does not exist, an error is raised. Returns a list of all the "
+    "names in the module. The first argument must be a string; the second is optional and defaults to None. When the "
+    "iterator is exhausted, StopIteration is raised. This function returns true if the object is an instance. "
+)
 NO_SITE = ("openai", "gemmascope", "goodfire", "qresearch")
 
 
@@ -453,3 +459,27 @@ def test_latents_for_neuronpedia(known_latents, tmp_path, tiny_model_dir, capsys
     known_latents.with_suffix(".json").write_text(json.dumps(info | {"site": "layers.1.attention_norm"}))
     options |= {"llama_model_dir": tiny_model_dir, "output_path": tmp_path / "other"}
     assert "and layers.1.attention_norm is none" in refusal(capsys, script, command_word="export", **options)
+
+
+@pytest.mark.slow
+def test_a_site_that_is_a_layer_off_is_noticed(tmp_path, capsys):
+    """With the model at hand: the tiny Llama's reference SAE, exported, and once listed a layer too low."""
+    sae, folder = f"{TINY_LLAMA_DIR}/sae.pth", tmp_path / "out"
+    call(script, command_word="export", path=sae, to="saelens", output_path=folder)
+    (tmp_path / "texts.txt").write_text(LISTS_AND_FILES)
+    options = {"llama_model_dir": TINY_LLAMA_DIR, "text_path": tmp_path / "texts.txt"}
+    call(script, command_word="import", path=folder, output_path=tmp_path / "right.pth", **options)
+    said = capsys.readouterr().out
+    assert "better than" not in said and "Note: such numbers" not in said
+    info = json.loads((tmp_path / "right.json").read_text())
+    assert info["site"] == "layers.6.attention_norm" and info["model"]["name"] == "tiny_llama"
+    measured = info["imported"]["measured"]
+    assert list(measured) == [f"layers.{i}.attention_norm" for i in (6, 5, 7)]
+    assert measured["layers.6.attention_norm"]["l0"] == 32
+    cfg = json.loads((folder / "cfg.json").read_text())
+    cfg["metadata"]["hook_name"] = "model.layers.5.input_layernorm"
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    call(script, command_word="import", path=folder, output_path=tmp_path / "off.pth", **options)
+    said = capsys.readouterr().out
+    assert "Note: it fits layers.6.attention_norm better than layers.5.attention_norm, where it is said to read" in said
+    assert load_sae_model(tmp_path / "off.pth").site == "layers.5.attention_norm"
