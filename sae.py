@@ -345,9 +345,6 @@ class SparseAutoencoder(nn.Module):
             grads.addcmul_(directions, (directions * grads).sum(1, keepdim=True), value=-1)
 
 
-TopKSparseAutoencoder = SparseAutoencoder  # the name of when there was one kind
-
-
 # ---- files
 
 

@@ -80,11 +80,7 @@ def generate(
     Raises InputError where the longest prompt and the new tokens do not fit the model's context, for a temperature
     that cannot be divided by, and where the model gives no finite numbers.
     """
-    if temperature != 0 and not _LOWEST_TEMPERATURE <= temperature < math.inf:
-        raise InputError(
-            f"A temperature of {temperature:g} cannot be used; write 0 for always the most likely token, or at "
-            f"least {_LOWEST_TEMPERATURE:g}."
-        )
+    check_temperature(temperature)
     batch, longest = len(prompts), max(map(len, prompts))
     check_context(model, longest, max_new_tokens)
     device = model.device
@@ -103,7 +99,8 @@ def generate(
                 for each in interventions:
                     stack.enter_context(model.intervene(*each))
                 logits = model(tokens, cache, n_pad, last_only=True)[:, 0]
-            _check_logits(logits, is_steered=bool(interventions))
+            if not says_something(logits).all():
+                raise overflow(is_steered=bool(interventions))
             uniform = torch.stack([torch.rand((), generator=g) for g in generators])
             tokens = sample(logits, temperature, top_p, uniform.to(device))[:, None]
         step: list[int | None] = []
@@ -115,18 +112,28 @@ def generate(
         yield step
 
 
-def _check_logits(logits: Tensor, is_steered: bool) -> None:
-    """Raise InputError if a row says nothing about the next token: NaN, infinite, or all equal, as after an overflow.
-
-    logits: (batch, vocab_size).
-    """
+def says_something(logits: Tensor) -> Tensor:
+    """(batch,) bool: whether a row of logits, (batch, vocab_size), says anything about the next token. Rows that are
+    NaN, infinite or all equal, as after an overflow, do not."""
     lowest, highest = logits.amin(-1), logits.amax(-1)  # on a CPU twice as fast as aminmax
-    if not ((lowest < highest) & lowest.isfinite() & highest.isfinite()).all():
-        what = "steered model" if is_steered else "model"
-        first = "lower the strength, or " if is_steered else ""
+    return (lowest < highest) & lowest.isfinite() & highest.isfinite()
+
+
+def overflow(is_steered: bool) -> InputError:
+    """The error for logits that say nothing."""
+    what = "steered model" if is_steered else "model"
+    first = "lower the strength, or " if is_steered else ""
+    return InputError(
+        f"The {what} computes logits that are NaN, infinite or all equal; {first}check the checkpoint, or use float32."
+    )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise InputError for a temperature that logits cannot be divided by."""
+    if temperature != 0 and not _LOWEST_TEMPERATURE <= temperature < math.inf:
         raise InputError(
-            f"The {what} computes logits that are NaN, infinite or all equal; {first}check the checkpoint, or "
-            "use float32."
+            f"A temperature of {temperature:g} cannot be used; write 0 for always the most likely token, or at "
+            f"least {_LOWEST_TEMPERATURE:g}."
         )
 
 
