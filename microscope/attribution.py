@@ -14,7 +14,7 @@ from latents.promotion import direct_logits
 from llama_3.model import Transformer, TransformerBlock
 from microscope.prompts import Prompt
 from pipeline.errors import InputError
-from sae import TopKSparseAutoencoder
+from sae import SparseAutoencoder
 
 
 class Part(NamedTuple):
@@ -24,7 +24,7 @@ class Part(NamedTuple):
 
 @torch.inference_mode()
 def attribution(
-    model: Transformer, prompt: Prompt, answer: int, other: int | None, sae: TopKSparseAutoencoder | None = None
+    model: Transformer, prompt: Prompt, answer: int, other: int | None, sae: SparseAutoencoder | None = None
 ) -> tuple[list[Part], float]:
     """The parts of the logit of `answer` minus that of `other` after the prompt, and the difference itself.
 
@@ -40,19 +40,20 @@ def attribution(
     return [Part(*each) for each in zip(vectors, amounts, strict=True)], difference
 
 
-def _parts(model: Transformer, prompt: Prompt, sae: TopKSparseAutoencoder | None) -> tuple[dict[str, Tensor], Tensor]:
+def _parts(model: Transformer, prompt: Prompt, sae: SparseAutoencoder | None) -> tuple[dict[str, Tensor], Tensor]:
     """The vectors, (d_model,) each, that add up to the last residual stream at the last position; and that stream."""
     tokens = prompt.batch(model)
     first, vectors = 0, {"embedding": model.tok_embeddings(tokens)[0, -1].to(model.dtype)}
     if sae is not None:
-        _, layer, kind = sae.info["site"].split(".")
-        if kind not in ("resid_pre", "resid_post"):
+        _, layer, kind = sae.site.split(".")
+        if kind not in ("resid_pre", "resid_post") or sae.kind.target_site is not None:
+            what = f"is at {sae.site}" if sae.kind.target_site is None else f"is a transcoder to {sae.output_site}"
             raise InputError(
-                f"An attribution to latents needs an SAE of the residual stream, but this one is at "
-                f"{sae.info['site']}; name one at resid_pre or resid_post."
+                f"An attribution to latents needs an SAE of the residual stream, but this one {what}; name one at "
+                "resid_pre or resid_post."
             )
         first = int(layer) + (kind == "resid_post")
-        vectors = _latents(sae, model.activations(tokens, sae.info["site"])[0, -1])
+        vectors = _latents(sae, model.activations(tokens, sae.site)[0, -1])
     end = f"layers.{model.args.n_layers - 1}.resid_post"
     wanted = [f"layers.{i}.{kind}" for i in range(first, model.args.n_layers) for kind in ("head_out", "mlp_out")]
     acts = model.activations(tokens, [*wanted, end])
@@ -66,7 +67,7 @@ def _parts(model: Transformer, prompt: Prompt, sae: TopKSparseAutoencoder | None
     return vectors, acts[end][0, -1]
 
 
-def _latents(sae: TopKSparseAutoencoder, x: Tensor) -> dict[str, Tensor]:
+def _latents(sae: SparseAutoencoder, x: Tensor) -> dict[str, Tensor]:
     """x, (d_model,), as the sum of its latents, the SAE's offset and its error."""
     z, mean, std = sae.normalize(x)
     values, indices = sae.encode_normalized(z)

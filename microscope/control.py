@@ -26,7 +26,7 @@ from llama_3.model import Intervention, Transformer
 from llama_3.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.files import atomic_path
-from sae import TopKSparseAutoencoder
+from sae import SparseAutoencoder
 
 Method = Literal["mean", "pca"]
 _ARCHITECTURE = "controlvector"
@@ -91,20 +91,20 @@ def interventions(vectors: Mapping[int, Tensor], strength: float) -> list[Interv
 # ---- latents
 
 
-def nearest_latents(vector: Tensor, sae: TopKSparseAutoencoder, n: int) -> list[tuple[int, float]]:
+def nearest_latents(vector: Tensor, sae: SparseAutoencoder, n: int) -> list[tuple[int, float]]:
     """The n latents whose directions have the highest absolute cosine with a vector (d_model,), and the cosines.
 
-    The vector's mean over d_model is taken off first, as the SAE does with activations.
+    The vector's mean over d_model is taken off first where the SAE does so with activations.
     """
-    cosines = F.normalize(vector - vector.mean(), dim=0) @ _directions(sae)
+    cosines = _unit(vector, sae) @ _directions(sae)
     best = cosines.abs().topk(min(n, len(cosines))).indices
     return [(int(i), float(cosines[i])) for i in best]
 
 
-def pursuit(vector: Tensor, sae: TopKSparseAutoencoder, n: int) -> tuple[list[tuple[int, float]], float]:
+def pursuit(vector: Tensor, sae: SparseAutoencoder, n: int) -> tuple[list[tuple[int, float]], float]:
     """A vector as a sum of n latents by orthogonal matching pursuit (Pati et al. 1993): latents and coefficients of the
     vector at unit length, and the share of its squared length that they explain."""
-    target = F.normalize(vector - vector.mean(), dim=0)
+    target = _unit(vector, sae)
     directions = _directions(sae)
     chosen: list[int] = []
     left, coefficients = target, target.new_zeros(0)
@@ -118,7 +118,11 @@ def pursuit(vector: Tensor, sae: TopKSparseAutoencoder, n: int) -> tuple[list[tu
     return list(zip(chosen, coefficients.tolist(), strict=True)), 1 - float(left.square().sum())
 
 
-def _directions(sae: TopKSparseAutoencoder) -> Tensor:
+def _unit(vector: Tensor, sae: SparseAutoencoder) -> Tensor:
+    return F.normalize(vector - vector.mean() if sae.kind.normalization == "layer_norm" else vector, dim=0)
+
+
+def _directions(sae: SparseAutoencoder) -> Tensor:
     return F.normalize(sae.decoder.weight.detach().float(), dim=0)  # (d_model, n_latents)
 
 

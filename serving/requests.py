@@ -205,6 +205,6 @@ def look_at(served: Served, text: str) -> Look:
     ids = encode_text(opened.tokenizer, text)
     check_context(opened.model, len(ids), 0)
     with served.lock:
-        rows = [latents for _, latents in strongest_latents(opened, ids, opened.need_sae().k)]
+        rows = [latents for _, latents in strongest_latents(opened, ids)]
     skipped = int(ids[0] == opened.tokenizer.bos_id)  # no SAE here was trained on begin-of-text
     return Look(pieces(opened.tokenizer, ids[skipped:]), rows[skipped:])

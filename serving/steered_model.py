@@ -25,7 +25,7 @@ from microscope import control
 from pipeline.errors import InputError
 from pipeline.files import PROJECT_DIR
 from pipeline.sae_files import SaeFiles, without_ending
-from sae import TopKSparseAutoencoder, load_sae_model
+from sae import SparseAutoencoder, load_sae_model
 from serving.modes import UNMEASURED, Defaults, steering_defaults
 from serving.steering import Steering, check_scales, known_highest, make_steering, one_for_each
 
@@ -171,11 +171,11 @@ class SteeredModel:
     model: Transformer
     tokenizer: Tokenizer
     date: str | None  # of a chat; None: without the date header
-    sae: TopKSparseAutoencoder | None = None
+    sae: SparseAutoencoder | None = None
     sae_path: str = ""  # empty without an SAE
     control_vectors: Mapping[str, OpenedVector] = dataclasses.field(default_factory=dict)  # by name
 
-    def need_sae(self) -> TopKSparseAutoencoder:
+    def need_sae(self) -> SparseAutoencoder:
         if self.sae is None:
             raise InputError("Latents need an SAE of this model; name it with --sae_model_path.")
         return self.sae
@@ -271,7 +271,7 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def open_sae(path: str, device: str, choice: ModelChoice) -> TopKSparseAutoencoder:
+def open_sae(path: str, device: str, choice: ModelChoice) -> SparseAutoencoder:
     """The SAE. Raises InputError if its site is unknown."""
     sae = load_sae_model(path, device, **choice.about_sae())
     if "site" not in sae.info:
@@ -279,14 +279,15 @@ def open_sae(path: str, device: str, choice: ModelChoice) -> TopKSparseAutoencod
     return sae
 
 
-def check_fits(sae: TopKSparseAutoencoder, sae_path: str, model: Transformer, model_dir: str) -> None:
+def check_fits(sae: SparseAutoencoder, sae_path: str, model: Transformer, model_dir: str) -> None:
     """Raise InputError unless the model has the SAE's width and site."""
     if sae.d_model != model.args.dim:
         raise InputError(
             f"{sae_path} has d_model {sae.d_model}, but {model_dir} has {model.args.dim}; name an SAE of this model."
         )
     try:
-        check_site(sae.info["site"], model.args.n_layers)
+        for site in (sae.site, sae.output_site):
+            check_site(site, model.args.n_layers)
     except ValueError as error:
         raise InputError(f"{sae_path} does not belong to {model_dir}: {error}") from None
 
@@ -305,8 +306,13 @@ def latent_meanings(sae_path: str, n_latents: int | None = None, unusable: list[
     return {latent: meaning.text for latent, meaning in best_meanings(sae_path, n_latents, unusable).items()}
 
 
-def strongest_latents(opened: SteeredModel, ids: Sequence[int], n: int) -> list[tuple[str, list[tuple[int, float]]]]:
-    """Each token's text and its n strongest latents with their activations, normalised space; none on begin-of-text."""
+def strongest_latents(
+    opened: SteeredModel, ids: Sequence[int], n: int | None = None
+) -> list[tuple[str, list[tuple[int, float]]]]:
+    """Each token's text and its n strongest latents with their activations, normalised space; none on begin-of-text.
+
+    n: None for all that fire.
+    """
     sae = opened.need_sae()
     with torch.inference_mode():
         acts = opened.model.activations(torch.tensor([ids], device=opened.model.device), sae.info["site"])[0]

@@ -29,7 +29,7 @@ from microscope.control import (
     write_gguf,
 )
 from pipeline.errors import InputError
-from sae import TopKSparseAutoencoder
+from sae import SparseAutoencoder
 from serving.steered_model import ModelChoice, Sampling, VectorChoice, open_model, with_control_vectors
 from serving.steering import Steering
 
@@ -102,7 +102,7 @@ def test_a_file_as_llama_cpp_reads_it_and_back(model, tmp_path):
 
 def test_the_latents_of_a_vector():
     torch.manual_seed(1)
-    sae = TopKSparseAutoencoder(DIM, 60, 4)
+    sae = SparseAutoencoder(DIM, 60, 4)
     sae.initialize(torch.zeros(DIM))
     directions = F.normalize(sae.decoder.weight.detach(), dim=0)
     vector = 3 * directions[:, 7] - 2 * directions[:, 31] + 5.0  # a constant, which normalisation takes off

@@ -19,7 +19,7 @@ from llama_3 import load_model, load_tokenizer
 from llama_3.generation import generate
 from llama_3.model import Cache, Intervention, LayerCache
 from pipeline.errors import InputError
-from sae import TopKSparseAutoencoder
+from sae import SparseAutoencoder
 from serving import engine as engine_module
 from serving.engine import Ended, Engine, Full, Row, ShuttingDown, Token
 from serving.growing_text import GrowingText, Piece, StopStrings
@@ -41,7 +41,7 @@ def tokenizer(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def sae():
-    sae = TopKSparseAutoencoder(TINY_PARAMS["dim"], 50, 4)
+    sae = SparseAutoencoder(TINY_PARAMS["dim"], 50, 4)
     sae.initialize(torch.zeros(TINY_PARAMS["dim"]), torch.Generator().manual_seed(5))
     sae.info = {"site": SITE}
     return sae.requires_grad_(False)

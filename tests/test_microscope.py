@@ -25,7 +25,7 @@ from microscope.patching import Contrast, attribution_patch, normalised, patch_h
 from microscope.prompts import Prompt
 from microscope.tensors import all_sites, load_tensors, patches_from, save_tensors, tensors
 from pipeline.errors import InputError
-from sae import TopKSparseAutoencoder
+from sae import SparseAutoencoder
 
 SHAPE = SHAPES["3.2-3B"]
 N_LAYERS, N_HEADS, HEAD_DIM = SHAPE["n_layers"], SHAPE["n_heads"], SHAPE["dim"] // SHAPE["n_heads"]
@@ -222,7 +222,7 @@ def test_attribution_sums_to_the_logit_difference(hf, model):
 @pytest.mark.parametrize("site", ["layers.1.resid_post", "layers.1.resid_pre"])
 def test_attribution_to_latents_sums_too(model, site):
     torch.manual_seed(0)
-    sae = TopKSparseAutoencoder(SHAPE["dim"], 80, 5)
+    sae = SparseAutoencoder(SHAPE["dim"], 80, 5)
     sae.initialize(torch.randn(SHAPE["dim"]) * 0.1)
     sae.info["site"] = site
     parts, difference = attribution(model, CLEAN, ANSWER, None, sae)

@@ -35,7 +35,7 @@ from llama_3.generation import encode_text, generate, stream
 from llama_3.model import Intervention
 from microscope.control import steered as steered_by
 from microscope.control import write_gguf
-from sae import TopKSparseAutoencoder, save_sae
+from sae import SparseAutoencoder, save_sae
 from serving import inspection
 from serving.steered_model import ModelChoice, Sampling, VectorChoice, fetched_reference, strongest_latents
 from serving.steering import Steering
@@ -57,7 +57,7 @@ def choice(tmp_path_factory) -> ModelChoice:
     model_dir = write_chat_model(folder)
     tokenizer = load_tokenizer(str(model_dir))
     path = write_latents(folder / "sae", model_dir, tokenizer)
-    sae = TopKSparseAutoencoder(TINY_PARAMS["dim"], N_LATENTS, 6)
+    sae = SparseAutoencoder(TINY_PARAMS["dim"], N_LATENTS, 6)
     sae.initialize(torch.zeros(TINY_PARAMS["dim"]), torch.Generator().manual_seed(5))
     save_sae(sae, path, json.loads(path.with_suffix(".json").read_text()) | {"steering": DEFAULT})
     return ModelChoice(str(model_dir), sae_model_path=str(path))
