@@ -40,9 +40,10 @@ AUTH: str | None = None  # user:password that the page asks for
 MAX_PROMPTS: Count = 8  # most prompts per request
 MAX_PROMPT_CHARS: Count = 4000  # longest prompt, text or message, in characters
 MAX_NEW_TOKENS: Count = 256  # most tokens to add
-MAX_REQUESTS: Count = 4  # requests per tab served in turns; others queue
+MAX_REQUESTS: Count = 4  # requests per tab served together; others queue
 
 _N_SLOTS = 4  # latents to steer with at once
+_MAX_WAITING = 10_000  # completions; the page's own queue limits requests
 _N_ROWS = 50  # latents on a page of the list
 _REFRESH_S = 0.08  # seconds between updates of a growing text
 _EXAMPLE_S = 20  # most seconds spent at the start on the completions with which the page opens
@@ -107,6 +108,7 @@ from latents.interesting import interesting_latents, latents_to_steer
 from latents.meanings import is_embedded
 from llama_3.chat import Message, check_chat
 from pipeline.errors import InputError
+from serving.engine import Engine
 from serving.local_requests import past_proxies
 from serving.modes import MODES
 from serving.page_html import (
@@ -592,7 +594,8 @@ def open_served(choice: ModelChoice, limits: Limits, vectors: VectorChoice) -> S
         index = LatentIndex(opened.sae_path, opened.tokenizer, opened.model, opened.sae)
         for line in index.missing:
             print(line, file=sys.stderr)
-    return Served(opened, limits, index, threading.Lock())
+    engine = Engine(opened.model, max_rows=2 * limits.max_prompts, max_waiting=_MAX_WAITING)
+    return Served(opened, limits, index, engine, threading.Lock())
 
 
 def launch(served: Served, host: str, port: int, share: bool, auth: str | None, max_requests: int) -> None:
@@ -630,6 +633,8 @@ def launch(served: Served, host: str, port: int, share: bool, auth: str | None, 
         raise InputError(f"--share cannot use this proxy ({error}); unset ALL_PROXY, or leave --share out.") from None
     print(f"Ready: {local}" + (f" and {public}" if public else "") + " (Ctrl-C ends it)", flush=True)
     blocks.block_thread()
+    served.engine.close()
+    served.engine.join()
 
 
 def check_access(auth: str | None, share: bool) -> None:
