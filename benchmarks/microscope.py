@@ -1,0 +1,322 @@
+"""The microscope against TransformerLens: the same numbers, and the time of the sweeps.
+
+Both run the same weights in float32, ours as loaded. First the largest differences for each of MODEL_DIRS: lens,
+attention, ablation, patching, attribution, gradients. Then, for ROUNDS above 0, the seconds of two sweeps on the last
+model, taking turns: the patch map of resid_pre and the ablation of every head. TransformerLens' patch map is its own
+(`patching.get_act_patch_resid_pre`); it has no ablation of every head, so that is a loop over its hooks.
+Needs the environment of benchmarks/requirements-transformer-lens.txt.
+
+    data/transformer-lens/bin/python benchmarks/microscope.py
+    data/transformer-lens/bin/python benchmarks/microscope.py --model_dirs llama_3/tiny_llama --rounds 0
+"""
+
+from typing import Any, NamedTuple
+
+from common import machine, timed
+
+from pipeline.options import CountOrZero, Seed, parse_constants
+from pipeline.run import run
+
+MODEL_DIRS: tuple[str, ...] = ("llama_3/tiny_llama", "models/smollm2-135M-Instruct-Q4_1")
+ROUNDS: CountOrZero = 5  # measurements of each sweep; the median is printed
+PROMPT_TOKENS: CountOrZero = 20  # tokens drawn for the prompts, after begin-of-text where the model knows it
+CHANGED: CountOrZero = 4  # position of the token in which the corrupted prompt differs
+SEED: Seed = 0  # of the prompts
+TOLERANCE = 1e-4  # absolute, and relative to each value: more fails
+
+if __name__ == "__main__":
+    run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
+
+import warnings
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from llama_3 import load_model, load_tokenizer
+from llama_3.model import Transformer
+from microscope import ablation, patching
+from microscope.attention import patterns
+from microscope.attribution import attribution
+from microscope.lens import logit_lens
+from microscope.prompts import Prompt
+from pipeline.errors import Stop
+from pipeline.files import PROJECT_DIR
+
+
+class Both(NamedTuple):
+    """One model in both libraries, and two prompts."""
+
+    ours: Transformer
+    theirs: Any  # HookedTransformer
+    contrast: patching.Contrast
+
+    @property
+    def clean(self) -> Tensor:
+        return self.contrast.clean.batch(self.ours)
+
+    @property
+    def corrupted(self) -> Tensor:
+        return self.contrast.corrupted.batch(self.ours)
+
+
+# ---- the same model, twice
+
+
+def hooked(model: Transformer) -> Any:
+    """TransformerLens' model with our weights."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    args = model.args
+    if args.rope_scaling_factor != 1 or args.rope_divisors is not None:
+        raise Stop("This comparison is written for plain RoPE; name a model without scaling.")
+    config = HookedTransformerConfig(
+        n_layers=args.n_layers,
+        d_model=args.dim,
+        n_ctx=64,
+        d_head=args.head_dim,
+        n_heads=args.n_heads,
+        n_key_value_heads=args.n_kv_heads,
+        d_mlp=args.hidden_dim,
+        d_vocab=args.vocab_size,
+        act_fn="silu",
+        gated_mlp=True,
+        normalization_type="RMS",
+        final_rms=True,
+        eps=args.norm_eps,
+        positional_embedding_type="rotary",
+        rotary_dim=args.head_dim,
+        rotary_base=int(args.rope_theta),
+        rotary_adjacent_pairs=True,  # as Meta's weights have them
+        init_weights=False,
+        device="cpu",
+    )
+    with warnings.catch_warnings(action="ignore"):  # until version 4, which does without this class
+        theirs = HookedTransformer(config)
+    given = state_of(model)
+    state = theirs.state_dict()
+    for name, tensor in given.items():
+        assert state[name].shape == tensor.shape, (name, state[name].shape, tensor.shape)
+    for name, tensor in state.items():  # the biases that Llama does not have; masks stay
+        if name not in given and name.rpartition(".")[2].startswith(("b_", "_b_")):
+            given[name] = torch.zeros_like(tensor)
+    theirs.load_state_dict(given, strict=False)
+    return theirs.eval().requires_grad_(False)
+
+
+def state_of(model: Transformer) -> dict[str, Tensor]:
+    """Our weights under TransformerLens' names."""
+    args, ours = model.args, model.state_dict()
+    heads = lambda name: ours[name].unflatten(0, (-1, args.head_dim)).transpose(1, 2)  # (heads, d_model, head_dim)
+    state = {
+        "embed.W_E": ours["tok_embeddings.weight"],
+        "ln_final.w": ours["norm.weight"],
+        "unembed.W_U": ours["output.weight"].T,
+    }
+    for i in range(args.n_layers):
+        to, ff = f"blocks.{i}.", f"layers.{i}.feed_forward."
+        state |= {
+            to + "ln1.w": ours[f"layers.{i}.attention_norm.weight"],
+            to + "ln2.w": ours[f"layers.{i}.ffn_norm.weight"],
+            to + "attn.W_Q": heads(f"layers.{i}.attention.wq.weight"),
+            to + "attn._W_K": heads(f"layers.{i}.attention.wk.weight"),
+            to + "attn._W_V": heads(f"layers.{i}.attention.wv.weight"),
+            to + "attn.W_O": ours[f"layers.{i}.attention.wo.weight"].T.unflatten(0, (args.n_heads, args.head_dim)),
+            to + "mlp.W_gate": ours[ff + "w1.weight"].T,
+            to + "mlp.W_in": ours[ff + "w3.weight"].T,
+            to + "mlp.W_out": ours[ff + "w2.weight"].T,
+        }
+    return state
+
+
+def prompts(model: Transformer, bos_id: int | None, n_tokens: int, changed: int, seed: int) -> patching.Contrast:
+    """Two random prompts that differ in one token, and the answers of each."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(model.args.vocab_size, (n_tokens + 1,), generator=generator).tolist()
+    first = [] if bos_id is None else [bos_id]
+    ids = [*first, *drawn[:-1]]
+    other = ids.copy()
+    other[changed] = drawn[-1]
+    both = [Prompt(each, [str(i) for i in each]) for each in (ids, other)]
+    with torch.inference_mode():
+        answers = [int(model(each.batch(model))[0, -1].argmax()) for each in both]
+    if answers[0] == answers[1]:  # any other token will do
+        answers[1] = drawn[0]
+    return patching.Contrast(*both, *answers)
+
+
+# ---- differences
+
+
+def excess(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """The largest difference, and the largest in shares of 1 + the value's size."""
+    difference = (ours - theirs).abs()
+    return float(difference.max()), float((difference / (1 + theirs.abs())).max())
+
+
+@torch.no_grad()
+def theirs_of(both: Both) -> dict[str, Tensor]:
+    """What TransformerLens finds, under the names of `ours_of`."""
+    from transformer_lens import patching as their_patching
+
+    model, contrast = both.theirs, both.contrast
+    args = both.ours.args
+    logits, clean = model.run_with_cache(both.clean)
+    found = {"logits": logits[0]}
+    last = range(args.n_layers)
+    streams = torch.stack([clean[f"blocks.{i}.hook_resid_post"][0] for i in last])
+    found["lens, log p"] = model.unembed(model.ln_final(streams)).log_softmax(-1)
+    found["attention patterns"] = torch.stack([clean[f"blocks.{i}.attn.hook_pattern"][0] for i in last])
+    found["head ablation, log p"] = torch.stack(list(their_ablations(both)))
+    ends = [float(contrast.difference(each)) for each in (logits, model(both.corrupted))]
+    metric = lambda out: (contrast.difference(out)[0] - ends[1]) / (ends[0] - ends[1])
+    found["patching, resid_pre"] = their_patching.get_act_patch_resid_pre(model, both.corrupted, clean, metric)
+    found["patching, heads"] = their_patching.get_act_patch_attn_head_out_all_pos(model, both.corrupted, clean, metric)
+    parts, _ = clean.get_full_resid_decomposition(layer=-1, pos_slice=-1, return_labels=True, expand_neurons=False)
+    scaled = clean.apply_ln_to_stack(parts, layer=-1, pos_slice=-1) * model.ln_final.w
+    direction = model.W_U[:, contrast.answer] - model.W_U[:, contrast.other]
+    amounts = (scaled[:, 0] @ direction)[: args.n_layers * (args.n_heads + 1) + 1]
+    heads, rest = amounts[: args.n_layers * args.n_heads], amounts[args.n_layers * args.n_heads :]
+    found["attribution, heads"], found["attribution, MLPs"] = heads, rest[: args.n_layers]
+    found["attribution, embedding"] = rest[args.n_layers :]
+    found["gradient patching"] = their_gradients(both, clean, ends)
+    return found
+
+
+def their_ablations(both: Both) -> list[Tensor]:
+    """The log probabilities after the prompt without each head, by a loop of forward passes."""
+    found = []
+    for layer in range(both.ours.args.n_layers):
+        for head in range(both.ours.args.n_heads):
+
+            def switch_off(z: Tensor, hook: Any, head: int = head) -> Tensor:
+                z[:, :, head] = 0
+                return z
+
+            hooks = [(f"blocks.{layer}.attn.hook_z", switch_off)]
+            found.append(both.theirs.run_with_hooks(both.clean, fwd_hooks=hooks)[0, -1].log_softmax(-1))
+    return found
+
+
+def their_gradients(both: Both, clean: Any, ends: list[float]) -> Tensor:
+    """(n_layers, seq): gradient times difference at resid_pre."""
+    kept: dict[str, Tensor] = {}
+    names = [f"blocks.{i}.hook_resid_pre" for i in range(both.ours.args.n_layers)]
+
+    def keep(x: Tensor, hook: Any) -> Tensor:
+        kept[hook.name] = x if x.requires_grad else x.requires_grad_()
+        return kept[hook.name]
+
+    with torch.enable_grad():
+        logits = both.theirs.run_with_hooks(both.corrupted, fwd_hooks=[(name, keep) for name in names])
+        gradients = torch.autograd.grad(both.contrast.difference(logits).sum(), [kept[name] for name in names])
+    changes = [
+        (gradient * (clean[name] - kept[name].detach())).sum(-1)[0]
+        for name, gradient in zip(names, gradients, strict=True)
+    ]
+    return torch.stack(changes) / (ends[0] - ends[1])
+
+
+def ours_of(both: Both) -> dict[str, Tensor]:
+    model, contrast = both.ours, both.contrast
+    args, clean = model.args, contrast.clean
+    sites = [f"layers.{i}.resid_pre" for i in range(args.n_layers)]
+    ends = contrast.ends(model)
+    with torch.inference_mode():
+        found = {"logits": model(both.clean)[0]}
+    lens = logit_lens(model, clean, "resid_post", args.vocab_size)
+    found["lens, log p"] = torch.stack(
+        [torch.empty_like(each.probabilities).scatter_(1, each.token_ids, each.probabilities.log()) for each in lens]
+    )
+    found["attention patterns"] = patterns(model, clean, list(range(args.n_layers)))
+    effects = [each for layer in ablation.every_head(model, clean, "zero") for each in layer]
+    found["head ablation, log p"] = torch.stack([each.log_p for each in effects])
+    found["patching, resid_pre"] = patching.patch_map(model, contrast, sites, ends)
+    found["patching, heads"] = patching.patch_heads(model, contrast, ends)
+    parts, _ = attribution(model, clean, contrast.answer, contrast.other)
+    of = lambda begin: torch.tensor([part.amount for part in parts if part.name.startswith(begin)])
+    found["attribution, heads"], found["attribution, MLPs"] = of("head"), of("mlp")
+    found["attribution, embedding"] = of("embedding")
+    found["gradient patching"] = patching.attribution_patch(model, contrast, sites, ends)
+    return found
+
+
+def show_differences(both: Both, name: str, tolerance: float) -> None:
+    """Raises Stop where the two differ by more than the tolerance."""
+    ours, theirs = ours_of(both), theirs_of(both)
+    print(
+        f"\n| {name}, float32 | values | largest | largest difference | relative to 1 + value |\n|---|---|---|---|---|"
+    )
+    worst = 0.0
+    for what, values in theirs.items():
+        assert ours[what].shape == values.shape, (what, ours[what].shape, values.shape)
+        largest, relative = excess(ours[what], values)
+        worst = max(worst, relative)
+        print(
+            f"| {what} | {values.numel():,} | {values.abs().max():.3g} | {largest:.1e} | {relative:.1e} |", flush=True
+        )
+    if not worst <= tolerance:
+        raise Stop(f"{name}: the largest relative difference is {worst:.1e}, above {tolerance:g}.")
+
+
+# ---- speed
+
+
+def show_speed(both: Both, name: str, rounds: int) -> None:
+    from transformer_lens import patching as their_patching
+
+    model, contrast = both.ours, both.contrast
+    sites = [f"layers.{i}.resid_pre" for i in range(model.args.n_layers)]
+    ends = contrast.ends(model)
+    metric = lambda out: (contrast.difference(out)[0] - ends[1]) / (ends[0] - ends[1])
+
+    @torch.no_grad()
+    def their_map() -> Tensor:
+        _, clean = both.theirs.run_with_cache(both.clean)
+        return their_patching.get_act_patch_resid_pre(both.theirs, both.corrupted, clean, metric)
+
+    @torch.no_grad()
+    def their_heads() -> list[Tensor]:
+        return their_ablations(both)
+
+    sweeps = {
+        f"patch map, resid_pre, {model.args.n_layers} layers x {both.clean.shape[1]} positions": (
+            lambda: patching.patch_map(model, contrast, sites, ends),
+            their_map,
+        ),
+        f"ablation of every head, {model.args.n_layers} x {model.args.n_heads}": (
+            lambda: list(ablation.every_head(model, contrast.clean, "zero")),
+            their_heads,
+        ),
+    }
+    print(f"\n| {name}; {machine()} | ours, s | TransformerLens, s | ratio |\n|---|---|---|---|")
+    for what, (ours, theirs) in sweeps.items():
+        seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+        for _ in range(rounds):
+            seconds["ours"].append(timed(ours)[0])
+            seconds["theirs"].append(timed(theirs)[0])
+        mine, other = median(seconds["ours"]), median(seconds["theirs"])
+        print(f"| {what} | {mine:.2f} | {other:.2f} | {other / mine:.1f} |", flush=True)
+
+
+def main() -> None:
+    config = parse_constants(globals())
+    if not 0 <= config.changed < config.prompt_tokens:
+        raise Stop(f"--changed {config.changed} lies outside the {config.prompt_tokens} tokens; name a smaller one.")
+    from transformer_lens import patching as their_patching
+
+    their_patching.tqdm = lambda each, **_: each  # no bars
+    both = name = None
+    for name in config.model_dirs:
+        path = str(PROJECT_DIR / name)
+        model, tokenizer = load_model(path), load_tokenizer(path)
+        bos_id = tokenizer.bos_id if tokenizer.starts_with_bos else None
+        contrast = prompts(model, bos_id, config.prompt_tokens, config.changed, config.seed)
+        both = Both(model, hooked(model), contrast)
+        show_differences(both, name, config.tolerance)
+    if config.rounds and both is not None:
+        show_speed(both, str(name), config.rounds)
+
+
+if __name__ == "__main__":
+    run(main)
