@@ -245,7 +245,7 @@ def index_table(index: LatentIndex, addresses: dict[int, str]) -> str:
     rows = []
     for latent, address in addresses.items():
         numbers = [(index.certainty[latent], "{:.2f}", 1), (index.score[latent], "{:.2f}", 1)]
-        numbers += [(index.output_score[latent], "{:.2f}", 1), (index.frequency[latent], "{:.3f}", 100)]
+        numbers += [(index.output_score[latent], "{:z.2f}", 1), (index.frequency[latent], "{:.3f}", 100)]
         cells = "".join(
             "<td></td>" if math.isnan(value) else f"<td>{form.format(value * factor)}</td>"
             for value, form, factor in numbers

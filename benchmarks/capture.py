@@ -9,10 +9,12 @@ Method  three ways over the same sentences and weights, to the same site:
         longest, the whole forward with key/value cache and output layer, one file per sentence, not synced;
         transformers: LlamaForCausalLM hooked at the same place, the same random batches, no cache, nothing written.
         All include tokenising. One of each in turn, REPEATS times; medians. The second model has random weights of
-        Llama 3.2's SHAPE with every width divided by SHRINK. Run it alone on the machine
+        Llama 3.2's SHAPE with every width divided by SHRINK, or is a real one, MODEL_DIR, captured at half of its
+        depth. Run it alone on the machine
 Cost    8 minutes on two cores, and half a minute more the first time
 
     python benchmarks/capture.py
+    python benchmarks/capture.py --model_dir models/smollm2-135M-Instruct-Q4_1
     python benchmarks/capture.py --input_path real_text.parquet
     python benchmarks/capture.py --shape 3B --shrink 1 --dtypes bfloat16 --num_samples_larger 20000   # on a GPU
 """
@@ -31,6 +33,7 @@ from pipeline.run import run
 
 DATA_DIR = "data/benchmark_capture"  # folder for documents, sentences, models and activations
 INPUT_PATH: str | None = None  # documents to use instead, as openwebtext_sentences_dataset.py reads them
+MODEL_DIR: str | None = None  # a real model in place of the larger one with random weights
 NUM_SAMPLES: Count = 1000  # sentences for the tiny Llama
 NUM_SAMPLES_LARGER: Count = 200  # sentences for the larger model
 SHAPE: Literal["1B", "3B"] = "1B"  # of the larger model: Llama 3.2 1B's or 3B's
@@ -355,12 +358,16 @@ def main() -> None:
     config = parse_constants(globals())
     folder = Path(config.data_dir).resolve()
     sentences_dir = make_sentences(folder, config.input_path)
-    larger = folder / f"llama_3.2-{config.shape}_widths_over_{config.shrink}"
-    make_larger_model(larger, config.shape, config.shrink)
-    title = f"Llama 3.2 {config.shape}'s shape, widths / {config.shrink}, random"
+    if config.model_dir:
+        larger = Path(config.model_dir)
+        title, layer = larger.name, read_params(str(larger)).n_layers // 2
+    else:
+        larger = folder / f"llama_3.2-{config.shape}_widths_over_{config.shrink}"
+        make_larger_model(larger, config.shape, config.shrink)
+        title, layer = f"Llama 3.2 {config.shape}'s shape, widths / {config.shrink}, random", _SHAPES[config.shape][2]
     cases = [
         Case("tiny Llama", _TINY_DIR, 6, config.num_samples),
-        Case(title, larger, _SHAPES[config.shape][2], config.num_samples_larger),
+        Case(title, larger, layer, config.num_samples_larger),
     ]
     print(f"{machine()}, {torch.get_num_threads()} threads", flush=True)
     print(

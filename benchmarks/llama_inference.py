@@ -1,12 +1,18 @@
-"""Our Llama against transformers' `generate`: prefill and decode rates, time to load, memory.
+"""Our Llama against transformers' `generate` and llama.cpp: prefill and decode rates, time to load, memory.
 
 Both load the same checkpoint: random weights, Llama 3.2 1B with every width and the vocabulary halved (309 million
 parameters, tied output, bfloat16 on disk), or MODEL_DIR's, written again as transformers reads them. Rates are medians
 of ROUNDS interleaved measurements in one process; loading is measured in separate processes. Ours uses `pack()` on a
-CPU, as llama_3_inference.py does.
+CPU, as llama_3_inference.py does. llama.cpp, in a process of its own between the rounds, computes with the weights as
+MODEL_DIR's GGUF file holds them, always takes the likeliest token, and needs a Python of its own:
+
+    python -m venv data/llama_cpp
+    data/llama_cpp/bin/pip install cffi numpy xllamacpp==2026.10.11549
+    data/llama_cpp/bin/pip install --no-deps llama-cpp-py-sync==0.11739    # for its C declarations
 
     .venv/bin/python benchmarks/llama_inference.py
-    .venv/bin/python benchmarks/llama_inference.py --model_dir models/smollm2-135M-Instruct-Q4_1 --temperature 0.8
+    .venv/bin/python benchmarks/llama_inference.py --model_dir models/smollm2-135M-Instruct-Q4_1 --temperature 0.8 \
+        --llama_cpp_python data/llama_cpp/bin/python
 """
 
 import json
@@ -24,6 +30,7 @@ from pipeline.options import Count, NotNegative, parse_constants
 from pipeline.run import run
 
 MODEL_DIR: str | None = None  # a real model, in transformers' format or GGUF, instead of the shape below
+LLAMA_CPP_PYTHON: str | None = None  # a Python that has llama.cpp; MODEL_DIR must then hold a GGUF file
 TEMPERATURE: NotNegative = 0.0  # 0: greedy; above: sampled, top-p 0.95
 ROUNDS: Count = 5  # measurements of each, interleaved; medians are reported
 PROMPT_TOKENS: Count = 256  # tokens per prompt
@@ -76,6 +83,53 @@ print("RESULT", loaded, ran, max(loading, 0), highest - before, memory("VmHWM") 
 """
 
 
+_LLAMA_CPP = """
+import glob, json, os, re, sys, sysconfig, time
+import cffi
+import numpy as np
+site = sysconfig.get_paths()["purelib"]
+source = open(os.path.join(site, "llama_cpp_py_sync", "_cffi_bindings.py"), encoding="utf-8").read()
+ffi = cffi.FFI()
+ffi.cdef(re.search(r'(?:cdef\\(\\s*|=\\s*)(?:r|f)?\"{3}(.*?)\"{3}', source, re.S)[1])
+lib = ffi.dlopen(glob.glob(os.path.join(site, "xllamacpp", "xllamacpp*.so"))[0])
+quiet = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda level, text, data: None)
+lib.llama_log_set(quiet, ffi.NULL)
+lib.llama_backend_init()
+path, threads, n_new = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+rows = np.array(json.load(sys.stdin), np.int32)
+batch_size, prompt_tokens = rows.shape
+options = lib.llama_model_default_params()
+options.n_gpu_layers = 0
+model = lib.llama_model_load_from_file(path.encode(), options)
+n_tokens = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+options = lib.llama_context_default_params()
+options.n_seq_max, options.n_threads, options.n_threads_batch = batch_size, threads, threads
+options.n_ctx, options.n_batch = batch_size * (-(-(prompt_tokens + n_new + 1) // 256) * 256), rows.size
+context = lib.llama_init_from_model(model, options)
+batch = lib.llama_batch_init(rows.size, 0, 1)
+
+def step(tokens, first):
+    # tokens: (batch_size, n) at positions first, first + 1, ...; returns the likeliest next one of each row
+    batch.n_tokens, last = tokens.size, []
+    for i, (row, place) in enumerate(np.ndindex(tokens.shape)):
+        batch.token[i], batch.pos[i] = int(tokens[row, place]), first + place
+        batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
+        batch.logits[i] = place == tokens.shape[1] - 1
+        last += [i] * (place == tokens.shape[1] - 1)
+    assert lib.llama_decode(context, batch) == 0
+    logits = (ffi.buffer(lib.llama_get_logits_ith(context, i), 4 * n_tokens) for i in last)
+    return np.array([[np.frombuffer(row, np.float32).argmax()] for row in logits])
+
+step(rows[:, :4], 0)  # to warm up
+lib.llama_memory_clear(lib.llama_get_memory(context), True)
+begin = time.perf_counter()
+tokens = step(rows, 0)
+prefill = time.perf_counter()
+for n in range(n_new):
+    tokens = step(tokens, prompt_tokens + n)
+print("RESULT", prefill - begin, time.perf_counter() - prefill)
+"""
+
 _WHAT_LOADING_TAKES = (
     "seconds to load",
     "seconds to load and run 8 tokens",
@@ -91,6 +145,7 @@ import torch
 
 from llama_3 import load_model
 from llama_3.generation import generate
+from pipeline.errors import InputError
 
 
 class Shape(NamedTuple):
@@ -169,6 +224,8 @@ class Decoding(NamedTuple):
     """What is decoded; named like the options."""
 
     device: str
+    llama_cpp_python: str | None
+    model_dir: str | None
     rounds: int
     prompt_tokens: int
     new_tokens: int
@@ -176,7 +233,7 @@ class Decoding(NamedTuple):
 
 
 def measure_rates(folder: Path, dtype: str, batch_size: int, what: Decoding) -> dict[str, tuple[float, float]]:
-    """Medians of prefill and decode tokens/s."""
+    """Medians of prefill and decode tokens/s, by who computed."""
     from transformers import LlamaForCausalLM
 
     theirs = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(what.device)
@@ -197,10 +254,15 @@ def measure_rates(folder: Path, dtype: str, batch_size: int, what: Decoding) -> 
             return theirs.generate(prompts, max_new_tokens=n_new, **options)[:, what.prompt_tokens :].T.tolist()
 
     times: dict[str, list[tuple[float, float]]] = {"ours": [], "transformers": []}
-    first = {kind: decode(kind, 4) for kind in times}  # to warm up
+    if what.llama_cpp_python:
+        times["llama.cpp"] = []
+    first = {kind: decode(kind, 4) for kind in ("ours", "transformers")}  # to warm up
     assert dtype != "float32" or what.temperature or first["ours"] == first["transformers"]  # the same tokens
     for _ in range(what.rounds):
         for kind, found in times.items():
+            if kind == "llama.cpp":
+                found.append(by_llama_cpp(rows, what))
+                continue
             prefill, whole = timed(decode, kind, 1)[0], timed(decode, kind, 1 + what.new_tokens)[0]
             found.append((prefill, whole - prefill))
     return {
@@ -212,15 +274,29 @@ def measure_rates(folder: Path, dtype: str, batch_size: int, what: Decoding) -> 
     }
 
 
-def row(name: str, ours: float, transformers: float, digits: int) -> str:
+def by_llama_cpp(rows: list[list[int]], what: Decoding) -> tuple[float, float]:
+    """Seconds of prefill and of decoding."""
+    gguf_path = next(Path(what.model_dir or "").glob("*.gguf"))
+    sizes = [str(torch.get_num_threads()), str(what.new_tokens)]
+    command = [what.llama_cpp_python or "", "-c", _LLAMA_CPP, str(gguf_path), *sizes]
+    done = subprocess.run(command, input=json.dumps(rows), capture_output=True, encoding="utf-8", check=True)
+    prefill, decoding = done.stdout.split("RESULT")[1].split()
+    return float(prefill), float(decoding)
+
+
+def row(name: str, ours: float, transformers: float, digits: int, llama_cpp: float | None = None) -> str:
     """A row of the table, printed at once."""
     text = f"| {name} | {ours:.{digits}f} | {transformers:.{digits}f} | {ours / max(transformers, 1e-9):.2f} |"
+    if llama_cpp is not None:
+        text += f" {llama_cpp:.{digits}f} |"
     print(text, flush=True)
     return text
 
 
 def main() -> None:
     config = parse_constants(globals())
+    if config.llama_cpp_python and not list(Path(config.model_dir or "").glob("*.gguf")):
+        raise InputError("llama.cpp reads a GGUF file; name a folder with one by --model_dir.")
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -237,15 +313,19 @@ def main() -> None:
         for dtype in config.dtypes:
             for batch_size in config.batch_sizes:
                 found = results[f"{dtype}, batch {batch_size}"] = measure_rates(Path(folder), dtype, batch_size, what)
-                for name, ours, theirs in zip(("prefill", "decode"), found["ours"], found["transformers"], strict=True):
-                    rows.append(row(f"{name}, {dtype}, batch {batch_size}", ours, theirs, 1))
+                for i, name in enumerate(("prefill", "decode")):
+                    llama_cpp = found["llama.cpp"][i] if "llama.cpp" in found else None
+                    title = f"{name}, {dtype}, batch {batch_size}"
+                    rows.append(row(title, found["ours"][i], found["transformers"][i], 1, llama_cpp))
             if config.device == "cpu":
                 loading = results[f"loading, {dtype}"] = measure_loading(Path(folder), dtype, config.rounds)
                 for name, *pair in zip(_WHAT_LOADING_TAKES, loading["ours"], loading["transformers"], strict=True):
                     ours, theirs = (x / 1e9 if name.startswith("GB") else x for x in pair)
                     rows.append(row(f"{name}, {dtype}", ours, theirs, 2))
     columns = f"tokens/s | ours | transformers {transformers.__version__} | ratio"
-    print(f"\n| {machine(config.device)}; {columns} |\n|---|---|---|---|")
+    if config.llama_cpp_python:
+        columns += " | llama.cpp"
+    print(f"\n| {machine(config.device)}; {columns} |\n" + "|---" * columns.count("|") + "|---|")
     print(*rows, sep="\n")
     print(json.dumps(results))
 

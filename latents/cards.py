@@ -59,7 +59,7 @@ def card_html(card: Card, href: Callable[[int], str | None] = lambda latent: Non
     facts = [
         ("certainty", card.certainty, "{:.2f}", "of the meaning, as stated by whoever gave it"),
         ("score", card.score, "{:.2f}", "balanced accuracy of the meaning on other sentences; guessing gives 0.50"),
-        ("output score", card.output_score, "{:.2f}", "how far steering by it makes the model say what it promotes"),
+        ("output score", card.output_score, "{:z.2f}", "how far steering by it makes the model say what it promotes"),
         ("fires on", 100 * card.frequency, "{:.3g} % of tokens", "of the captured tokens"),
         ("mean", card.mean, "{:.2f}", "activation where it fires, normalised space"),
         ("highest", card.highest, "{:.2f}", "activation observed, normalised space"),

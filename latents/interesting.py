@@ -79,12 +79,12 @@ def interesting_latents(latents: Described) -> list[int]:
 
 def content_words(meaning: str | None) -> list[str]:
     """The words of a meaning that say what a text is about, in lower case; none if it is not in plain words, if its
-    first part (a name's best feature) has none, or most parts have none."""
+    first part (a name's best feature) has none, or half of the parts have none."""
     if meaning is None or not all(c.isalpha() or c in " ,.;:'’\"“”()-/" for c in meaning):
         return []
     words = [WORD.findall(part.lower().replace("’", "'")) for part in meaning.split(", ")]
     content = [[word for word in part if not is_empty(word)] for part in words]
-    says_something = all(words) and content[0] and 2 * sum(map(bool, content)) >= len(content)
+    says_something = all(words) and content[0] and 2 * sum(map(bool, content)) > len(content)
     return [word for part in content for word in part] if says_something else []
 
 

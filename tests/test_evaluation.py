@@ -413,6 +413,7 @@ def test_script_works_from_anywhere_after_a_move(sae, info, tiny_model_dir, tmp_
     assert read(after / "runs" / "sae.pth")["sentences"] > 0
 
 
+@pytest.mark.slow
 def test_script_puts_several_side_by_side(sae_path, sae, info, tmp_path, capsys):
     other_site = "layers.2.resid_post"
     paths = [sae_path, tmp_path / "few.pth", tmp_path / "other" / "sae.pth"]

@@ -142,14 +142,14 @@ def by_sorting(logits, temperature, top_p, uniform):
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("likeliest", [16, 256])
 def test_a_sample_is_that_of_the_sorted_vocabulary(likeliest, spread, top_p, monkeypatch):
-    """Rows whose nucleus holds a few tokens, hundreds, or nearly all of 3,000."""
+    """Rows whose nucleus holds a few tokens, hundreds, or nearly all of 2,000."""
     monkeypatch.setattr(generation, "_LIKELIEST", likeliest)
     generator = torch.Generator().manual_seed(int(10 * spread))
-    logits = spread * torch.randn(300, 3000, generator=generator)
-    uniform = torch.rand(300, generator=generator)
+    logits = spread * torch.randn(100, 2000, generator=generator)
+    uniform = torch.rand(100, generator=generator)
     found, expected = sample(logits, 0.8, top_p, uniform), by_sorting(logits, 0.8, top_p, uniform)
-    assert (found == expected).sum() >= 298  # a number may fall on the border of two tokens, which rounding decides
-    for row in (0, 150, 299):
+    assert (found == expected).sum() >= 99  # a number may fall on the border of two tokens, which rounding decides
+    for row in (0, 50, 99):
         assert int(sample(logits[row : row + 1], 0.8, top_p, uniform[row : row + 1])) == int(found[row])
 
 

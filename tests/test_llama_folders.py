@@ -208,17 +208,17 @@ for folder in sys.argv[1:]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_loading_takes_little_more_private_memory_than_the_weights(tmp_path):
-    """A bfloat16 checkpoint with 19 million parameters, in Meta's and Hugging Face's formats, and as a GGUF file."""
+    """A bfloat16 checkpoint with 35 million parameters, in Meta's and Hugging Face's formats, and as a GGUF file."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = dict(dim=512, n_layers=6, n_heads=8, n_kv_heads=4, vocab_size=TINY_VOCAB_SIZE, multiple_of=32)
+    sizes = dict(dim=512, n_layers=12, n_heads=8, n_kv_heads=4, vocab_size=TINY_VOCAB_SIZE, multiple_of=32)
     write_tiny_model(tmp_path / "meta", dtype="bfloat16", tied=True, **sizes)
     write_gguf(tmp_path / "m.gguf", tmp_path / "meta", "Q8_0", tied=True)
     config = LlamaConfig(
         vocab_size=TINY_VOCAB_SIZE,
         hidden_size=512,
         intermediate_size=1400,
-        num_hidden_layers=6,
+        num_hidden_layers=12,
         num_attention_heads=8,
         num_key_value_heads=4,
         tie_word_embeddings=True,

@@ -52,13 +52,13 @@ from serving.steering import Steering, highest_activations, make_steering
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-without_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
-needs_browser = lambda test: pytest.mark.slow(without_browser(test))
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 FLAGS += ["--disable-component-update", "--disable-sync"]
 SAE_PATH = str(Path(TINY_LLAMA_DIR) / "sae.pth")
 DEFAULT = steering_defaults(read_info(SAE_PATH), SAE_PATH)
 SMOLLM2 = fetched_reference()
+pytestmark = pytest.mark.slow  # importing gradio takes three seconds
 SECONDS = 30_000  # a busy machine is not a failure
 
 
@@ -639,8 +639,11 @@ def test_stop(visit, address):
 
 
 @needs_browser
-def test_plain_page_with_a_password(visit, tmp_path):
-    """A model alone: complete and chat, nothing to steer with. Nobody gets in without the password."""
+def test_plain_page_with_a_password_behind_a_proxy(visit, tmp_path, monkeypatch):
+    """A model alone: complete and chat, nothing to steer with. Nobody gets in without the password. The proxies, one
+    of them SOCKS, are in nobody's way."""
+    for name, proxy in (("HTTP_PROXY", "http"), ("HTTPS_PROXY", "http"), ("ALL_PROXY", "socks5")):
+        monkeypatch.setenv(name, f"{proxy}://127.0.0.1:1")
     folder = write_tiny_model(tmp_path / "model")
     with serving(llama_model_dir=folder, auth="ann:se:cret") as address:
         window = visit(address)
@@ -683,7 +686,6 @@ def complete_by_request(address: str, **values) -> dict:
 STRENGTH = "cannot have strength {}; give a number from -1,000,000 to 1,000,000."
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -706,15 +708,6 @@ STRENGTH = "cannot have strength {}; give a number from -1,000,000 to 1,000,000.
 def test_numbers_that_no_slider_gives(address, values, said):
     found = complete_by_request(address, **{"Tokens": 3, **values})
     assert "error" not in found if said is None else html.unescape(found["error"]).endswith(said), found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5://127.0.0.1:1"])
-def test_the_page_opens_behind_a_proxy(monkeypatch, proxy):
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
-        monkeypatch.setenv(name, proxy)
-    with serving():
-        pass
 
 
 @pytest.mark.parametrize("before", [{}, {"NO_PROXY": "a.b"}, {"no_proxy": "a.b"}, {"NO_PROXY": "a.b", "no_proxy": "c"}])

@@ -38,6 +38,8 @@ from serving.requests import Limits, Served, completions, look_at
 from serving.steered_model import ModelChoice, Sampling, open_model
 from serving.steering import Steering, highest_activations, make_steering
 
+pytestmark = pytest.mark.slow
+
 DTYPES = ("float32", "bfloat16")
 WAITS_PER_STEP = 2  # of training: the CPU waits for the GPU so often at most
 

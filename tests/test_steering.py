@@ -311,6 +311,13 @@ def test_benchmark(benchmark, tmp_path, capsys):
     assert all(texts) and len(set(texts)) == 2
     out = capsys.readouterr().out
     assert f"| clean |  | {clean['words_share']:.1%} ± " in out and out.count("\n| ") == len(found) + 2
+    added = [row["each"] for row in result["settings"] if row["mode"] == "add"]
+    best_each = []
+    for before, *of_one in zip(clean["each"], *added, strict=True):
+        cheap = [one for one in of_one if one["nats"] <= before["nats"] + 0.5]
+        cheap = [one for one in cheap if one["repeated"] <= before["repeated"] + 0.05]
+        best_each.append(max(one["words_share"] for one in [before, *cheap]))
+    assert f"add, each latent at its own strength: words in {sum(best_each) / 2:.0%} of completions;" in out
     assert (tmp_path / "steering.png").read_bytes().startswith(b"\x89PNG")
 
 
