@@ -1,25 +1,26 @@
 """The microscope against TransformerLens: the same numbers, and the time of the sweeps.
 
-Both run the same weights in float32, ours as loaded. First the largest differences for each of MODEL_DIRS: lens,
-attention, ablation, patching, attribution, gradients. Then, for ROUNDS above 0, the seconds of two sweeps on the last
-model, taking turns: the patch map of resid_pre and the ablation of every head. TransformerLens' patch map is its own
-(`patching.get_act_patch_resid_pre`); it has no ablation of every head, so that is a loop over its hooks.
-Needs the environment of benchmarks/requirements-transformer-lens.txt.
+Both run the same weights in float32, ours as loaded. For each of MODEL_DIRS: the largest differences of lens,
+attention, ablation, patching, attribution and gradients; and the time of three sweeps, taking turns: the patch maps of resid_pre
+and of heads, and the ablation of every head. TransformerLens' patch maps are its own (`transformer_lens.patching`); it
+has no ablation of every head, so that is a loop over its hooks. CPU seconds are of all threads of this process: with
+other work on the machine, only they mean something. Needs the environment of
+benchmarks/requirements-transformer-lens.txt.
 
     data/transformer-lens/bin/python benchmarks/microscope.py
-    data/transformer-lens/bin/python benchmarks/microscope.py --model_dirs llama_3/tiny_llama --rounds 0
+    data/transformer-lens/bin/python benchmarks/microscope.py --model_dirs llama_3/tiny_llama --rounds 1
 """
 
 from typing import Any, NamedTuple
 
-from common import machine, timed
+from common import machine
 
-from pipeline.options import CountOrZero, Seed, parse_constants
+from pipeline.options import Count, CountOrZero, Seed, parse_constants
 from pipeline.run import run
 
 MODEL_DIRS: tuple[str, ...] = ("llama_3/tiny_llama", "models/smollm2-135M-Instruct-Q4_1")
-ROUNDS: CountOrZero = 5  # measurements of each sweep; the median is printed
-PROMPT_TOKENS: CountOrZero = 20  # tokens drawn for the prompts, after begin-of-text where the model knows it
+ROUNDS: Count = 3  # measurements of each sweep; medians are printed
+PROMPT_TOKENS: Count = 20  # tokens drawn for the prompts, after begin-of-text where the model knows it
 CHANGED: CountOrZero = 4  # position of the token in which the corrupted prompt differs
 SEED: Seed = 0  # of the prompts
 TOLERANCE = 1e-4  # absolute, and relative to each value: more fails
@@ -27,7 +28,9 @@ TOLERANCE = 1e-4  # absolute, and relative to each value: more fails
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
 
+import time
 import warnings
+from collections.abc import Callable
 from statistics import median
 
 import torch
@@ -145,44 +148,42 @@ def prompts(model: Transformer, bos_id: int | None, n_tokens: int, changed: int,
     return patching.Contrast(*both, *answers)
 
 
-# ---- differences
+# ---- the sweeps
 
 
-def excess(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """The largest difference, and the largest in shares of 1 + the value's size."""
-    difference = (ours - theirs).abs()
-    return float(difference.max()), float((difference / (1 + theirs.abs())).max())
+def sweeps(both: Both) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
+    """Each by us and by TransformerLens, to the same numbers."""
+    from transformer_lens import patching as their_patching
+
+    their_patching.tqdm = lambda each, **_: each  # no bars
+    model, contrast = both.ours, both.contrast
+    sites = [f"layers.{i}.resid_pre" for i in range(model.args.n_layers)]
+    ends = contrast.ends(model)
+    metric = lambda out: (contrast.difference(out)[0] - ends[1]) / (ends[0] - ends[1])
+
+    def ours_off() -> Tensor:
+        effects = [each for layer in ablation.every_head(model, contrast.clean, "zero") for each in layer]
+        return torch.stack([each.log_p for each in effects])
+
+    @torch.no_grad()
+    def their_map(function: Callable) -> Tensor:
+        _, clean = both.theirs.run_with_cache(both.clean)
+        return function(both.theirs, both.corrupted, clean, metric)
+
+    return {
+        "patching, resid_pre": (
+            lambda: patching.patch_map(model, contrast, sites, ends),
+            lambda: their_map(their_patching.get_act_patch_resid_pre),
+        ),
+        "patching, heads": (
+            lambda: patching.patch_heads(model, contrast, ends),
+            lambda: their_map(their_patching.get_act_patch_attn_head_out_all_pos),
+        ),
+        "ablation of every head, log p": (ours_off, lambda: torch.stack(their_ablations(both))),
+    }
 
 
 @torch.no_grad()
-def theirs_of(both: Both) -> dict[str, Tensor]:
-    """What TransformerLens finds, under the names of `ours_of`."""
-    from transformer_lens import patching as their_patching
-
-    model, contrast = both.theirs, both.contrast
-    args = both.ours.args
-    logits, clean = model.run_with_cache(both.clean)
-    found = {"logits": logits[0]}
-    last = range(args.n_layers)
-    streams = torch.stack([clean[f"blocks.{i}.hook_resid_post"][0] for i in last])
-    found["lens, log p"] = model.unembed(model.ln_final(streams)).log_softmax(-1)
-    found["attention patterns"] = torch.stack([clean[f"blocks.{i}.attn.hook_pattern"][0] for i in last])
-    found["head ablation, log p"] = torch.stack(list(their_ablations(both)))
-    ends = [float(contrast.difference(each)) for each in (logits, model(both.corrupted))]
-    metric = lambda out: (contrast.difference(out)[0] - ends[1]) / (ends[0] - ends[1])
-    found["patching, resid_pre"] = their_patching.get_act_patch_resid_pre(model, both.corrupted, clean, metric)
-    found["patching, heads"] = their_patching.get_act_patch_attn_head_out_all_pos(model, both.corrupted, clean, metric)
-    parts, _ = clean.get_full_resid_decomposition(layer=-1, pos_slice=-1, return_labels=True, expand_neurons=False)
-    scaled = clean.apply_ln_to_stack(parts, layer=-1, pos_slice=-1) * model.ln_final.w
-    direction = model.W_U[:, contrast.answer] - model.W_U[:, contrast.other]
-    amounts = (scaled[:, 0] @ direction)[: args.n_layers * (args.n_heads + 1) + 1]
-    heads, rest = amounts[: args.n_layers * args.n_heads], amounts[args.n_layers * args.n_heads :]
-    found["attribution, heads"], found["attribution, MLPs"] = heads, rest[: args.n_layers]
-    found["attribution, embedding"] = rest[args.n_layers :]
-    found["gradient patching"] = their_gradients(both, clean, ends)
-    return found
-
-
 def their_ablations(both: Both) -> list[Tensor]:
     """The log probabilities after the prompt without each head, by a loop of forward passes."""
     found = []
@@ -195,6 +196,49 @@ def their_ablations(both: Both) -> list[Tensor]:
 
             hooks = [(f"blocks.{layer}.attn.hook_z", switch_off)]
             found.append(both.theirs.run_with_hooks(both.clean, fwd_hooks=hooks)[0, -1].log_softmax(-1))
+    return found
+
+
+# ---- single passes
+
+
+def ours_of(both: Both) -> dict[str, Tensor]:
+    model, contrast = both.ours, both.contrast
+    args, clean = model.args, contrast.clean
+    sites = [f"layers.{i}.resid_pre" for i in range(args.n_layers)]
+    with torch.inference_mode():
+        found = {"logits": model(both.clean)[0]}
+    lens = logit_lens(model, clean, "resid_post", args.vocab_size)
+    found["lens, log p"] = torch.stack(
+        [torch.empty_like(each.probabilities).scatter_(1, each.token_ids, each.probabilities.log()) for each in lens]
+    )
+    found["attention patterns"] = patterns(model, clean, list(range(args.n_layers)))
+    parts, _ = attribution(model, clean, contrast.answer, contrast.other)
+    of = lambda begin: torch.tensor([part.amount for part in parts if part.name.startswith(begin)])
+    found["attribution, heads"], found["attribution, MLPs"] = of("head"), of("mlp")
+    found["attribution, embedding"] = of("embedding")
+    found["gradient patching"] = patching.attribution_patch(model, contrast, sites, contrast.ends(model))
+    return found
+
+
+@torch.no_grad()
+def theirs_of(both: Both) -> dict[str, Tensor]:
+    """What TransformerLens finds, under the names of `ours_of`."""
+    model, contrast = both.theirs, both.contrast
+    n_layers, n_heads = both.ours.args.n_layers, both.ours.args.n_heads
+    logits, clean = model.run_with_cache(both.clean)
+    streams = torch.stack([clean[f"blocks.{i}.hook_resid_post"][0] for i in range(n_layers)])
+    found = {"logits": logits[0], "lens, log p": model.unembed(model.ln_final(streams)).log_softmax(-1)}
+    found["attention patterns"] = torch.stack([clean[f"blocks.{i}.attn.hook_pattern"][0] for i in range(n_layers)])
+    parts, labels = clean.get_full_resid_decomposition(layer=-1, pos_slice=-1, return_labels=True, expand_neurons=False)
+    scaled = clean.apply_ln_to_stack(parts, layer=-1, pos_slice=-1) * model.ln_final.w
+    amounts = scaled[:, 0] @ (model.W_U[:, contrast.answer] - model.W_U[:, contrast.other])
+    heads = n_layers * n_heads
+    assert labels[0] == "L0H0" and labels[heads] == "0_mlp_out" and labels[heads + n_layers] == "embed", labels
+    found["attribution, heads"], found["attribution, MLPs"] = amounts[:heads], amounts[heads : heads + n_layers]
+    found["attribution, embedding"] = amounts[heads + n_layers :][:1]
+    ends = [float(contrast.difference(each)) for each in (logits, model(both.corrupted))]
+    found["gradient patching"] = their_gradients(both, clean, ends)
     return found
 
 
@@ -217,105 +261,58 @@ def their_gradients(both: Both, clean: Any, ends: list[float]) -> Tensor:
     return torch.stack(changes) / (ends[0] - ends[1])
 
 
-def ours_of(both: Both) -> dict[str, Tensor]:
-    model, contrast = both.ours, both.contrast
-    args, clean = model.args, contrast.clean
-    sites = [f"layers.{i}.resid_pre" for i in range(args.n_layers)]
-    ends = contrast.ends(model)
-    with torch.inference_mode():
-        found = {"logits": model(both.clean)[0]}
-    lens = logit_lens(model, clean, "resid_post", args.vocab_size)
-    found["lens, log p"] = torch.stack(
-        [torch.empty_like(each.probabilities).scatter_(1, each.token_ids, each.probabilities.log()) for each in lens]
-    )
-    found["attention patterns"] = patterns(model, clean, list(range(args.n_layers)))
-    effects = [each for layer in ablation.every_head(model, clean, "zero") for each in layer]
-    found["head ablation, log p"] = torch.stack([each.log_p for each in effects])
-    found["patching, resid_pre"] = patching.patch_map(model, contrast, sites, ends)
-    found["patching, heads"] = patching.patch_heads(model, contrast, ends)
-    parts, _ = attribution(model, clean, contrast.answer, contrast.other)
-    of = lambda begin: torch.tensor([part.amount for part in parts if part.name.startswith(begin)])
-    found["attribution, heads"], found["attribution, MLPs"] = of("head"), of("mlp")
-    found["attribution, embedding"] = of("embedding")
-    found["gradient patching"] = patching.attribution_patch(model, contrast, sites, ends)
-    return found
+# ---- both compared
 
 
-def show_differences(both: Both, name: str, tolerance: float) -> None:
+def show(both: Both, name: str, rounds: int, tolerance: float) -> None:
     """Raises Stop where the two differ by more than the tolerance."""
-    ours, theirs = ours_of(both), theirs_of(both)
-    print(
-        f"\n| {name}, float32 | values | largest | largest difference | relative to 1 + value |\n|---|---|---|---|---|"
-    )
-    worst = 0.0
-    for what, values in theirs.items():
-        assert ours[what].shape == values.shape, (what, ours[what].shape, values.shape)
-        largest, relative = excess(ours[what], values)
-        worst = max(worst, relative)
-        print(
-            f"| {what} | {values.numel():,} | {values.abs().max():.3g} | {largest:.1e} | {relative:.1e} |", flush=True
-        )
-    if not worst <= tolerance:
-        raise Stop(f"{name}: the largest relative difference is {worst:.1e}, above {tolerance:g}.")
-
-
-# ---- speed
-
-
-def show_speed(both: Both, name: str, rounds: int) -> None:
-    from transformer_lens import patching as their_patching
-
-    model, contrast = both.ours, both.contrast
-    sites = [f"layers.{i}.resid_pre" for i in range(model.args.n_layers)]
-    ends = contrast.ends(model)
-    metric = lambda out: (contrast.difference(out)[0] - ends[1]) / (ends[0] - ends[1])
-
-    @torch.no_grad()
-    def their_map() -> Tensor:
-        _, clean = both.theirs.run_with_cache(both.clean)
-        return their_patching.get_act_patch_resid_pre(both.theirs, both.corrupted, clean, metric)
-
-    @torch.no_grad()
-    def their_heads() -> list[Tensor]:
-        return their_ablations(both)
-
-    sweeps = {
-        f"patch map, resid_pre, {model.args.n_layers} layers x {both.clean.shape[1]} positions": (
-            lambda: patching.patch_map(model, contrast, sites, ends),
-            their_map,
-        ),
-        f"ablation of every head, {model.args.n_layers} x {model.args.n_heads}": (
-            lambda: list(ablation.every_head(model, contrast.clean, "zero")),
-            their_heads,
-        ),
-    }
-    print(f"\n| {name}; {machine()} | ours, s | TransformerLens, s | ratio |\n|---|---|---|---|")
-    for what, (ours, theirs) in sweeps.items():
-        seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    print(f"\n| {name}, float32 | values | largest | difference | of 1 + value |\n|---|---|---|---|---|", flush=True)
+    theirs = theirs_of(both)
+    worst = max(show_difference(what, ours, theirs[what]) for what, ours in ours_of(both).items())
+    rows = []
+    for what, (by_us, by_them) in sweeps(both).items():
+        seconds: list[tuple[float, ...]] = []
         for _ in range(rounds):
-            seconds["ours"].append(timed(ours)[0])
-            seconds["theirs"].append(timed(theirs)[0])
-        mine, other = median(seconds["ours"]), median(seconds["theirs"])
-        print(f"| {what} | {mine:.2f} | {other:.2f} | {other / mine:.1f} |", flush=True)
+            (ours, *our_seconds), (found, *their_seconds) = timed(by_us), timed(by_them)
+            seconds.append((*our_seconds, *their_seconds))
+        worst = max(worst, show_difference(what, ours, found))
+        wall, cpu, their_wall, their_cpu = (median(column) for column in zip(*seconds, strict=True))
+        times = f"{wall:.2f} | {their_wall:.2f} | {their_wall / wall:.1f} | {cpu:.2f} | {their_cpu:.2f}"
+        rows.append(f"| {what} | {len(found.flatten())} | {times} | {their_cpu / cpu:.1f} |")
+    columns = "ours, s | TransformerLens, s | ratio | ours, CPU s | TransformerLens, CPU s | ratio"
+    print(f"\n| {both.clean.shape[1]} tokens; {machine()} | values | {columns} |\n|---|---|---|---|---|---|---|---|")
+    print(*rows, sep="\n", flush=True)
+    if not worst <= tolerance:
+        raise Stop(f"{name}: the largest difference is {worst:.1e} of 1 + the value, above {tolerance:g}.")
+
+
+def show_difference(what: str, ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference in shares of 1 + the value's size."""
+    assert ours.shape == theirs.shape, (what, ours.shape, theirs.shape)
+    difference = (ours - theirs).abs()
+    relative = float((difference / (1 + theirs.abs())).max())
+    sizes = f"{theirs.numel():,} | {theirs.abs().max():.3g} | {difference.max():.1e} | {relative:.1e}"
+    print(f"| {what} | {sizes} |", flush=True)
+    return relative
+
+
+def timed(function: Callable[[], Tensor]) -> tuple[Tensor, float, float]:
+    """What it returns, seconds, CPU seconds."""
+    started, cpu = time.perf_counter(), time.process_time()
+    found = function()
+    return found, time.perf_counter() - started, time.process_time() - cpu
 
 
 def main() -> None:
     config = parse_constants(globals())
     if not 0 <= config.changed < config.prompt_tokens:
         raise Stop(f"--changed {config.changed} lies outside the {config.prompt_tokens} tokens; name a smaller one.")
-    from transformer_lens import patching as their_patching
-
-    their_patching.tqdm = lambda each, **_: each  # no bars
-    both = name = None
     for name in config.model_dirs:
         path = str(PROJECT_DIR / name)
         model, tokenizer = load_model(path), load_tokenizer(path)
         bos_id = tokenizer.bos_id if tokenizer.starts_with_bos else None
         contrast = prompts(model, bos_id, config.prompt_tokens, config.changed, config.seed)
-        both = Both(model, hooked(model), contrast)
-        show_differences(both, name, config.tolerance)
-    if config.rounds and both is not None:
-        show_speed(both, str(name), config.rounds)
+        show(Both(model, hooked(model), contrast), name, config.rounds, config.tolerance)
 
 
 if __name__ == "__main__":

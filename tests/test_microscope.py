@@ -346,7 +346,7 @@ PEERS = PROJECT_DIR / "data" / "transformer-lens" / "bin" / "python"
 def test_the_same_numbers_as_transformer_lens():
     """Lens, patterns, ablation, patching, attribution, gradients to 1e-4; the benchmark stops beyond."""
     folders = ["llama_3/tiny_llama", *([SMOLLM2] if SMOLLM2 else [])]
-    command = [PEERS, "benchmarks/microscope.py", "--rounds", "0", "--prompt_tokens", "6", "--model_dirs", *folders]
+    command = [PEERS, "benchmarks/microscope.py", "--rounds", "1", "--prompt_tokens", "6", "--model_dirs", *folders]
     done = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| patching, resid_pre |") == len(folders)

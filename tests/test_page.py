@@ -480,8 +480,12 @@ def test_microscope(visit, address, alone):
     other = "Open the line <b>"
     field(window, "Another prompt of as many tokens").fill(other)
     press(window, "Patch every layer and token")
+    assert error_of(window) == "Both answers are '>'; name two different ones."
+    field(window, "Answer after the prompt").fill(" file")
+    field(window, "Answer after the other").fill(" line")
+    press(window, "Patch every layer and token")
     status(window, "^Share restored of the logit .* after the other.$")
-    contrast = contrast_of(model, alone.tokenizer, prompt, read(other), [])
+    contrast = contrast_of(model, alone.tokenizer, prompt, read(other), [" file", " line"])
     sites = [f"layers.{i}.resid_pre" for i in range(n_layers)]
     restored = patch_map(model, contrast, sites, contrast.ends(model)).flip(0).flatten()
     titles = cells.evaluate_all("cells => cells.map(cell => Number(cell.title.split(': ')[1]))")
