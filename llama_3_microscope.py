@@ -313,24 +313,28 @@ def show_attribution(session: Session, prompt: Prompt, answers: list[int], sae_p
     parts, difference = attribution.attribution(model, prompt, answer, other, sae)
     against = session.text(other) if other is not None else "the mean token"
     total = sum(part.amount for part in parts)
-    best = sorted(parts, key=lambda part: -abs(part.amount))[: 5 * session.top]
-    heads, rows = ["part", "adds"], [[part.name, part.amount] for part in best]
-    if sae_path:
-        meanings = {f"latent {i}": meaning for i, meaning in latent_meanings(sae_path).items()}
-        heads, rows = [*heads, "meaning"], [[*row, meanings.get(str(row[0]), "")] for row in rows]
+    best = sorted(parts, key=lambda part: -abs(part.amount))
+    latents = [part for part in best if part.name.startswith("latent ")][: 5 * session.top]
+    others = [part for part in best if not part.name.startswith("latent ")][: 5 * session.top]
     title = f"Logit of {session.text(answer)} minus {against}: {difference:.4f}, sum of {len(parts)} parts {total:.4f}"
-    session.show(title, heads, rows)
+    session.show(title, ["part", "adds"], others)
+    added = f"Added to {session.text(answer)} minus {against}"
+    if sae_path:
+        meanings = latent_meanings(sae_path)
+        names = [meanings.get(int(part.name.split()[1]), "") for part in latents]
+        rows = [[part.name, part.amount, name] for part, name in zip(latents, names, strict=True)]
+        of_all = sum(part.amount for part in parts if part.name.startswith("latent "))
+        session.show(f"{added} by latents; all of them add {of_all:.4f}", ["latent", "adds", "meaning"], rows)
     if not session.picture_path:
         return
-    title = f"Added to {session.text(answer)} minus {against}"
     if sae_path:
-        named = {" ".join(str(each) for each in (row[0], *row[2:])): float(row[1]) for row in rows}
-        shown.bars(session.picture_path, named, title)
+        amounts = {f"{part.name} {name}": part.amount for part, name in zip(latents, names, strict=True)}
+        shown.bars(session.picture_path, amounts, added)
         return
     args, amounts = model.args, {part.name: part.amount for part in parts}
     names = [[*(f"head {i}.{h}" for h in range(args.n_heads)), f"mlp {i}"] for i in range(args.n_layers)]
     values = torch.tensor([[amounts[name] for name in row] for row in names])
-    shown.heat_map(session.picture_path, values, "layer", [*map(str, range(args.n_heads)), "MLP"], title)
+    shown.heat_map(session.picture_path, values, "layer", [*map(str, range(args.n_heads)), "MLP"], added)
 
 
 def show_tensors(session: Session, prompt: Prompt, sites: Sequence[str], save_path: str | None) -> None:

@@ -1,10 +1,10 @@
 """The microscope against TransformerLens: the same numbers, and the time of the sweeps.
 
 Both run the same weights in float32, ours as loaded. For each of MODEL_DIRS: the largest differences of lens,
-attention, ablation, patching, attribution and gradients; and the time of three sweeps, taking turns: the patch maps of resid_pre
-and of heads, and the ablation of every head. TransformerLens' patch maps are its own (`transformer_lens.patching`); it
-has no ablation of every head, so that is a loop over its hooks. CPU seconds are of all threads of this process: with
-other work on the machine, only they mean something. Needs the environment of
+attention, ablation, patching, attribution and gradients; and the time of three sweeps, taking turns: the patch maps of
+resid_pre and of heads, and the ablation of every head. TransformerLens' patch maps are its own
+(`transformer_lens.patching`); it has no ablation of every head, so that is a loop over its hooks. CPU seconds are of
+all threads of this process: with other work on the machine, only they mean something. Needs the environment of
 benchmarks/requirements-transformer-lens.txt.
 
     data/transformer-lens/bin/python benchmarks/microscope.py
@@ -209,9 +209,10 @@ def ours_of(both: Both) -> dict[str, Tensor]:
     with torch.inference_mode():
         found = {"logits": model(both.clean)[0]}
     lens = logit_lens(model, clean, "resid_post", args.vocab_size)
-    found["lens, log p"] = torch.stack(
-        [torch.empty_like(each.probabilities).scatter_(1, each.token_ids, each.probabilities.log()) for each in lens]
+    found["lens, probabilities"] = torch.stack(
+        [torch.empty_like(each.probabilities).scatter_(1, each.token_ids, each.probabilities) for each in lens]
     )
+    found["lens, entropy and KL"] = torch.stack([torch.stack([each.entropy, each.kl]) for each in lens])
     found["attention patterns"] = patterns(model, clean, list(range(args.n_layers)))
     parts, _ = attribution(model, clean, contrast.answer, contrast.other)
     of = lambda begin: torch.tensor([part.amount for part in parts if part.name.startswith(begin)])
@@ -228,7 +229,12 @@ def theirs_of(both: Both) -> dict[str, Tensor]:
     n_layers, n_heads = both.ours.args.n_layers, both.ours.args.n_heads
     logits, clean = model.run_with_cache(both.clean)
     streams = torch.stack([clean[f"blocks.{i}.hook_resid_post"][0] for i in range(n_layers)])
-    found = {"logits": logits[0], "lens, log p": model.unembed(model.ln_final(streams)).log_softmax(-1)}
+    log_p = model.unembed(model.ln_final(streams)).log_softmax(-1)  # (n_layers, seq, vocab_size)
+    found = {"logits": logits[0], "lens, probabilities": log_p.exp()}
+    final = logits[0].log_softmax(-1)
+    found["lens, entropy and KL"] = torch.stack(
+        [torch.stack([-(p.exp() * p).sum(-1), (final.exp() * (final - p)).sum(-1)]) for p in log_p]
+    )
     found["attention patterns"] = torch.stack([clean[f"blocks.{i}.attn.hook_pattern"][0] for i in range(n_layers)])
     parts, labels = clean.get_full_resid_decomposition(layer=-1, pos_slice=-1, return_labels=True, expand_neurons=False)
     scaled = clean.apply_ln_to_stack(parts, layer=-1, pos_slice=-1) * model.ln_final.w

@@ -115,10 +115,13 @@ def all_patterns(path: Path | str, patterns: Tensor) -> None:
 
 def score_maps(path: Path | str, maps: dict[str, Tensor]) -> None:
     """A PNG of several maps (n_layers, n_heads) side by side, from 0 to 1."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(3.2 * len(maps), 5)
     for axes, (name, values) in zip(figure.subplots(1, len(maps)), maps.items(), strict=True):
         image = axes.imshow(values.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
         axes.set(title=name, xlabel="head", ylabel="layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes)
     save_figure(figure, path)
 
