@@ -70,12 +70,12 @@ def _map(rows: Sequence[str], columns: Sequence[str]) -> str:
     return f"<div class='scrolled'><table class='map'>{''.join(rows)}<tr><th></th>{heads}</tr></table></div>"
 
 
-def strongest_cells_html(values: Tensor, name: Sequence[str], what: str, n: int = 8) -> str:
+def strongest_cells_html(values: Tensor, names: Sequence[str], what: str, n: int = 8) -> str:
     """The n cells of a map furthest from zero, by their names, row by row."""
     flat = values.flatten()
     order = flat.nan_to_num(0).abs().argsort(descending=True)[:n].tolist()
     items = "".join(
-        f"<li><span>{html.escape(name[i])}</span><span class='value'>{flat[i]:+.3f}</span></li>" for i in order
+        f"<li><span>{html.escape(names[int(i)])}</span><span class='value'>{flat[i]:+.3f}</span></li>" for i in order
     )
     return f"<h4>{html.escape(what)}</h4><ul class='ranked'>{items}</ul>"
 

@@ -203,7 +203,7 @@ def look_at(served: Served, text: str) -> Look:
         ahead = outlook(opened.model, ids, opened.need_sae())
     skipped = int(ids[0] == opened.tokenizer.bos_id)  # no SAE here was trained on begin-of-text
     if ahead is not None:
-        ahead = Outlook(*(each[skipped:] for each in ahead))
+        ahead = Outlook(ahead.answers[skipped:], ahead.probabilities[skipped:], ahead.scales[skipped:])
     return Look(pieces(opened.tokenizer, ids[skipped:]), rows[skipped:], outlook=ahead)
 
 
