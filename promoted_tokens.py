@@ -42,7 +42,7 @@ def main() -> None:
     out_path = files.beside(PROMOTED.suffix)
     require_writable(out_path)
     source = Source.read(sae.info, files.json)
-    site = source.need("site")
+    site = sae.kind.target_site or source.need("site")
     highest = torch.from_numpy(highest_activations(files.beside(LATENTS.suffix), sae.n_latents)).to(device)
     model_dir = source.model_dir(config.llama_model_dir)
     model = load_model(model_dir, device, rope_scaling_factor=source.rope_scaling_factor)
@@ -53,8 +53,7 @@ def main() -> None:
     columns: dict[str, list] = {name: [] for name in PROMOTED.schema.names if name != "latent"}
     with torch.inference_mode(), progress_bar(total=sae.n_latents, unit="latent", desc="promoted tokens") as bar:
         for latents in torch.arange(sae.n_latents, device=device).split(config.latents_at_once):
-            directions = sae.decoder.weight.t()[latents] * highest[latents, None]
-            z = standard_logits(model, site, directions, sae.b_pre, plain)
+            z = standard_logits(model, site, *sae.at_output(latents, highest), plain)
             if not z.isfinite().all():
                 raise InputError(f"The model in {model_dir} gives NaN or infinite logits; check the checkpoint.")
             for tokens, scores, sign in (("tokens", "scores", 1), ("suppressed_tokens", "suppressed_scores", -1)):

@@ -53,7 +53,7 @@ from pipeline.progress import duration
 from pipeline.sae_files import SaeFiles
 from pipeline.sentences import SentenceDataset
 from pipeline.source import Source
-from sae import TopKSparseAutoencoder, load_sae_model
+from sae import SparseAutoencoder, load_sae_model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,9 +65,9 @@ _SHARED = ("model", "dataset", "first_validation_sentence", "max_tokens", "begin
 # ---- inputs
 
 
-def load_saes(paths: list[str], device: str) -> dict[str, TopKSparseAutoencoder]:
+def load_saes(paths: list[str], device: str) -> dict[str, SparseAutoencoder]:
     """Path -> SAE. Raises InputError unless all have a JSON and share one model and one held-out set."""
-    saes: dict[str, TopKSparseAutoencoder] = {}
+    saes: dict[str, SparseAutoencoder] = {}
     for path in paths:
         sae = saes[path] = load_sae_model(path, device)
         if "first_validation_sentence" not in sae.info:
@@ -85,17 +85,26 @@ def load_saes(paths: list[str], device: str) -> dict[str, TopKSparseAutoencoder]
     return saes
 
 
-def sites_of(saes: dict[str, TopKSparseAutoencoder], model_dir: str) -> dict[str, str]:
+class Place(NamedTuple):
+    """Where an SAE reads, and where it reconstructs if that is another site: of a transcoder."""
+
+    site: str
+    target_site: str | None = None
+
+
+def sites_of(saes: dict[str, SparseAutoencoder], model_dir: str) -> dict[str, Place]:
     """Path -> site. Raises InputError for an SAE that does not fit the model."""
     args = read_params(model_dir)
-    sites = {path: Source.read(sae.info, SaeFiles(path).json).need("site") for path, sae in saes.items()}
-    for path, site in sites.items():
+    need = lambda path: Source.read(saes[path].info, SaeFiles(path).json).need("site")
+    sites = {path: Place(need(path), sae.kind.target_site) for path, sae in saes.items()}
+    for path, place in sites.items():
         if saes[path].d_model != args.dim:
             raise InputError(
                 f"{path} has d_model {saes[path].d_model}, but {model_dir} has {args.dim}; name the SAE's own model."
             )
         try:
-            check_site(site, args.n_layers)
+            for site in filter(None, place):
+                check_site(site, args.n_layers)
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
     return sites
@@ -162,7 +171,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def draw(path: Path, name: str, result: dict[str, Any]) -> None:
     """One SAE: its cost to the model next to the mean's and zero's, how often latents fire, its error by position."""
     figure = new_figure(15, 4)
-    about = f"{name}, {result['site']}: FVU {result['fvu']:.3f}, L0 {result['l0']:.1f}"
+    place = " to ".join(filter(None, (result["site"], result.get("target_site"))))
+    about = f"{name}, {place}: FVU {result['fvu']:.3f}, L0 {result['l0']:.1f}"
     figure.suptitle(f"{about}, {result['tokens']:,} tokens of {result['sentences']:,} held-out sentences")
     costs, frequencies, positions = figure.subplots(1, 3, width_ratios=[1.2, 1.1, 1])
     draw_costs(costs, result)
@@ -262,11 +272,11 @@ def seconds_per_pass(model: Transformer, sentences: list[list[int]]) -> float:
     return (time.monotonic() - started) * sum(map(len, sentences)) / tokens.numel()
 
 
-def announce(model: Transformer, held_out: HeldOut, sites: dict[str, str]) -> None:
+def announce(model: Transformer, held_out: HeldOut, sites: dict[str, Place]) -> None:
     unit = "sentences" if held_out.counted is None else "dialogues"
     n_layers, n_passes = model.args.n_layers, 0.0
-    for site, n_saes in Counter(sites.values()).items():
-        layer = check_site(site, n_layers)
+    for place, n_saes in Counter(sites.values()).items():
+        layer = min(check_site(site, n_layers) for site in filter(None, place))
         n_passes += (layer + 1 + (3 + n_saes) * (n_layers - layer)) / n_layers  # clean, zeroed, mean, and each SAE
     print(
         f"Reading {len(held_out.sentences):,} held-out {unit}, {sum(map(len, held_out.sentences)):,} tokens, from "
@@ -309,13 +319,13 @@ def main() -> None:
     announce(model, held_out, sites)
 
     measured: dict[str, dict[str, Any]] = {}
-    for site in dict.fromkeys(sites.values()):
-        at_site = {path: sae for path, sae in saes.items() if sites[path] == site}
-        measured |= evaluate(
-            model, at_site, site, held_out.sentences, config.batch_tokens, held_out.bos_id, held_out.counted
-        )
+    for place in dict.fromkeys(sites.values()):
+        there = {path: sae for path, sae in saes.items() if sites[path] == place}
+        read = held_out.sentences, config.batch_tokens, held_out.bos_id, held_out.counted
+        measured |= evaluate(model, there, place.site, *read, target_site=place.target_site)
     dead = {path: sae.info.get("quality", {}).get("dead_frac") for path, sae in saes.items()}
-    finish({path: {"site": sites[path], **measured[path], "dead_frac": dead[path]} for path in saes})
+    where = {path: {name: site for name, site in place._asdict().items() if site} for path, place in sites.items()}
+    finish({path: {**where[path], **measured[path], "dead_frac": dead[path]} for path in saes})
 
 
 if __name__ == "__main__":

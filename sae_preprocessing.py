@@ -42,6 +42,8 @@ _MEDIAN_ROWS = 2**15  # sample for the geometric median: its error is about 1/18
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -400,6 +402,18 @@ def merge_statistics(plan: Plan, n_rows: list[int], b_pre_start: str, first_shar
     )
 
 
+def order_checksum(plan: Plan, store: ActivationStore, splits: dict[str, Split]) -> str:
+    """The same for two sites of the same tokens, shuffled in the same way: which token stands in which row."""
+    source = store.source
+    decides = {
+        "shuffle": [_SHUFFLE, plan.seed, plan.first_validation_sentence],
+        "rows": {name: [split.n_rows, split.moves.tolist()] for name, split in splits.items()},
+        "shards": [[record["first_sentence_idx"], record["n_tokens"]] for record in store.records],
+        "tokens": [source.model, source.dataset, source.begin_of_text, source.max_tokens],
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
 def finish(
     plan: Plan,
     store: ActivationStore,
@@ -422,6 +436,7 @@ def finish(
         first_validation_sentence=plan.first_validation_sentence,
         normalize_eps=plan.eps,
         batch_size=options["batch_size"],
+        order=order_checksum(plan, store, splits),
         statistics=os.path.relpath(statistics_path, plan.output_dir),
         counts=counts,
         shards=records["train"],

@@ -42,6 +42,7 @@ from pipeline.errors import InputError
 from pipeline.files import PROJECT_DIR, atomic_path, require_writable
 from pipeline.progress import gb, progress_bar
 from pipeline.sae_files import SaeFiles
+from sae import kind_of
 from serving.modes import steering_defaults
 
 # ---- which latents
@@ -57,6 +58,7 @@ def chosen_latents(index: LatentIndex, n: int) -> list[int]:
 
 def header(index: LatentIndex, name: str) -> str:
     info = index.info
+    kind = kind_of(info, SaeFiles(index.sae_path).json)
     begin_of_text = info.get("begin_of_text")
     model = info.get("model", {}).get("name") or "a Llama"
     site = info.get("site", "an unnamed site")
@@ -70,6 +72,8 @@ def header(index: LatentIndex, name: str) -> str:
         ("living latents", f"{living:,}" if living else None),
         ("with a meaning", f"{named:,}" if named else None),
         ("mean score of the meanings", f"{index.score[scored].mean():.2f} (guessing: 0.50)" if scored.any() else None),
+        ("kind", kind.in_words),
+        ("reconstructs", kind.target_site),
         ("active per token (k)", info.get("k")),
         ("width (d_model)", info.get("d_model")),
         ("activations trained on", _count(info.get("tokens_trained"))),

@@ -1,9 +1,11 @@
-"""Train a TopK sparse autoencoder on shuffled batches of activations.
+"""Train a sparse autoencoder, or a transcoder, on shuffled batches of activations.
 
-Reads   DATA_DIR (sae_preprocessing.py)
+Reads   DATA_DIR (sae_preprocessing.py); for a transcoder also TARGET_DATA_DIR, the same tokens at another site
 Writes  MODEL_SAVE_PATH: the SAE NAME.pth with NAME.json, NAME.metrics.jsonl, NAME.curves.png and NAME.frequencies.png
         beside it; CHECKPOINT_DIR: checkpoints to resume from (several nodes must all see it)
 Method  Gao et al. 2024, arXiv:2406.04093; docs/method.md; departures from the original: docs/differences.md.
+        GATE batch_topk: Bussmann et al. 2024, arXiv:2412.06410. MATRYOSHKA: Bussmann et al. 2025, arXiv:2503.17547.
+        Transcoders: Dunefsky et al. 2024, arXiv:2406.11944, with SKIP Paulo et al. 2025, arXiv:2501.18823.
         The processes form a grid: LATENT_PARALLEL neighbours share one SAE, each holding a slice of its latents, and
         see the same activations; the groups of neighbours divide the batch. The step (autoencoder/step.py) does all
         its communication before it changes anything, so a process that is stopped, or on CPUs left alone, can still
@@ -37,6 +39,11 @@ CHECKPOINT_DIR = "data/checkpoints"  # folder for checkpoints
 
 N_LATENTS: Count = 2**16  # dictionary size
 K: Count = 64  # latents kept per activation
+GATE: Literal["topk", "batch_topk"] = "topk"  # K of each activation, or K on average over a batch; then a threshold
+MATRYOSHKA: tuple[Count, ...] | None = None  # numbers of latents, fewer than all, that also reconstruct by themselves
+NORMALIZATION: Literal["layer_norm", "none", "scale"] = "layer_norm"  # of each activation, none, or one constant factor
+TARGET_DATA_DIR: str | None = None  # batches of another site of the same tokens: a transcoder to that site
+SKIP = False  # give a transcoder a linear path beside its latents
 K_AUX: CountOrZero = 2048  # dead latents in the auxiliary loss, a power of two near d_model / 2; 0 for none
 AUX_LOSS_COEFF: NotNegative = 1 / 32  # weight of the auxiliary loss
 DEAD_AFTER_TOKENS: Count = 10_000_000  # activations without firing before a latent counts as dead
@@ -73,6 +80,8 @@ _NOT_IN_THE_RESULT = [  # options that may change when a run is continued
     *("logs_per_epoch", "checkpoints_per_epoch", "checkpoint_minutes", "keep_checkpoints", "replica_check_steps"),
     "explosion_factor",
 ]
+_SINCE = {"gate": "topk", "matryoshka": None, "normalization": "layer_norm", "target_data_dir": None, "skip": False}
+_THRESHOLD_STEPS = 64  # batches over which the threshold of BatchTopK is averaged
 _NO_VARIANCE = 1e-9  # share of the mean square; anything less is rounding
 _SMALL_LOSS = 1e-3  # share of the variance; a loss that stays below it is no explosion, however small it was before
 _LOSS_MEMORY = 0.98  # decay of the loss's running mean: about 50 steps
@@ -82,6 +91,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -113,8 +123,8 @@ from pipeline.manifests import (
 from pipeline.progress import gb, progress_bar
 from pipeline.sae_files import SaeFiles
 from pipeline.source import Source
-from pipeline.statistics import read_statistics
-from sae import TopKSparseAutoencoder, load_sae_model, rows_at_once, save_sae, save_tensors
+from pipeline.statistics import ActivationStatistics, read_statistics
+from sae import Kind, Normalization, SparseAutoencoder, load_sae_model, rows_at_once, save_sae, save_tensors
 
 
 class RunOptions(NamedTuple):
@@ -125,6 +135,11 @@ class RunOptions(NamedTuple):
     checkpoint_dir: str
     n_latents: int
     k: int
+    gate: str
+    matryoshka: tuple[int, ...] | None
+    normalization: Normalization
+    target_data_dir: str | None
+    skip: bool
     num_epochs: int
     early_stop_epochs: int | None
     learning_rate: float
@@ -143,32 +158,92 @@ class RunOptions(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What sae_preprocessing.py wrote to DATA_DIR."""
+    """What sae_preprocessing.py wrote to DATA_DIR, and for a transcoder to TARGET_DATA_DIR."""
 
     manifest: dict[str, Any]
-    b_pre: Tensor  # (d_model), the mean of normalised activations
-    variance: float  # of normalised activations, per coordinate
-
-    @property
-    def shards(self) -> list[dict[str, Any]]:
-        return self.manifest["shards"] + self.manifest["validation_shards"]
+    b_pre: Tensor  # (d_model), the mean of what is reconstructed, normalised
+    variance: float  # of what is reconstructed, normalised, per coordinate
+    kind: Kind  # of the SAE that these data and the options make
+    target: dict[str, Any] | None = None  # the manifest of TARGET_DATA_DIR
 
 
-def open_data(data_dir: str, b_pre_path: str | None) -> Data:
+def all_shards(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    return manifest["shards"] + manifest["validation_shards"]
+
+
+def open_data(
+    data_dir: str,
+    b_pre_path: str | None,
+    gate: str = "topk",
+    normalization: Normalization = "layer_norm",
+    target_dir: str | None = None,
+    skip: bool = False,
+) -> Data:
+    """Raises InputError for data that cannot be trained on, or that do not belong together."""
     manifest = read_manifest(data_dir, _BATCHES_STAGE)
-    statistics = read_statistics(Path(b_pre_path or Path(data_dir) / manifest["statistics"]))
-    data = Data(manifest, statistics.b_pre.float(), float(statistics.var_normalized.mean()))
-    check_files(data_dir, data.shards, _BATCHES_STAGE)
-    if data.variance <= _NO_VARIANCE * float(statistics.mean_normalized.square().mean()):
+    check_files(data_dir, all_shards(manifest), _BATCHES_STAGE)
+    target = open_target(target_dir, data_dir, manifest) if target_dir else None
+    if skip and target is None:
+        raise InputError("--skip is for a transcoder; name the batches of the site it writes with --target_data_dir.")
+
+    read = statistics_of(data_dir, manifest, None if target else b_pre_path)
+    written = statistics_of(target_dir, target, b_pre_path) if target_dir and target else read  # what is reconstructed
+    kind = Kind(
+        gate="jumprelu" if gate == "batch_topk" else "topk",
+        normalization=normalization,
+        scale=unit_scale(read) if normalization == "scale" else 1.0,
+        centred=target is None,
+        target_site=target["site"] if target else None,
+        target_scale=unit_scale(written) if target and normalization != "none" else 1.0,
+        skip=skip,
+    )
+    if target is None and kind.normalization == "layer_norm":
+        b_pre, mean, var = written.b_pre, written.mean_normalized, written.var_normalized
+    else:
+        factor = kind.target_scale if target else kind.scale
+        mean, var = written.mean_raw * factor, written.var_raw * factor**2
+        b_pre = mean
+    if float(var.mean()) <= _NO_VARIANCE * float(mean.square().mean()):
         raise InputError(
-            f"All {statistics.count:,} activations to train on in {data_dir} are alike once normalised: there is "
-            "nothing to learn; capture other sentences, or another site."
+            f"All {written.count:,} activations to train on in {target_dir or data_dir} are alike once normalised: "
+            "there is nothing to learn; capture other sentences, or another site."
         )
-    return data
+    return Data(manifest, b_pre.float(), float(var.mean()), kind, target)
+
+
+def statistics_of(folder: str, manifest: dict[str, Any], path: str | None) -> ActivationStatistics:
+    """Those at `path` if given, else the folder's own."""
+    return read_statistics(Path(path or Path(folder) / manifest["statistics"]))
+
+
+def unit_scale(statistics: ActivationStatistics) -> float:
+    """The factor that makes the mean squared length of activations d_model."""
+    square = float((statistics.mean_raw.square() + statistics.var_raw).mean())
+    return square**-0.5 if square > 0 else 1.0
+
+
+def open_target(target_dir: str, data_dir: str, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a transcoder's target. Raises InputError unless its rows are of the same tokens as data_dir's."""
+    target = read_manifest(target_dir, _BATCHES_STAGE)
+    check_files(target_dir, all_shards(target), _BATCHES_STAGE)
+    if manifest.get("order") is None or manifest.get("order") != target.get("order"):
+        raise InputError(
+            f"{target_dir} and {data_dir} do not hold the same tokens in the same order; capture both sites in one run "
+            "and run sae_preprocessing.py on each with the same options."
+        )
+    if target["site"] == manifest["site"]:
+        raise InputError(f"{target_dir} and {data_dir} are both of {target['site']}; name another site's batches.")
+    return target
 
 
 def check_options(options: RunOptions, batch_size: int, manifest: dict[str, Any], n_processes: int) -> None:
     """Raise InputError for options that do not fit one another, the data or the number of processes."""
+    nested = [*(options.matryoshka or ()), options.n_latents]
+    if any(smaller >= larger for smaller, larger in itertools.pairwise(nested)):
+        raise InputError(
+            f"--matryoshka {' '.join(map(str, nested[:-1]))} must ascend and stay below --n_latents "
+            f"{options.n_latents}; correct it."
+        )
     width, data_dir = options.latent_parallel, options.data_dir
     if n_processes % width or options.n_latents % width:
         raise InputError(
@@ -196,10 +271,11 @@ def slices_by_default(n_latents: int, n_processes: int) -> int:
     return math.gcd(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), n_processes, n_latents)
 
 
-def empty_sae(options: RunOptions, manifest: dict[str, Any]) -> TopKSparseAutoencoder:
+def empty_sae(options: RunOptions, data: Data) -> SparseAutoencoder:
     """The whole SAE, its weights uninitialised. Raises InputError for an impossible k or size."""
+    d_model, eps = data.manifest["d_model"], data.manifest["normalize_eps"]
     try:
-        return TopKSparseAutoencoder(manifest["d_model"], options.n_latents, options.k, manifest["normalize_eps"])
+        return SparseAutoencoder(d_model, options.n_latents, options.k, eps, kind=data.kind)
     except ValueError as error:
         raise InputError(f"{error}; correct --k or --n_latents.") from None
     except RuntimeError as error:  # how torch reports a lack of memory
@@ -210,15 +286,21 @@ def empty_sae(options: RunOptions, manifest: dict[str, Any]) -> TopKSparseAutoen
 
 def starting_sae(
     options: RunOptions, data: Data, load_path: str | None, seed: int, orthogonal: bool
-) -> TopKSparseAutoencoder:
+) -> SparseAutoencoder:
     """The whole SAE as training begins; uninitialised if there is a checkpoint to load weights from."""
-    sae = empty_sae(options, data.manifest)
+    sae = empty_sae(options, data)
     if whole_checkpoints(Path(options.checkpoint_dir)):
         return sae
     if not load_path:
         sae.initialize(data.b_pre, torch.Generator().manual_seed(seed), orthogonal)
         return sae
-    loaded = load_sae_model(load_path, normalize_eps=sae.normalize_eps, k=sae.k)
+    eps = {"normalize_eps": sae.normalize_eps} if sae.kind.normalization == "layer_norm" else {}
+    loaded = load_sae_model(load_path, k=sae.k, **eps)
+    if loaded.kind != sae.kind:
+        raise InputError(
+            f"{load_path} is {loaded.kind.not_default or 'of the published kind'}, but this run trains "
+            f"{sae.kind.not_default or 'the published kind'}; load another or change the options."
+        )
     if (loaded.d_model, loaded.n_latents) != (sae.d_model, sae.n_latents):
         raise InputError(
             f"{load_path} has d_model {loaded.d_model} and {loaded.n_latents} latents, but this run has {sae.d_model} "
@@ -268,8 +350,10 @@ class TrainingProgress:
 class Training:
     """A run: its step, its data, its progress, and the files it writes."""
 
-    def __init__(self, options: RunOptions, step: Step, batches: Batches, data: Data):
-        self.options, self.step, self.batches, self.data = options, step, batches, data
+    def __init__(self, options: RunOptions, step: Step, batches: Batches, data: Data, targets: Batches | None = None):
+        """targets: of a transcoder, the rows to reconstruct."""
+        self.options, self.step, self.data = options, step, data
+        self.batches, self.targets = batches, targets
         self.world = step.world
         self.batch_size = step.options.batch_size
         self.folder = Path(options.checkpoint_dir)
@@ -353,15 +437,19 @@ class Training:
         with torch.no_grad():
             for record in self.data.manifest["validation_shards"]:
                 path = Path(self.options.data_dir) / record["file"]
-                for rows in torch.from_numpy(open_rows(path)).view(torch.bfloat16).split(n_rows):
+                rows_of = lambda path: torch.from_numpy(open_rows(path)).view(torch.bfloat16).split(n_rows)
+                target_dir = self.options.target_data_dir
+                targets = rows_of(Path(target_dir) / record["file"]) if target_dir else ()
+                for rows, target in itertools.zip_longest(rows_of(path), targets):
                     chunk += 1
                     if chunk % step.data.size != step.data.rank:
                         continue
                     z, _, _ = step.sae.normalize(rows.to(device))
-                    parts = step.losses(z, dead, torch.float32)
+                    y = None if target is None else step.sae.normalize_target(target.to(device))
+                    parts = step.losses(z, dead, torch.float32, y)
                     l0 += parts.fired.sum()
-                    z = z.double()
-                    counted = torch.stack([parts.main, parts.aux, z.new_tensor(len(z))])
+                    z = (z if y is None else y).double()
+                    counted = torch.stack([parts.whole, parts.aux, z.new_tensor(len(z))])
                     sums += torch.cat([z.sum(0), z.square().sum(0), counted])
         step.data.all_reduce(sums)
         self.world.all_reduce(l0)
@@ -373,6 +461,21 @@ class Training:
             return None
         loss = (main + step.options.aux_loss_coeff * aux) / (count * d)
         return Validation(main / (count * d), aux / (count * d), loss, main / variance, float(l0) / count)
+
+    def set_threshold(self) -> None:
+        """After BatchTopK: one threshold for all latents, which on average keeps as many as it did.
+
+        The mean, over batches of the training activations, of the least pre-activation kept (arXiv:2412.06410, section
+        3). All processes must call this.
+        """
+        step, batches = self.step, self.batches
+        if step.sae.threshold is None:
+            return
+        least = [
+            step.least_kept(batches.read(0, i, self.world.rank, self.world.size).to(self.world.device))
+            for i in range(min(_THRESHOLD_STEPS, batches.steps_per_epoch))
+        ]
+        step.sae.threshold.fill_(torch.stack(least).double().mean())
 
     def measure(self, agreed: Agreed, rate: float, since: TrainingProgress) -> dict[str, float]:
         """A line of metrics.jsonl, with validation at the end of an epoch. since: progress at the previous line."""
@@ -389,6 +492,8 @@ class Training:
             "acts_per_s": (progress.step - since.step) * self.batch_size / seconds,
             "data_wait_frac": (progress.waited - since.waited) / seconds,
         }
+        if self.epoch_ends():
+            self.set_threshold()
         if self.epoch_ends() and (quality := self.validate()):
             values |= quality._asdict()
             progress.val_fvus.append(quality.val_fvu)
@@ -467,10 +572,10 @@ class Training:
         if self.world.size == 1:
             return
         step, width = self.step, self.step.slices.size
-        own = [int(p.detach().view(torch.int32).sum()) for p in step.parameters.values()]  # b_pre is the first
+        own = [int(p.detach().view(torch.int32).sum()) for p in step.parameters.values()]
         own.append(int(step.silent_tokens.sum()))
-        every = self.world.gather(own)
-        wrong = [rank for rank, sums in enumerate(every) if sums != every[rank % width] or sums[0] != every[0][0]]
+        every, n = self.world.gather(own), step.n_shared
+        wrong = [rank for rank, sums in enumerate(every) if sums != every[rank % width] or sums[:n] != every[0][:n]]
         if wrong:
             others = "rank 0" if width == 1 else f"ranks 0 to {width - 1}"
             raise Stop(
@@ -524,11 +629,11 @@ def train(training: Training, verified: Callable[[], None], report: Callable[[di
     """
     options, step, progress, batches = training.options, training.step, training.progress, training.batches
     log_every = max(1, batches.steps_per_epoch // options.logs_per_epoch)
+    place = range(progress.step, training.n_steps), step.world.rank, step.world.size, step.world.device
     with (
         noted_signals() as stop_signal,
-        Reader(
-            batches, range(progress.step, training.n_steps), step.world.rank, step.world.size, step.world.device
-        ) as reader,
+        Reader(batches, *place) as reader,
+        Reader(training.targets, *place) if training.targets else contextlib.nullcontext() as target_reader,
         progress_bar(
             total=training.n_steps * training.batch_size,
             initial=progress.step * training.batch_size,
@@ -542,8 +647,9 @@ def train(training: Training, verified: Callable[[], None], report: Callable[[di
         while training.goes_on():
             started = time.perf_counter()
             x, waited = reader.next()
+            y, waited_for_y = target_reader.next() if target_reader else (None, 0.0)
             with training.saved_when_left_alone():
-                pending = step.gradients(x)
+                pending = step.gradients(x, y)
                 agreed = step.agree(pending, stop_signal.number, training.checkpoint_overdue())
             if agreed.stop:
                 training.save()
@@ -551,7 +657,7 @@ def train(training: Training, verified: Callable[[], None], report: Callable[[di
             training.check_loss(agreed)
             rate = training.apply(pending, agreed)
             progress.seconds += time.perf_counter() - started
-            progress.waited += waited
+            progress.waited += waited + waited_for_y
             bar.update(training.batch_size)
 
             if progress.step % log_every == 0 or training.checkpoint_due():
@@ -577,8 +683,9 @@ def train(training: Training, verified: Callable[[], None], report: Callable[[di
 def announce(training: Training) -> None:
     """Print what will be read, written, held in memory and sent. Raises Stop if the disk is too small."""
     options, step, manifest = training.options, training.step, training.data.manifest
-    d_model = manifest["d_model"]
-    sae_bytes = 4 * (2 * options.n_latents * d_model + options.n_latents + d_model)
+    d_model, kind = manifest["d_model"], training.data.kind
+    to = f" and of {kind.target_site} from {options.target_data_dir}" if kind.target_site else ""
+    sae_bytes = 4 * (2 * options.n_latents * d_model + options.n_latents + d_model + options.skip * d_model**2)
     present = sum(path.stat().st_size for path in checkpoint_files(training.folder))
     require_disk(training.folder, 3 * sae_bytes * (options.keep_checkpoints + 1) + sae_bytes - present)
     n_slice, n_rows = step.sae.n_latents, training.rows_at_once
@@ -587,7 +694,8 @@ def announce(training: Training) -> None:
     copies = 4 if n_rows == training.batch_size // step.data.size else 5
     memory = copies * sae_bytes // step.slices.size + block + n_rows * (24 * d_model + 80 * min(options.k, n_slice))
     print(
-        f"Reading {manifest['counts']['train']:,} activations of {manifest['site']} from {options.data_dir}; "
+        f"{kind.in_words}: reading {manifest['counts']['train']:,} activations of {manifest['site']} from "
+        f"{options.data_dir}{to}; "
         f"writing {options.model_save_path} ({gb(sae_bytes)}) and checkpoints ({gb(3 * sae_bytes)} each) to "
         f"{training.folder}; {training.n_steps:,} steps of {training.batch_size} on {step.world.size} x "
         f"{step.world.device.type}, about {gb(memory)} of memory each for the weights, their gradients and moments, "
@@ -623,8 +731,19 @@ def train_until_stopped(training: Training, wandb_mode: WandbMode, config: dict[
         if wandb_run:
             wandb_run.log(values, step=step)
 
-    own_shards = training.data.shards[everyone.rank :: everyone.size]
-    with verifying(training.options.data_dir, own_shards, _BATCHES_STAGE) as verified:
+    folders = [(training.options.data_dir, training.data.manifest)]
+    if training.options.target_data_dir and training.data.target:
+        folders.append((training.options.target_data_dir, training.data.target))
+    with contextlib.ExitStack() as stack:
+        waits = [
+            stack.enter_context(verifying(folder, all_shards(its)[everyone.rank :: everyone.size], _BATCHES_STAGE))
+            for folder, its in folders
+        ]
+
+        def verified() -> None:
+            for wait in waits:
+                wait()
+
         number = train(training, verified, report)
     if wandb_run:
         wandb_run.finish(exit_code=1 if number else 0)
@@ -643,7 +762,7 @@ def finish(training: Training, config: dict[str, Any], decides: dict[str, Any]) 
     """Write the SAE, its JSON and figures from the last checkpoint."""
     options, progress, manifest = training.options, training.progress, training.data.manifest
     state = load_checkpoint(whole_checkpoints(training.folder)[-1], 0, 1)
-    sae = empty_sae(options, manifest)
+    sae = empty_sae(options, training.data)
     sae.load_state_dict(state["sae"])
     training.draw(state["counters"]["firing"])
     last, tokens = json.loads(progress.metrics[-1]), progress.step * training.batch_size
@@ -655,7 +774,8 @@ def finish(training: Training, config: dict[str, Any], decides: dict[str, Any]) 
     info = {
         **source.as_json(SaeFiles(options.model_save_path).json),
         "first_validation_sentence": manifest["first_validation_sentence"],
-        "normalization": "layer_norm",
+        "normalization": sae.kind.normalization,
+        **({"matryoshka": list(options.matryoshka)} if options.matryoshka else {}),
         "tokens_trained": tokens,
         "quality": quality | cost,
         "config": config,
@@ -683,13 +803,18 @@ def main() -> None:
     n_processes = int(os.environ.get("WORLD_SIZE", 1))
     config["latent_parallel"] = config["latent_parallel"] or slices_by_default(config["n_latents"], n_processes)
     options, step_options = options_of(RunOptions, config), options_of(StepOptions, config)
-    data = open_data(options.data_dir, config["b_pre_path"])
+    kind = options.gate, options.normalization, options.target_data_dir, options.skip
+    data = open_data(options.data_dir, config["b_pre_path"], *kind)
     check_options(options, step_options.batch_size, data.manifest, n_processes)
     if int(os.environ.get("RANK", 0)) == 0:
         require_writable(options.model_save_path, SaeFiles(options.model_save_path).json)
     torch.backends.cuda.matmul.allow_tf32 = config["allow_tf32"]
     decides = {name: value for name, value in config.items() if name not in _NOT_IN_THE_RESULT}
+    # None, so that runs begun before these options existed can continue.
+    decides |= {name: None for name, default in _SINCE.items() if decides[name] == default}
     decides["batches"] = [shard["sha256"] for shard in data.manifest["shards"]]
+    if data.target:
+        decides |= {"target_data_dir": None, "targets": [shard["sha256"] for shard in data.target["shards"]]}
     sae = starting_sae(options, data, config["model_load_path"], config["seed"], config["orthogonal_start"])
 
     folder = Path(options.checkpoint_dir)
@@ -699,8 +824,11 @@ def main() -> None:
             everyone.print(f"{options.model_save_path} is already complete.")
             return
         step = Step(sae, step_options, make_grid(everyone, options.latent_parallel))
-        batches = Batches(options.data_dir, data.manifest, step_options.batch_size, config["seed"])
-        training = Training(options, step, batches, data)
+        order = step_options.batch_size, config["seed"]
+        batches = Batches(options.data_dir, data.manifest, *order)
+        to = options.target_data_dir
+        targets = Batches(to, data.target, *order) if to and data.target else None
+        training = Training(options, step, batches, data, targets)
         if everyone.is_main:
             announce(training)
         training.resume()

@@ -16,7 +16,10 @@ from pipeline.errors import InputError
 from pipeline.files import utf8_path
 
 # The dimension that is cut into slices; tensors not listed are whole in every slice.
-_LATENT_DIM = {"encoder.weight": 0, "encoder.bias": 0, "decoder.weight": 1, "silent_tokens": 0, "firing": 0}
+_LATENT_DIM = {
+    **{"encoder.weight": 0, "encoder.bias": 0, "decoder.weight": 1, "threshold": 0},
+    **{"silent_tokens": 0, "firing": 0},
+}
 
 
 class Slice(NamedTuple):

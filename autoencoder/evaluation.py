@@ -18,7 +18,7 @@ from llama_3.model import Resume, Transformer, check_site
 from llama_3.padding import make_batches
 from pipeline.errors import InputError
 from pipeline.progress import progress_bar
-from sae import TopKSparseAutoencoder
+from sae import SparseAutoencoder
 
 ROWS = 512  # tokens whose logits or pre-activations are in memory at once: 263 MB each at a vocabulary of 128,256
 KEPT_BYTES = 2 * 10**9  # of activations kept from one pass to the next; those beyond it are computed twice
@@ -35,11 +35,13 @@ def evaluate(
     batch_tokens: int,
     bos_id: int | None,
     counted: list[list[range]] | None = None,
+    target_site: str | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measure each SAE at one site: name -> measurements.
 
-    saes: TopKSparseAutoencoders, or any functions of raw activations (n_tokens, d_model) to their reconstruction, same
+    saes: SparseAutoencoders, or any functions of raw activations (n_tokens, d_model) to their reconstruction, same
         shape and dtype; for plain functions the latent metrics are None.
+    target_site: of transcoders, all with this one; it is what they reconstruct and what is replaced.
     sentences: token ids, without begin-of-text. bos_id: put before each sentence, passed through, never counted.
     counted: places of the tokens to replace, to predict and to count in each sentence, at least one; all when None.
     Losses and KL are nats per prediction. With one sentence there is no mean of others, so its metrics are None.
@@ -47,7 +49,9 @@ def evaluate(
     """
     counted = counted or [[range(len(ids))] for ids in sentences]
     n_tokens, n_starts = sum(len(places) for of_one in counted for places in of_one), 0 if bos_id is None else 1
-    layer, last = check_site(site, model.args.n_layers), f"layers.{model.args.n_layers - 1}.resid_post"
+    output_site = target_site or site
+    layer = min(check_site(each, model.args.n_layers) for each in (site, output_site))
+    last = f"layers.{model.args.n_layers - 1}.resid_post"
     before = f"layers.{layer}.resid_pre"  # the layers up to here are computed once for all variants
     quality = [Quality(sae, model.args.dim, max(map(len, sentences)), model.device) for sae in saes.values()]
     has_mean = len(sentences) > 1
@@ -60,8 +64,8 @@ def evaluate(
         kept: list[Tensor | None] = []  # the residual stream there, batch by batch
         room = KEPT_BYTES
         for tokens, real in padded_batches(sentences, counted, batch_tokens, bos_id, model.device, "mean of the site"):
-            found = model.activations(tokens, [before, site])
-            total += found[site][real].double().sum(0)
+            found = model.activations(tokens, [before, output_site])
+            total += found[output_site][real].double().sum(0)
             room -= found[before].nbytes
             kept.append(found[before] if room >= 0 else None)
         for number, (tokens, real) in enumerate(
@@ -69,13 +73,13 @@ def evaluate(
         ):
             stream = kept[number]
             resume = Resume(layer, model.activations(tokens, before) if stream is None else stream)
-            clean = model.activations(tokens, [site, last], resume)
-            x = clean[site]
+            clean = model.activations(tokens, [site, output_site, last], resume)
+            x = clean[output_site]
             position = real.nonzero()[:, 1] - n_starts
             replacements = [torch.zeros_like(x)]
             if has_mean:
                 replacements.append(mean_of_others(x, real, total, n_tokens))
-            replacements += [each.reconstruct_all(x, real, position) for each in quality]
+            replacements += [each.reconstruct_all(clean[site], x, real, position) for each in quality]
             # The stream after the last layer, at the positions whose next token counts.
             predicts = torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], dim=1)
             targets = tokens[:, 1:][predicts[:, :-1]]
@@ -83,10 +87,10 @@ def evaluate(
             streams = [clean[last][predicts]]
             for replacement in replacements:
                 x_new = torch.where(real[..., None], replacement, x)
-                with model.intervene(site, lambda _, x_new=x_new: x_new):
+                with model.intervene(output_site, lambda _, x_new=x_new: x_new):
                     streams.append(model.activations(tokens, last, resume)[predicts])
             sums += losses_and_kl(model, streams, targets)
-            check_finite(sums[0].tolist(), variants, site)
+            check_finite(sums[0].tolist(), variants, output_site)
     if n_predictions == 0:
         raise InputError("No sentence has a second token to predict; evaluate longer ones.")
     losses, kl = (sums / n_predictions).tolist()
@@ -103,36 +107,44 @@ def evaluate(
 
 
 class Quality:
-    """How well an SAE reconstructs, added up over tokens in float64, in normalised space."""
+    """How well an SAE reconstructs, added up over tokens in float64, in normalised space; the FVU also in raw space,
+    where SAEs with different normalisations can be compared."""
 
     def __init__(self, sae: Reconstruction, d_model: int, max_tokens: int, device: torch.device):
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)
         self.sae = sae
         self.z, self.z_square, self.cosine, self.l0 = zeros(d_model), zeros(), zeros(), zeros()
         self.error, self.tokens = zeros(max_tokens), zeros(max_tokens)  # by position in the sentence
-        n_latents = sae.n_latents if isinstance(sae, TopKSparseAutoencoder) else 0
+        self.raw, self.raw_square, self.raw_error = zeros(d_model), zeros(), zeros()
+        n_latents = sae.n_latents if isinstance(sae, SparseAutoencoder) else 0
         self.fired = torch.zeros(n_latents, dtype=torch.int64, device=device)
 
-    def reconstruct_all(self, x: Tensor, real: Tensor, position: Tensor) -> Tensor:
-        """x (batch, seq, d_model) with the tokens that are `real` (batch, seq) replaced by their reconstruction."""
-        x_hat = x.clone()
-        parts = zip(x[real].split(ROWS), position.split(ROWS), strict=True)
+    def reconstruct_all(self, x: Tensor, target: Tensor, real: Tensor, position: Tensor) -> Tensor:
+        """The target (batch, seq, d_model), its `real` tokens (batch, seq) replaced by their reconstruction from x."""
+        x_hat = target.clone()
+        parts = zip(x[real].split(ROWS), target[real].split(ROWS), position.split(ROWS), strict=True)
         x_hat[real] = torch.cat([self.reconstruct(*part) for part in parts])
         return x_hat
 
-    def reconstruct(self, x: Tensor, position: Tensor) -> Tensor:
-        """Reconstruct raw x (n_tokens, d_model) and add it to the sums. position (n_tokens): in the sentence."""
-        if isinstance(self.sae, TopKSparseAutoencoder):
+    def reconstruct(self, x: Tensor, target: Tensor, position: Tensor) -> Tensor:
+        """Encode raw x (n_tokens, d_model), reconstruct the target, and add it to the sums. target: x itself, or of a
+        transcoder the activations at its target site. position (n_tokens): in the sentence."""
+        if isinstance(self.sae, SparseAutoencoder):
             z, mean, std = self.sae.normalize(x)
             values, indices = self.sae.encode_normalized(z)
-            z_hat = self.sae.decode(values, indices)
-            x_hat = (z_hat * std + mean).to(x.dtype)  # what sae(x) gives
+            z_hat = self.sae.reconstruct(z, values, indices)
+            x_hat = self.sae.restore(z_hat, mean, std).to(x.dtype)  # what sae(x) gives
+            z = self.sae.normalize_target(target)
             self.fired += torch.bincount(indices[values > 0], minlength=len(self.fired))
             self.l0 += (values > 0).sum()
         else:
             x_hat = self.sae(x)
-            mean, std = x.float().mean(-1, keepdim=True), x.float().std(-1, keepdim=True)
-            z, z_hat = ((raw.float() - mean) / (std + _EPS) for raw in (x, x_hat))
+            mean, std = target.float().mean(-1, keepdim=True), target.float().std(-1, keepdim=True)
+            z, z_hat = ((raw.float() - mean) / (std + _EPS) for raw in (target, x_hat))
+        raw = target.double()
+        self.raw += raw.sum(0)
+        self.raw_square += raw.square().sum()
+        self.raw_error += (x_hat.double() - raw).square().sum()
         self.cosine += F.cosine_similarity(z, z_hat, dim=-1).double().sum()
         z, z_hat = z.double(), z_hat.double()
         self.z += z.sum(0)
@@ -148,12 +160,13 @@ class Quality:
             raise InputError("All evaluated activations are the same; evaluate more sentences.")
         values: dict[str, Any] = {
             "fvu": error / variance,
+            "fvu_raw": float(self.raw_error / (self.raw_square - self.raw.square().sum() / count)),
             "mse_normalized": error / (count * d_model),
             "cosine": float(self.cosine) / count,
             **dict.fromkeys(("l0", "n_latents", "silent_frac", "dense_frac")),
             "by_position": by_position((self.error / d_model).tolist(), self.tokens.long().tolist()),
         }
-        if isinstance(self.sae, TopKSparseAutoencoder):
+        if isinstance(self.sae, SparseAutoencoder):
             frequency = self.fired.double() / count
             values |= {
                 "l0": float(self.l0) / count,

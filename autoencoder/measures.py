@@ -19,6 +19,7 @@ class Measure(NamedTuple):
 
 MEASURES = (
     Measure("fvu", "fraction of variance unexplained (FVU)", "{:.4f}"),
+    Measure("fvu_raw", "… of activations as they are, not normalised", "{:.4f}"),
     Measure("mse_normalized", "mean squared error, of normalised activations", "{:.4f}"),
     Measure("cosine", "cosine between an activation and its reconstruction", "{:.4f}"),
     Measure("l0", "latents above zero per token (L0)", "{:.2f}"),

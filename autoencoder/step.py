@@ -8,15 +8,17 @@ Only `apply` changes anything, and it waits for no one: a process stopped or lef
 state of the previous step.
 """
 
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from autoencoder.losses import Dead, Losses, loss_sums
+from autoencoder.losses import Dead, Kept, Losses, keep_highest_of_batch, loss_sums, typical_kth_highest
 from pipeline.distributed import Grid
-from sae import TopKSparseAutoencoder
+from sae import SparseAutoencoder
 
 
 class StepOptions(NamedTuple):
@@ -32,6 +34,7 @@ class StepOptions(NamedTuple):
     grad_clip: float | None = None  # largest norm of the whole gradient
     micro_batch_size: int | None = None  # activations per forward pass of a process; None: its whole share
     encoder_dtype: str = "float32"
+    matryoshka: tuple[int, ...] | None = None  # numbers of latents that also reconstruct by themselves
 
 
 class Pending(NamedTuple):
@@ -40,6 +43,7 @@ class Pending(NamedTuple):
     losses: Tensor  # (2,), main and aux: what this process's rows contribute to the batch means
     fired: Tensor  # (n_latents), int64: activations of the whole batch on which each latent of the slice fired
     silent_tokens: Tensor  # (n_latents), int64: the counters after this step
+    least: Tensor | None = None  # (), the least pre-activation that BatchTopK kept
 
 
 class Agreed(NamedTuple):
@@ -57,15 +61,19 @@ class Step:
     """This process's slice of the SAE (all of it if alone), with AdamW's moments and the counters.
 
     The processes of a row of the grid each hold a slice of the latents and see the same activations; those of a column
-    hold the same slice and divide the batch. sae: the whole SAE; its slice is cut here.
+    hold the same slice and divide the batch. sae: the whole SAE; its slice is cut here. One with gate jumprelu is
+    trained by BatchTopK: on average over a batch, an activation keeps k latents.
     """
 
-    def __init__(self, sae: TopKSparseAutoencoder, options: StepOptions, grid: Grid):
+    def __init__(self, sae: SparseAutoencoder, options: StepOptions, grid: Grid):
         self.world, self.data, self.slices = grid.world, grid.column, grid.row
         self.options = options
         self.sae = sae.slice(self.slices.rank, self.slices.size) if self.slices.size > 1 else sae
         self.sae.to(self.world.device)
-        self.parameters = dict(self.sae.named_parameters())  # b_pre is the first
+        self.parameters = dict(self.sae.named_parameters())  # first those that all slices share
+        self.n_shared = 1 if self.sae.skip is None else 2
+        self.by_batch = self.sae.kind.gate == "jumprelu"
+        self.least: Tensor | None = None  # (), the least pre-activation that BatchTopK kept of the last batch
         # AdamW's moments, laid out in memory as the parameters are.
         self.exp_avg = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
         self.exp_avg_sq = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
@@ -81,35 +89,70 @@ class Step:
     def _is_dead(self, silent_tokens: Tensor) -> Tensor:
         return silent_tokens >= self.options.dead_after_tokens
 
-    def losses(self, z: Tensor, dead: Dead | None, encoder_dtype: torch.dtype) -> Losses:
-        return loss_sums(self.sae, z, dead, self.slices, encoder_dtype)
+    def losses(
+        self,
+        z: Tensor,
+        dead: Dead | None,
+        encoder_dtype: torch.dtype,
+        target: Tensor | None = None,
+        kept: Kept | None = None,
+    ) -> Losses:
+        nested = self.options.matryoshka or ()
+        return loss_sums(self.sae, z, dead, self.slices, encoder_dtype, target, kept, nested)
 
-    def gradients(self, x: Tensor) -> Pending:
-        """Leave the whole batch's gradients in the parameters. x: this process's rows, raw, as many on each process."""
+    def gradients(self, x: Tensor, y: Tensor | None = None) -> Pending:
+        """Leave the whole batch's gradients in the parameters. x: this process's rows, raw, as many on each process; y:
+        of a transcoder also the rows to reconstruct."""
         options = self.options
+        encoder_dtype = getattr(torch, options.encoder_dtype)
         scale = 1 / (options.batch_size * self.sae.d_model)
         losses, fired = x.new_zeros(2, dtype=torch.float32), torch.zeros_like(self.firing)
         dead = self.dead()
-        x = self.slices.all_gather(x).flatten(0, 1)  # the row's
-        for part in x.split(options.micro_batch_size or len(x)):
+        parts, targets = self._parts(x), [None] if y is None else self._parts(y)
+        choice, least = self._kept_of_batch(parts, encoder_dtype) if self.by_batch else ([None], None)
+        for part, to, kept in zip_longest(parts, targets, choice):
             z, _, _ = self.sae.normalize(part)
-            sums = self.losses(z, dead, getattr(torch, options.encoder_dtype))
+            target = None if to is None else self.sae.normalize_target(to)
+            sums = self.losses(z, dead, encoder_dtype, target, kept)
             ((sums.main + options.aux_loss_coeff * sums.aux) * scale).backward()
-            losses += torch.stack([sums.main, sums.aux]).detach() * scale
+            losses += torch.stack([sums.whole, sums.aux]).detach() * scale
             fired += sums.fired
-        b_pre, *own = self._gradients()
+        gradients = self._gradients()
+        shared, own = gradients[: self.n_shared], gradients[self.n_shared :]
         for tensor in (*own, fired):
             self.data.all_reduce(tensor if tensor.is_contiguous() else tensor.t())  # the decoder's, stored by latent
-        # Each slice has the complete gradient; one sum over all processes keeps it bitwise equal on all of them.
-        self.world.all_reduce(b_pre.div_(self.slices.size))
+        for grad in shared:
+            # Each slice has the complete gradient; one sum over all processes keeps it bitwise equal on all of them.
+            self.world.all_reduce(grad.div_(self.slices.size))
         self.sae.project_decoder_grad()
         if options.grad_clip is not None:
             own_square = torch.stack([torch.linalg.vector_norm(grad) for grad in own]).square().sum()
-            norm = (self.slices.all_reduce(own_square) + b_pre.square().sum()).sqrt()
-            for grad in (b_pre, *own):
+            squares = [self.slices.all_reduce(own_square), *(grad.square().sum() for grad in shared)]
+            norm = torch.stack(squares).sum().sqrt()
+            for grad in gradients:
                 grad.mul_((options.grad_clip / norm).clamp(max=1))
         silent_tokens = (self.silent_tokens + options.batch_size).masked_fill_(fired > 0, 0)
-        return Pending(losses, fired, silent_tokens)
+        return Pending(losses, fired, silent_tokens, least)
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The rows that all processes of this row see, in micro-batches."""
+        x = self.slices.all_gather(x).flatten(0, 1)
+        return x.split(self.options.micro_batch_size or len(x))
+
+    def _kept_of_batch(self, parts: Sequence[Tensor], encoder_dtype: torch.dtype) -> tuple[list[Kept], Tensor]:
+        """What BatchTopK keeps of the whole batch, by part, and the least of it. parts: raw."""
+        sae = self.sae
+        assert sae.k is not None
+        with torch.no_grad():
+            read = [sae.centre(sae.normalize(part)[0]) for part in parts]
+            guess = self.least
+            if guess is None:
+                guess = typical_kth_highest(sae, read[0], sae.k, self.world)
+            return keep_highest_of_batch(sae, read, sae.k * self.options.batch_size, guess, self.world, encoder_dtype)
+
+    def least_kept(self, x: Tensor) -> Tensor:
+        """(), the least pre-activation that BatchTopK keeps of a batch; nothing changes. x: as for `gradients`."""
+        return self._kept_of_batch(self._parts(x), torch.float32)[1]
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -156,12 +199,14 @@ class Step:
         self.firing += pending.fired
         self.silent_tokens.copy_(pending.silent_tokens)
         self.n_dead = agreed.n_dead
+        self.least = pending.least
 
     # ---- checkpoints
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """This slice's part of a checkpoint."""
         counters = {"silent_tokens": self.silent_tokens, "firing": self.firing}
+        counters |= {} if self.least is None else {"least": self.least}
         moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         return {"sae": self.sae.state_dict(), **moments, "counters": counters}
 
@@ -173,16 +218,23 @@ class Step:
             self.exp_avg_sq[name].copy_(state["exp_avg_sq"][name])
         self.silent_tokens.copy_(state["counters"]["silent_tokens"])
         self.firing.copy_(state["counters"]["firing"])
+        least = state["counters"].get("least")
+        self.least = None if least is None else least.to(self.world.device)
         unchanged = Pending(torch.zeros(2), torch.zeros_like(self.firing), self.silent_tokens)
         self.n_dead = self.agree(unchanged).n_dead
 
     def bytes_sent(self) -> tuple[float, float]:
         """`bytes_sent` for this run while no latent is dead."""
         sae, options = self.sae, self.options
-        return bytes_sent(
-            *(sae.d_model, sae.n_latents * self.slices.size, sae.k, options.batch_size),
+        data, latents = bytes_sent(
+            *(sae.d_model, sae.n_latents * self.slices.size, 0 if self.by_batch else sae.k or 0, options.batch_size),
             *(self.data.size, self.slices.size, getattr(torch, options.encoder_dtype).itemsize),
+            n_sites=1 if sae.kind.target_site is None else 2,
+            n_prefixes=1 + len(options.matryoshka or ()),
         )
+        if sae.skip is not None:
+            data += ring_bytes(self.world.size, 4 * sae.skip.numel())
+        return data, latents
 
 
 def bytes_sent(
@@ -194,22 +246,29 @@ def bytes_sent(
     width: int,
     choice_bytes: int = 4,
     n_candidates: int = 0,
+    n_sites: int = 1,
+    n_prefixes: int = 1,
 ) -> tuple[float, float]:
     """Bytes a process sends per step in a grid of n_data x width: for data parallelism, and for latent parallelism.
 
-    Data: the gradients of its slice and the firing counts. Latents: its rows of the batch, the values of its
-    candidates (choice_bytes each), the partial reconstructions, b_pre's gradient; while latents are dead also, for the
-    auxiliary loss, n_candidates (the fewer of k_aux and the most that a slice has) for each row and a reconstruction.
-    All-reduce and all-gather count as rings. The arithmetic is spelled out in docs/scaling.md.
+    Data: the gradients of its slice and the firing counts. Latents: its rows of the batch, at each of n_sites, the
+    values of its candidates (choice_bytes each), the partial reconstructions of each prefix, b_pre's gradient; while
+    latents are dead also, for the auxiliary loss, n_candidates (the fewer of k_aux and the most that a slice has) for
+    each row and a reconstruction. All-reduce and all-gather count as rings. The arithmetic is spelled out in
+    docs/scaling.md.
     """
     n_slice, n_rows = n_latents // width, batch_size // n_data
-    ring = lambda n, n_bytes: 2 * (n - 1) / n * n_bytes  # of an all-reduce
-    data = ring(n_data, 4 * n_slice * (2 * d_model + 1) + 8 * n_slice)
-    data += ring(n_data * width, 4 * d_model)
-    batch = (width - 1) * 2 * d_model * n_rows // width
+    data = ring_bytes(n_data, 4 * n_slice * (2 * d_model + 1) + 8 * n_slice)
+    data += ring_bytes(n_data * width, 4 * d_model)
+    batch = (width - 1) * n_sites * 2 * d_model * n_rows // width
     candidates = (width - 1) * n_rows * choice_bytes * min(k, n_slice)
-    latents = batch + candidates + ring(width, 4 * d_model * (n_rows + 1))
+    latents = batch + candidates + ring_bytes(width, 4 * d_model * (n_prefixes * n_rows + 1))
     if n_candidates:
         # They are exchanged only where there are more dead latents than k_aux.
-        latents += (width - 1) * n_rows * 4 * n_candidates + ring(width, 4 * d_model * n_rows)
+        latents += (width - 1) * n_rows * 4 * n_candidates + ring_bytes(width, 4 * d_model * n_rows)
     return data, latents
+
+
+def ring_bytes(n: int, n_bytes: int) -> float:
+    """What each of n processes sends in an all-reduce of n_bytes."""
+    return 2 * (n - 1) / n * n_bytes

@@ -159,7 +159,8 @@ def sweeps(both: Both) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Ten
     model, contrast = both.ours, both.contrast
     sites = [f"layers.{i}.resid_pre" for i in range(model.args.n_layers)]
     ends = contrast.ends(model)
-    metric = lambda out: (contrast.difference(out)[0] - ends[1]) / (ends[0] - ends[1])
+    metric = lambda out: contrast.difference(out)[0]
+    in_logits = lambda restored: ends[1] + restored * (ends[0] - ends[1])  # undoes the normalisation
 
     def ours_off() -> Tensor:
         effects = [each for layer in ablation.every_head(model, contrast.clean, "zero") for each in layer]
@@ -171,12 +172,12 @@ def sweeps(both: Both) -> dict[str, tuple[Callable[[], Tensor], Callable[[], Ten
         return function(both.theirs, both.corrupted, clean, metric)
 
     return {
-        "patching, resid_pre": (
-            lambda: patching.patch_map(model, contrast, sites, ends),
+        "patching, resid_pre, logit difference": (
+            lambda: in_logits(patching.patch_map(model, contrast, sites, ends)),
             lambda: their_map(their_patching.get_act_patch_resid_pre),
         ),
-        "patching, heads": (
-            lambda: patching.patch_heads(model, contrast, ends),
+        "patching, heads, logit difference": (
+            lambda: in_logits(patching.patch_heads(model, contrast, ends)),
             lambda: their_map(their_patching.get_act_patch_attn_head_out_all_pos),
         ),
         "ablation of every head, log p": (ours_off, lambda: torch.stack(their_ablations(both))),

@@ -69,7 +69,7 @@ from pipeline.manifests import git_commit, read_manifest
 from pipeline.progress import progress_bar
 from pipeline.sentences import SentenceDataset
 from pipeline.statistics import read_statistics
-from sae import TopKSparseAutoencoder, load_sae_model
+from sae import SparseAutoencoder, load_sae_model
 
 _MODEL_DIR = PROJECT_DIR / "llama_3" / "tiny_llama"
 _CURVE_POINTS = 60
@@ -86,7 +86,7 @@ class Task(NamedTuple):
 
 
 class Trained(NamedTuple):
-    sae: TopKSparseAutoencoder
+    sae: SparseAutoencoder
     curve: list[tuple[int, float]]  # (activations seen, FVU of the next batch)
     seconds: float
 
@@ -167,7 +167,7 @@ def train_peer(
         options["warm_up_steps"] = warm_up_steps
     size = Size(d_model, task.n_latents, task.k, batch_size)
     way = entry.make(size, "cpu", **options, lr_factor=lr_factor)
-    sae = TopKSparseAutoencoder(d_model, task.n_latents, task.k, data.manifest["normalize_eps"])
+    sae = SparseAutoencoder(d_model, task.n_latents, task.k, data.manifest["normalize_eps"])
     curve: list[tuple[int, float]] = []
     every = max(1, n_steps // _CURVE_POINTS)
     waiting = 0.0
@@ -220,7 +220,7 @@ def train_ours(site: str, folder: Path, task: Task, **options: object) -> Traine
     return Trained(load_sae_model(place / "sae.pth"), curve, seconds)
 
 
-def dead_fraction(sae: TopKSparseAutoencoder, data: Activations, n_tokens: int) -> float:
+def dead_fraction(sae: SparseAutoencoder, data: Activations, n_tokens: int) -> float:
     """Share of latents silent over the last n_tokens training activations."""
     fired = torch.zeros(sae.n_latents, dtype=torch.bool)
     with torch.no_grad():

@@ -72,7 +72,7 @@ from pipeline.errors import InputError
 from pipeline.files import write_json
 from pipeline.manifests import git_commit
 from pipeline.progress import progress_bar
-from sae import TopKSparseAutoencoder
+from sae import SparseAutoencoder
 
 Batches = Iterator[Tensor]  # raw activations (batch, d_model)
 
@@ -88,7 +88,7 @@ class Way(NamedTuple):
     """One way to train an SAE."""
 
     train: Callable[[Batches], None]  # until the batches end
-    state: Callable[[], dict[str, Tensor]]  # what it has learned, as a state dict of our TopKSparseAutoencoder
+    state: Callable[[], dict[str, Tensor]]  # what it has learned, as a state dict of our SparseAutoencoder
     reconstruct: Callable[[Tensor], Tensor] | None = None  # a peer's own forward pass, to check `state` against
 
 
@@ -99,7 +99,7 @@ def ours(size: Size, device: str, encoder_dtype: str = "float32") -> Way:
     """The step of sae_training.py."""
     if encoder_dtype == "tf32":
         torch.backends.cuda.matmul.allow_tf32 = True
-    sae = TopKSparseAutoencoder(size.d_model, size.n_latents, size.k)
+    sae = SparseAutoencoder(size.d_model, size.n_latents, size.k)
     sae.initialize(torch.zeros(size.d_model), torch.Generator().manual_seed(0))
     options = StepOptions(
         batch_size=size.batch_size,

@@ -38,7 +38,7 @@ import torch
 from pipeline.activation_store import ActivationStore
 from pipeline.progress import progress_bar
 from pipeline.sentences import SentenceDataset
-from sae import TopKSparseAutoencoder, load_sae_model
+from sae import SparseAutoencoder, load_sae_model
 
 
 def make_activations(folder: Path, num_samples: int) -> Path:
@@ -67,7 +67,7 @@ def make_activations(folder: Path, num_samples: int) -> Path:
 
 
 def one_by_one(
-    store: ActivationStore, sae: TopKSparseAutoencoder, texts: SentenceDataset, n: int
+    store: ActivationStore, sae: SparseAutoencoder, texts: SentenceDataset, n: int
 ) -> dict[int, list[tuple[float, int, str]]]:
     """The original's way, for n sentences: latent -> [(activation, sentence, text)], each for its highest latent."""
     found: dict[int, list[tuple[float, int, str]]] = {}
@@ -88,7 +88,7 @@ def one_by_one(
     return {latent: sorted(entries, reverse=True)[:_TOP] for latent, entries in found.items()}
 
 
-def encode_alone(store: ActivationStore, sae: TopKSparseAutoencoder) -> None:
+def encode_alone(store: ActivationStore, sae: SparseAutoencoder) -> None:
     for shard in store.shards():
         for acts in shard.acts.split(4096):
             sae.encode(acts.to(sae.b_pre.device))

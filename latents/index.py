@@ -32,7 +32,7 @@ from llama_3.tokenizer import TextStream, Tokenizer
 from pipeline.documents import arrow_file
 from pipeline.errors import InputError
 from pipeline.sae_files import SaeFiles
-from sae import TopKSparseAutoencoder, load_sae_model
+from sae import SparseAutoencoder, load_sae_model
 
 # Orders of the list; all but interesting (latents/interesting.py) and latent: highest first.
 Sort = Literal["interesting", "score", "output_score", "certainty", "frequency", "latent"]
@@ -50,7 +50,7 @@ class _Given(NamedTuple):
 
     tokenizer: Tokenizer | None
     model: Transformer | None
-    sae: TopKSparseAutoencoder | None
+    sae: SparseAutoencoder | None
 
 
 class LatentIndex:
@@ -67,7 +67,7 @@ class LatentIndex:
         sae_path: str | Path,
         tokenizer: Tokenizer | None = None,
         model: Transformer | None = None,
-        sae: TopKSparseAutoencoder | None = None,
+        sae: SparseAutoencoder | None = None,
     ):
         self.sae_path, self.files = sae_path, SaeFiles(sae_path)
         self.missing: list[str] = []
@@ -325,7 +325,7 @@ class LatentIndex:
             return None
 
     @cached_property
-    def _model_and_sae(self) -> tuple[Transformer, TopKSparseAutoencoder]:
+    def _model_and_sae(self) -> tuple[Transformer, SparseAutoencoder]:
         model = self._given.model or load_model(source_of(self.sae_path).model_dir(option=_OPTION))
         return model, self._given.sae or load_sae_model(self.sae_path, model.device)
 

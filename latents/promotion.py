@@ -18,7 +18,7 @@ def direct_logits(model: Transformer, directions: Tensor) -> Tensor:
 def promoted_logits(model: Transformer, site: str, directions: Tensor, base: Tensor) -> Tensor:
     """What latents add to the logits of the next token, (n, vocab_size); only differences within a row mean anything.
 
-    directions: (n, d_model) at `site`, in the SAE's space; base: (d_model,) the SAE's b_pre.
+    directions: (n, d_model) at `site`; base: (d_model,) a typical activation there, such as the SAE's b_pre.
     In the residual stream, and in what is added to it, a direction goes through the last norm's weights and the output
     layer; what later layers do with it is left out. At attention_norm it goes through the layer's values and output
     first, as if every head attended to this token alone; its effect on where heads attend is left out. At ffn_norm it

@@ -1,5 +1,6 @@
 """Generate text: sampling, streams of tokens and of text, batches of prompts of any lengths."""
 
+import contextlib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -70,20 +71,16 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seeds: Sequence[int] | None = None,
-    steering: Intervention | None = None,
+    steering: Intervention | Sequence[Intervention] | None = None,
 ) -> Iterator[list[int | None]]:
     """Stream the next token of every prompt, None for one that has stopped.
 
     prompts: token ids, of any lengths, each at least one. seeds: one per prompt; a prompt's samples depend on its seed,
-    not on its neighbours. steering: for `model.intervene`, in force in this call only.
+    not on its neighbours. steering: for `model.intervene`, in force in this call only; several act in their order.
     Raises InputError where the longest prompt and the new tokens do not fit the model's context, for a temperature
     that cannot be divided by, and where the model gives no finite numbers.
     """
-    if temperature != 0 and not _LOWEST_TEMPERATURE <= temperature < math.inf:
-        raise InputError(
-            f"A temperature of {temperature:g} cannot be used; write 0 for always the most likely token, or at "
-            f"least {_LOWEST_TEMPERATURE:g}."
-        )
+    check_temperature(temperature)
     batch, longest = len(prompts), max(map(len, prompts))
     check_context(model, longest, max_new_tokens)
     device = model.device
@@ -95,14 +92,15 @@ def generate(
     cache = model.new_cache(batch, longest + max_new_tokens)
     stops = set(stop_tokens)
     alive = [True] * batch
+    interventions = [steering] if isinstance(steering, Intervention) else list(steering or ())
     for _ in range(max_new_tokens):
         with torch.inference_mode():
-            if steering is None:
+            with contextlib.ExitStack() as stack:
+                for each in interventions:
+                    stack.enter_context(model.intervene(*each))
                 logits = model(tokens, cache, n_pad, last_only=True)[:, 0]
-            else:
-                with model.intervene(*steering):
-                    logits = model(tokens, cache, n_pad, last_only=True)[:, 0]
-            _check_logits(logits, steering)
+            if not says_something(logits).all():
+                raise overflow(is_steered=bool(interventions))
             uniform = torch.stack([torch.rand((), generator=g) for g in generators])
             tokens = sample(logits, temperature, top_p, uniform.to(device))[:, None]
         step: list[int | None] = []
@@ -114,18 +112,28 @@ def generate(
         yield step
 
 
-def _check_logits(logits: Tensor, steering: Intervention | None) -> None:
-    """Raise InputError if a row says nothing about the next token: NaN, infinite, or all equal, as after an overflow.
-
-    logits: (batch, vocab_size).
-    """
+def says_something(logits: Tensor) -> Tensor:
+    """(batch,) bool: whether a row of logits, (batch, vocab_size), says anything about the next token. Rows that are
+    NaN, infinite or all equal, as after an overflow, do not."""
     lowest, highest = logits.amin(-1), logits.amax(-1)  # on a CPU twice as fast as aminmax
-    if not ((lowest < highest) & lowest.isfinite() & highest.isfinite()).all():
-        what = "model" if steering is None else "steered model"
-        first = "" if steering is None else "lower the strength, or "
+    return (lowest < highest) & lowest.isfinite() & highest.isfinite()
+
+
+def overflow(is_steered: bool) -> InputError:
+    """The error for logits that say nothing."""
+    what = "steered model" if is_steered else "model"
+    first = "lower the strength, or " if is_steered else ""
+    return InputError(
+        f"The {what} computes logits that are NaN, infinite or all equal; {first}check the checkpoint, or use float32."
+    )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise InputError for a temperature that logits cannot be divided by."""
+    if temperature != 0 and not _LOWEST_TEMPERATURE <= temperature < math.inf:
         raise InputError(
-            f"The {what} computes logits that are NaN, infinite or all equal; {first}check the checkpoint, or "
-            "use float32."
+            f"A temperature of {temperature:g} cannot be used; write 0 for always the most likely token, or at "
+            f"least {_LOWEST_TEMPERATURE:g}."
         )
 
 

@@ -184,17 +184,38 @@ class LayerCache(NamedTuple):
     keys: Tensor
     values: Tensor
 
+    def extended(self, k: Tensor, v: Tensor, at: Tensor | int, length: int) -> tuple[Tensor, Tensor]:
+        """Write keys and values of new positions; return those of the first `length` positions.
+
+        at: where the new ones begin, or (batch, seq), the place of each.
+        """
+        if isinstance(at, int):
+            places = (slice(None), slice(at, at + k.shape[1]))
+        else:
+            places = (torch.arange(len(at), device=at.device)[:, None], at)
+        self.keys[places] = k
+        self.values[places] = v
+        return self.keys[:, :length], self.values[:, :length]
+
 
 class Cache:
-    """Key/value cache for one generation: `length` positions of every layer are filled."""
+    """Key/value cache: `length` positions of every layer are filled, or with `lengths` each row's own number, of which
+    `length` is the largest."""
 
-    def __init__(self, layers: list[LayerCache]):
+    def __init__(self, layers: list[LayerCache], lengths: Sequence[int] | None = None):
         self.layers = layers
-        self.length = 0
+        self.lengths = lengths
+        self.length = max(lengths) if lengths else 0
 
     @property
     def max_len(self) -> int:
         return self.layers[0].keys.shape[1]
+
+    def add(self, n: int) -> None:
+        """Count n new positions as filled."""
+        self.length += n
+        if self.lengths is not None:
+            self.lengths = [length + n for length in self.lengths]
 
 
 class RMSNorm(nn.Module):
@@ -254,18 +275,17 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: LayerCache | None,
-        start: int,
+        at: Tensor | int,
+        length: int,
         hook: Hook,
         prefix: str,
     ) -> Tensor:
-        seq = x.shape[1]
+        """at, length: as of `LayerCache.extended`."""
         q = hook(prefix + "q", rotate(self.wq(x).unflatten(-1, (-1, self.head_dim)), rope))
         k = hook(prefix + "k", rotate(self.wk(x).unflatten(-1, (-1, self.head_dim)), rope))
         v = hook(prefix + "v", self.wv(x).unflatten(-1, (-1, self.head_dim)))
         if cache is not None:
-            cache.keys[:, start : start + seq] = k
-            cache.values[:, start : start + seq] = v
-            k, v = cache.keys[:, : start + seq], cache.values[:, : start + seq]
+            k, v = cache.extended(k, v, at, length)
         if hook.needs(prefix + "attention_pattern"):
             pattern = hook(prefix + "attention_pattern", attention_pattern(q, k, mask))
             out = pattern @ v.transpose(1, 2).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
@@ -315,13 +335,14 @@ class TransformerBlock(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: LayerCache | None,
-        start: int,
+        at: Tensor | int,
+        length: int,
         hook: Hook,
     ) -> Tensor:
         p = self.prefix
         x = hook(p + "resid_pre", x)
         h = hook(p + "attention_norm", self.attention_norm(x))
-        attention_out = hook(p + "attention_out", self.attention(h, rope, mask, cache, start, hook, p))
+        attention_out = hook(p + "attention_out", self.attention(h, rope, mask, cache, at, length, hook, p))
         x = hook(p + "resid_mid", x + attention_out)
         h = hook(p + "ffn_norm", self.ffn_norm(x))
         mlp_out = hook(p + "mlp_out", self.feed_forward(h, lambda hidden: hook(p + "mlp_hidden", hidden)))
@@ -381,7 +402,8 @@ class Transformer(nn.Module):
         """Logits of the next token at every position.
 
         tokens: (batch, seq). Padding on the right needs no mask: attention is causal.
-        cache:  continues after cache.length positions and fills in the new ones.
+        cache:  continues after cache.length positions, or each row after its own of cache.lengths, and fills in the new
+                ones.
         n_pad:  (batch,) how many positions at the left of each row, counted from the very first, are padding, so
                 that rows of unequal length end together. The padding's logits are meaningless.
         last_only: logits of the last position only, (batch, 1, vocab_size).
@@ -399,23 +421,34 @@ class Transformer(nn.Module):
         return self.output(self.norm(x)).float()
 
     @overload
-    def activations(self, tokens: Tensor, sites: str, resume: Resume | None = None) -> Tensor: ...
-    @overload
-    def activations(self, tokens: Tensor, sites: Sequence[str], resume: Resume | None = None) -> dict[str, Tensor]: ...
     def activations(
-        self, tokens: Tensor, sites: str | Sequence[str], resume: Resume | None = None
+        self, tokens: Tensor, sites: str, resume: Resume | None = None, cache: Cache | None = None
+    ) -> Tensor: ...
+    @overload
+    def activations(
+        self, tokens: Tensor, sites: Sequence[str], resume: Resume | None = None, cache: Cache | None = None
+    ) -> dict[str, Tensor]: ...
+    def activations(
+        self,
+        tokens: Tensor,
+        sites: str | Sequence[str],
+        resume: Resume | None = None,
+        cache: Cache | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Activations at one site in the model's dtype, or at several as a dict; the module lists their shapes.
 
         Nothing beyond the deepest site is computed, and with `resume` no layer before its own; all sites must then be
-        in that layer or after it. Raises ValueError for an unknown site.
+        in that layer or after it. With a cache, a long text can be read in parts, always with the same sites. Raises
+        ValueError for an unknown site.
         """
         wanted = [sites] if isinstance(sites, str) else list(sites)
         for site in wanted:
             check_site(site, self.args.n_layers, (*SITES, *INNER_SITES))
-        hook = self._hook(tokens, None, None, wanted)
+        hook = self._hook(tokens, cache, None, wanted)
         with contextlib.suppress(_AllCaptured):
-            self._run(tokens, None, None, hook, resume)
+            self._run(tokens, cache, None, hook, resume)
+        if cache is not None:
+            cache.add(tokens.shape[1])
         return hook.found[sites] if isinstance(sites, str) else {site: hook.found[site] for site in wanted}
 
     @contextlib.contextmanager
@@ -460,7 +493,11 @@ class Transformer(nn.Module):
     def _hook(self, tokens: Tensor, cache: Cache | None, n_pad: Tensor | None, wanted: Sequence[str] = ()) -> Hook:
         active = [intervention for model, intervention in _interventions.get() if model is self]
         start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        if cache is not None and cache.lengths is not None:
+            positions = torch.tensor(cache.lengths, device=tokens.device)[:, None] + positions
+        else:
+            positions = positions + start
         if n_pad is not None:
             positions = positions - n_pad[:, None]  # negative in the padding
         return Hook(active, tokens, positions, wanted)
@@ -475,9 +512,14 @@ class Transformer(nn.Module):
         start = cache.length if cache is not None else 0
         if cache is not None and start + seq > cache.max_len:
             raise ValueError(f"{start + seq} positions do not fit the cache of {cache.max_len}.")
+        at: Tensor | int = start
         positions = torch.arange(start, start + seq, device=tokens.device)
         mask = None  # plain causal attention
-        if n_pad is not None or (start > 0 and seq > 1):
+        if cache is not None and cache.lengths is not None:
+            at = positions = hook.positions  # (batch, seq)
+            keys = torch.arange(start + seq, device=tokens.device)
+            mask = (keys <= positions[..., None])[:, None]  # (batch, 1, seq, keys)
+        elif n_pad is not None or (start > 0 and seq > 1):
             keys = torch.arange(start + seq, device=tokens.device)
             mask = (keys[None, :] <= positions[:, None])[None, None]  # (1, 1, seq, keys)
             if n_pad is not None:
@@ -487,9 +529,9 @@ class Transformer(nn.Module):
         rope = rope_tables(rope_frequencies_on(self.args, tokens.device), positions)
         first, x = resume or Resume(0, self.tok_embeddings(tokens).to(self.dtype))
         for i, layer in enumerate(list(self.layers)[first:], first):
-            x = layer(x, rope, mask, cache.layers[i] if cache is not None else None, start, hook)
+            x = layer(x, rope, mask, cache.layers[i] if cache is not None else None, at, start + seq, hook)
         if cache is not None:
-            cache.length += seq
+            cache.add(seq)
         return x
 
 

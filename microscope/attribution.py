@@ -15,7 +15,7 @@ from latents.promotion import direct_logits
 from llama_3.model import Transformer, TransformerBlock
 from microscope.prompts import Prompt
 from pipeline.errors import InputError
-from sae import TopKSparseAutoencoder
+from sae import SparseAutoencoder
 
 
 class Part(NamedTuple):
@@ -25,7 +25,7 @@ class Part(NamedTuple):
 
 @torch.inference_mode()
 def attribution(
-    model: Transformer, prompt: Prompt, answer: int, other: int | None, sae: TopKSparseAutoencoder | None = None
+    model: Transformer, prompt: Prompt, answer: int, other: int | None, sae: SparseAutoencoder | None = None
 ) -> tuple[list[Part], float]:
     """The parts of the logit of `answer` minus that of `other` after the prompt, and the difference itself.
 
@@ -41,19 +41,20 @@ def attribution(
     return [Part(*each) for each in zip(vectors, amounts, strict=True)], difference
 
 
-def _parts(model: Transformer, prompt: Prompt, sae: TopKSparseAutoencoder | None) -> tuple[dict[str, Tensor], Tensor]:
+def _parts(model: Transformer, prompt: Prompt, sae: SparseAutoencoder | None) -> tuple[dict[str, Tensor], Tensor]:
     """The vectors, (d_model,) each, that add up to the last residual stream at the last position; and that stream."""
     tokens = prompt.batch(model)
     first, vectors = 0, {"embedding": model.tok_embeddings(tokens)[0, -1].to(model.dtype)}
     if sae is not None:
-        _, layer, kind = sae.info["site"].split(".")
-        if kind not in ("resid_pre", "resid_post"):
+        _, layer, kind = sae.site.split(".")
+        if kind not in ("resid_pre", "resid_post") or sae.kind.target_site is not None:
+            what = f"is at {sae.site}" if sae.kind.target_site is None else f"is a transcoder to {sae.output_site}"
             raise InputError(
-                f"An attribution to latents needs an SAE of the residual stream, but this one is at "
-                f"{sae.info['site']}; name one at resid_pre or resid_post."
+                f"An attribution to latents needs an SAE of the residual stream, but this one {what}; name one at "
+                "resid_pre or resid_post."
             )
         first = int(layer) + (kind == "resid_post")
-        vectors = _latents(sae, model.activations(tokens, sae.info["site"])[0, -1])
+        vectors = _latents(sae, model.activations(tokens, sae.site)[0, -1])
     end = f"layers.{model.args.n_layers - 1}.resid_post"
     wanted = [f"layers.{i}.{kind}" for i in range(first, model.args.n_layers) for kind in ("head_out", "mlp_out")]
     acts = model.activations(tokens, [*wanted, end])
@@ -76,23 +77,26 @@ class Outlook(NamedTuple):
 
 
 @torch.inference_mode()
-def outlook(model: Transformer, ids: Sequence[int], sae: TopKSparseAutoencoder) -> Outlook | None:
-    """None for an SAE whose site is not a term of the last residual stream, so that nothing adds up directly."""
-    if sae.info["site"].rpartition(".")[2] not in ("resid_pre", "resid_mid", "resid_post", "attention_out", "mlp_out"):
+def outlook(model: Transformer, ids: Sequence[int], sae: SparseAutoencoder) -> Outlook | None:
+    """None for an SAE whose output is no term of the last residual stream, so that nothing adds up directly."""
+    if sae.output_site.rpartition(".")[2] not in ("resid_pre", "resid_mid", "resid_post", "attention_out", "mlp_out"):
         return None
     end = f"layers.{model.args.n_layers - 1}.resid_post"
-    acts = model.activations(torch.tensor([ids], device=model.device), [*{sae.info["site"], end}])
+    acts = model.activations(torch.tensor([ids], device=model.device), [*{sae.site, end}])
     last = acts[end][0]
     best = model.unembed(last).softmax(-1).max(-1)
-    _, _, std = sae.normalize(acts[sae.info["site"]][0])
-    shrunk = torch.rsqrt(last.float().square().mean(-1) + model.norm.eps)
-    scales = shrunk * (std.flatten() + sae.normalize_eps)
+    scales = torch.rsqrt(last.float().square().mean(-1) + model.norm.eps)
+    if sae.kind.target_site is None:
+        _, _, std = sae.normalize(acts[sae.site][0])
+        scales = scales * (std.flatten() + sae.normalize_eps)
+    else:
+        scales = scales / sae.kind.target_scale
     return Outlook(best.indices.tolist(), best.values.tolist(), scales.tolist())
 
 
 @torch.inference_mode()
 def latents_add(
-    model: Transformer, sae: TopKSparseAutoencoder, latents: Sequence[tuple[int, float]], answer: int, scale: float
+    model: Transformer, sae: SparseAutoencoder, latents: Sequence[tuple[int, float]], answer: int, scale: float
 ) -> list[float]:
     """What latents with these activations add to the logit of `answer`, minus what they add to the mean token's.
 
@@ -107,7 +111,7 @@ def latents_add(
     return (logits[:, answer] - logits.mean(-1)).tolist()
 
 
-def _latents(sae: TopKSparseAutoencoder, x: Tensor) -> dict[str, Tensor]:
+def _latents(sae: SparseAutoencoder, x: Tensor) -> dict[str, Tensor]:
     """x, (d_model,), as the sum of its latents, the SAE's offset and its error."""
     z, mean, std = sae.normalize(x)
     values, indices = sae.encode_normalized(z)

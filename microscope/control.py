@@ -9,8 +9,9 @@ Activations are resid_post of each prompt's last token, as in repeng (Vogel 2024
 texts in sets, the mean over tokens, begin-of-text left out.
 A vector is as long as the activations of its layer are on average, so that strengths are shares of the stream.
 
-Files are llama.cpp's: direction.N is added to the output of block N, our layers.N.resid_post. Block 0 cannot be steered
-there.
+Files are llama.cpp's: direction.N is added to the output of block N, our layers.N.resid_post, at every token. Block 0
+cannot be steered there. repeng writes what it found at the output of block N as direction.N; llama.cpp's own
+cvector-generator names it direction.N+1, one layer later, and nothing in a file tells the two apart.
 """
 
 import contextlib
@@ -24,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_3.generation import check_context, encode_text
-from llama_3.model import Transformer
+from llama_3.model import Intervention, Transformer
 from llama_3.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.files import atomic_path
-from sae import TopKSparseAutoencoder
+from sae import SparseAutoencoder
 
 Method = Literal["mean", "pca", "sets"]
 _ARCHITECTURE = "controlvector"
@@ -96,31 +97,37 @@ def control_vector(positive: Tensor, negative: Tensor, method: Method) -> Contro
 def steered(model: Transformer, vectors: Mapping[int, Tensor], strength: float) -> Iterator[None]:
     """The model with strength x vector added to every token at layers.N.resid_post, inside the with block."""
     with contextlib.ExitStack() as stack:
-        for layer, vector in vectors.items():
-            change = strength * vector
-            stack.enter_context(
-                model.intervene(f"layers.{layer}.resid_post", lambda x, change=change: x + change.to(x))
-            )
+        for each in interventions(vectors, strength):
+            stack.enter_context(model.intervene(*each))
         yield
+
+
+def interventions(vectors: Mapping[int, Tensor], strength: float) -> list[Intervention]:
+    """Add strength x vector to every token at layers.N.resid_post, for `generate(steering=...)`."""
+    added = {layer: strength * vector for layer, vector in vectors.items()}
+    return [
+        Intervention(f"layers.{layer}.resid_post", lambda x, change=change: x + change.to(x))
+        for layer, change in added.items()
+    ]
 
 
 # ---- latents
 
 
-def nearest_latents(vector: Tensor, sae: TopKSparseAutoencoder, n: int) -> list[tuple[int, float]]:
+def nearest_latents(vector: Tensor, sae: SparseAutoencoder, n: int) -> list[tuple[int, float]]:
     """The n latents whose directions have the highest absolute cosine with a vector (d_model,), and the cosines.
 
-    The vector's mean over d_model is taken off first, as the SAE does with activations.
+    The vector's mean over d_model is taken off first where the SAE does so with activations.
     """
-    cosines = F.normalize(vector - vector.mean(), dim=0) @ _directions(sae)
+    cosines = _unit(vector, sae) @ _directions(sae)
     best = cosines.abs().topk(min(n, len(cosines))).indices
     return [(int(i), float(cosines[i])) for i in best]
 
 
-def pursuit(vector: Tensor, sae: TopKSparseAutoencoder, n: int) -> tuple[list[tuple[int, float]], float]:
+def pursuit(vector: Tensor, sae: SparseAutoencoder, n: int) -> tuple[list[tuple[int, float]], float]:
     """A vector as a sum of n latents by orthogonal matching pursuit (Pati et al. 1993): latents and coefficients of the
     vector at unit length, and the share of its squared length that they explain."""
-    target = F.normalize(vector - vector.mean(), dim=0)
+    target = _unit(vector, sae)
     directions = _directions(sae)
     chosen: list[int] = []
     left, coefficients = target, target.new_zeros(0)
@@ -134,7 +141,11 @@ def pursuit(vector: Tensor, sae: TopKSparseAutoencoder, n: int) -> tuple[list[tu
     return list(zip(chosen, coefficients.tolist(), strict=True)), 1 - float(left.square().sum())
 
 
-def _directions(sae: TopKSparseAutoencoder) -> Tensor:
+def _unit(vector: Tensor, sae: SparseAutoencoder) -> Tensor:
+    return F.normalize(vector - vector.mean() if sae.kind.normalization == "layer_norm" else vector, dim=0)
+
+
+def _directions(sae: SparseAutoencoder) -> Tensor:
     return F.normalize(sae.decoder.weight.detach().float(), dim=0)  # (d_model, n_latents)
 
 
@@ -155,21 +166,33 @@ def write_gguf(path: Path | str, vectors: Mapping[int, Tensor]) -> None:
         writer.close()
 
 
-def read_gguf_vectors(path: Path | str, model: Transformer) -> dict[int, Tensor]:
-    """Layer -> (d_model,) float32. Raises InputError for a file that is broken or does not fit the model."""
+def read_gguf_vectors(path: Path | str, model: Transformer, shift: int = 0) -> dict[int, Tensor]:
+    """Layer -> (d_model,) float32: direction.N belongs to layer N - shift.
+
+    shift: 0 reads a file as llama.cpp does; 1 undoes what cvector-generator does to names, so that each vector acts
+    where it was found. Raises InputError for a file that is broken or does not fit the model.
+    """
     try:
-        found = {each.name: torch.from_numpy(each.data.copy()) for each in gguf.GGUFReader(str(path)).tensors}
-    except (OSError, ValueError, IndexError) as error:
+        tensors = gguf.GGUFReader(str(path)).tensors
+        found = {each.name: torch.from_numpy(each.data.copy()) for each in tensors}
+        kinds = {each.name: each.tensor_type.name for each in tensors}
+    except (OSError, ValueError, LookupError) as error:
         raise InputError(f"{path} cannot be read ({error}); name a control vector in GGUF.") from None
+    if not found:
+        raise InputError(f"{path} holds no direction.N; name a control vector.")
     vectors = {}
     for name, vector in found.items():
         kind, _, layer = name.partition(".")
         if kind != "direction" or not layer.isdecimal() or vector.dim() != 1:
             raise InputError(f"{path} holds {name}, not only direction.N; name a control vector.")
+        if kinds[name] != "F32":
+            raise InputError(f"{path} holds {name} as {kinds[name]}, and llama.cpp reads F32 alone; write it again.")
         if vector.shape[0] != model.args.dim or not 1 <= int(layer) < model.args.n_layers:
             raise InputError(
                 f"{path} has {name} of {vector.shape[0]} numbers, but this model has layers 1 to "
                 f"{model.args.n_layers - 1} of {model.args.dim}; name a control vector of this model."
             )
-        vectors[int(layer)] = vector.float()
+        if not vector.isfinite().all():
+            raise InputError(f"{path} holds NaN or infinite numbers in {name}; make the vector again.")
+        vectors[int(layer) - shift] = vector.float()
     return vectors

@@ -25,7 +25,7 @@ from llama_3.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.figures import new_figure, save_figure
 from pipeline.sae_files import SaeFiles
-from sae import TopKSparseAutoencoder
+from sae import SparseAutoencoder
 from serving.modes import Mode
 from serving.own_words import count_hits
 from serving.steered_model import Sampling, latent_meanings
@@ -70,7 +70,7 @@ class Opened(NamedTuple):
 
     model: Transformer
     tokenizer: Tokenizer
-    sae: TopKSparseAutoencoder
+    sae: SparseAutoencoder
     highest: Tensor
 
 
@@ -185,7 +185,7 @@ def read_again(opened: Opened, prompts: Sequence[Sequence[int]], rows: Sequence[
         completed[i, len(prompt) : len(ids)] = True
     tokens, completed = tokens.to(model.device), completed.to(model.device)
     acts: list[Tensor] = []
-    with torch.inference_mode(), model.intervene(sae.info["site"], lambda x: (acts.append(x), x)[1]):
+    with torch.inference_mode(), model.intervene(sae.site, lambda x: (acts.append(x), x)[1]):
         logits = model(tokens)[:, :-1]  # a position's logits predict the next token
         nats = logits.logsumexp(-1) - logits.gather(-1, tokens[:, 1:, None])[..., 0]
         values, indices = sae.encode(acts[0][completed])

@@ -6,7 +6,7 @@ Each instrument says what it costs before it runs. Sweeps take turns with other 
 import html
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import gradio as gr
 import torch
@@ -29,7 +29,9 @@ from serving.microscope_html import (
 )
 from serving.page_html import clicked, status_html
 from serving.page_parts import QUEUED, markup, shown_in_the_page
-from serving.requests import Served, by_turns, check_length
+from serving.requests import Served, check_length
+
+T = TypeVar("T")
 
 MOST_TOKENS = 64  # of a prompt: a map has a column for each
 _N_LIKELIEST = 10
@@ -94,6 +96,16 @@ def in_seconds(seconds: float) -> str:
 
 
 # ---- sweeps
+
+
+def by_turns(served: Served, steps: Iterator[T]) -> Iterator[T]:
+    """Each step while no other request reads with the model."""
+    while True:
+        with served.lock:
+            step = next(steps, None)
+        if step is None:
+            return
+        yield step
 
 
 def heads_off(served: Served, view: View) -> Iterator[tuple[Tensor, str]]:

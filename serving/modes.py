@@ -12,7 +12,7 @@ from pipeline.errors import InputError
 
 Mode = Literal["h_bias", "add", "clamp", "scale", "ablate"]
 MODES: dict[Mode, str] = {
-    "h_bias": "add strength x its highest activation to the latent before TopK",
+    "h_bias": "add strength x its highest activation to the latent before the gate",
     "add": "add strength x its highest activation x the latent's direction to every token",
     "clamp": "set the latent to strength x its highest activation on every token",
     "scale": "multiply the latent by the strength where it fires; 1 changes nothing",

@@ -47,7 +47,7 @@ def output_scores(
     that models treat like it. Layers before the SAE's are computed once for all.
     """
     model, sae = opened.model, opened.sae
-    layer_idx = check_site(sae.info["site"], model.args.n_layers)
+    layer_idx = check_site(sae.output_site, model.args.n_layers)
     shortest = sorted((prompt for prompt in prompts if len(prompt) >= _SHORTEST), key=len)[:_N_PROMPTS]
     plain = plain_tokens(opened.tokenizer, model.device)
     with torch.inference_mode():
@@ -63,8 +63,8 @@ def output_scores(
 def promoted_tokens(opened: Opened, latents: Tensor, plain: Tensor) -> Tensor:
     """(len(latents), _N_PROMOTED) the tokens that each latent's direction promotes most, of those in `plain`."""
     sae = opened.sae
-    directions = sae.decoder.weight.t()[latents] * opened.highest.to(plain.device)[latents, None]
-    logits = standard_logits(opened.model, sae.info["site"], directions, sae.b_pre, plain)
+    added = sae.at_output(latents, opened.highest.to(plain.device))
+    logits = standard_logits(opened.model, sae.output_site, *added, plain)
     return plain[logits.topk(_N_PROMOTED).indices]
 
 

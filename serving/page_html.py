@@ -33,8 +33,11 @@ def title_html(served: Served) -> str:
     about = "No SAE, so nothing to look into"
     if served.index is not None:
         n_named = sum(meaning is not None for meaning in served.index.meaning)
-        site = html.escape(served.opened.need_sae().info["site"])
-        about = f"SAE at {site} · {served.index.n_latents:,} latents, {n_named:,} with a meaning"
+        sae = served.opened.need_sae()
+        place = f"SAE at {sae.site}"
+        if sae.kind.target_site is not None:
+            place = f"Transcoder from {sae.site} to {sae.output_site}"
+        about = f"{html.escape(place)} · {served.index.n_latents:,} latents, {n_named:,} with a meaning"
     return f"<h1>{html.escape(page_title(served))}</h1><p>{about}</p>"
 
 

@@ -27,7 +27,7 @@ class Session:
 
     opened: SteeredModel
     steering: Steering
-    intervention: Intervention | None  # `steering` for this model; None where nothing is steered
+    interventions: Sequence[Intervention]  # `steering` for this model; none where nothing is steered
     sampling: Sampling
     batch_size: int  # prompts completed together
     show_latents: int  # strongest latents listed per token
@@ -100,7 +100,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def check_fields(session: Session, requests: list[tuple[int, dict[str, Any]]], input_path: str) -> None:
     """Raise InputError for a request with a field that its result adds."""
     added = ["completion", "n_prompt_tokens", "n_tokens", "stopped", "seed"]
-    added += ["steering"] * bool(session.steering.strengths) + ["latents"] * bool(session.show_latents)
+    added += ["steering"] * session.steering.steers + ["latents"] * bool(session.show_latents)
     for number, row in requests:
         if both := [name for name in added if name in row]:
             raise InputError(
@@ -178,7 +178,7 @@ def complete_requests(session: Session, prompts: list[list[int]], first: int) ->
     """Complete the requests from number `first` on, and say what is needed to repeat each."""
     opened, sampling = session.opened, session.sampling
     completions: list[list[int]] = [[] for _ in prompts]
-    for step in opened.generate(prompts, sampling, first, session.intervention):
+    for step in opened.generate(prompts, sampling, first, session.interventions):
         add_step(completions, step)
     results = []
     for prompt, tokens, seed in zip(prompts, completions, sampling.seeds(len(prompts), first), strict=True):
@@ -189,11 +189,20 @@ def complete_requests(session: Session, prompts: list[list[int]], first: int) ->
             "stopped": len(tokens) < sampling.max_new_tokens,  # by a stop token, not by the limit
             "seed": seed,
         }
-        if session.steering.strengths:
-            strengths, mode, keep_error = session.steering
-            result["steering"] = {"mode": mode, "keep_error": keep_error}
-            result["steering"]["strengths"] = {str(latent): strength for latent, strength in strengths.items()}
+        if session.steering.steers:
+            result["steering"] = as_json(session.steering)
         if session.show_latents:
             result["latents"] = strongest_latents(opened, prompt + tokens, session.show_latents)
         results.append(result)
     return results
+
+
+def as_json(steering: Steering) -> dict[str, Any]:
+    """What steers, as a result states it."""
+    found: dict[str, Any] = {}
+    if steering.strengths:
+        strengths = {str(latent): strength for latent, strength in steering.strengths.items()}
+        found |= {"mode": steering.mode, "keep_error": steering.keep_error, "strengths": strengths}
+    if steering.control_vectors:
+        found["control_vectors"] = dict(steering.control_vectors)
+    return found

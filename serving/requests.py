@@ -1,6 +1,5 @@
-"""Requests to a shared model: checked against the limits, and served in turns."""
+"""The page's requests to a shared model: checked against the limits, and continued together."""
 
-import itertools
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,9 +8,12 @@ from typing import NamedTuple, TypeVar
 
 from latents.index import LatentIndex, pieces
 from llama_3.chat import Message, encode_dialogue
-from llama_3.generation import check_context, encode_text, stream_chat, stream_text
+from llama_3.generation import check_context, check_temperature, encode_text
+from llama_3.model import Intervention
+from llama_3.tokenizer import TextStream
 from microscope.attribution import Outlook, latents_add, outlook
 from pipeline.errors import InputError
+from serving.engine import Ended, Engine, Row
 from serving.steered_model import Sampling, SteeredModel, strongest_latents
 from serving.steering import Steering
 
@@ -34,7 +36,8 @@ class Served:
     opened: SteeredModel
     limits: Limits
     index: LatentIndex | None  # None without an SAE
-    lock: threading.Lock  # held for one step of the model: requests take turns, so torch serves one at a time
+    engine: Engine  # continues all completions and answers together
+    lock: threading.Lock  # held while a text or a card is read with the model, so that only one is at a time
 
 
 # ---- checks
@@ -83,17 +86,26 @@ def prompts_of(served: Served, text: str) -> list[str]:
     return prompts
 
 
-# ---- turns
+# ---- growing texts
 
 
-def by_turns(served: Served, steps: Iterator[T]) -> Iterator[T]:
-    """Compute each step while no other request computes one."""
-    while True:
-        with served.lock:
-            step = next(steps, None)
-        if step is None:
-            return
-        yield step
+def row(served: Served, prompt: Sequence[int], sampling: Sampling, seed: int, steering: Sequence[Intervention]) -> Row:
+    options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed, "steering": steering}
+    return Row(prompt, sampling.max_new_tokens, served.opened.tokenizer.stop_ids, **options)
+
+
+def growing(served: Served, rows: Sequence[Row]) -> Iterator[list[str]]:
+    """The texts of all rows, whenever one of them has grown or ended. Raises the error of a row that fails."""
+    streams = [TextStream(served.opened.tokenizer, row.prompt) for row in rows]
+    texts = [""] * len(rows)
+    for number, event in served.engine.stream(rows):
+        if isinstance(event, Ended):
+            if event.error is not None:
+                raise event.error
+            texts[number] += streams[number].end()
+        else:
+            texts[number] += streams[number].add(event.id)
+        yield texts[:]
 
 
 def at_most_every(seconds: float, values: Iterable[T]) -> Iterator[T]:
@@ -114,27 +126,30 @@ def at_most_every(seconds: float, values: Iterable[T]) -> Iterator[T]:
 def completions(
     served: Served, prompts: Sequence[str], steering: Steering, sampling: Sampling
 ) -> Iterator[dict[str, list[str]]]:
-    """The growing completions of every prompt, clean and, with latents, steered, from the same seeds.
+    """The growing completions of every prompt, clean and, if anything steers, steered, from the same seeds.
 
     Raises InputError before the first step if something cannot be completed.
     """
     model, tokenizer = served.opened.model, served.opened.tokenizer
     check_sampling(served, sampling)
-    for number, prompt in enumerate(prompts, 1):
+    check_temperature(sampling.temperature)
+    encoded = [encode_text(tokenizer, prompt) for prompt in prompts]
+    for number, prompt in enumerate(encoded, 1):
         try:
-            check_context(model, len(encode_text(tokenizer, prompt)), sampling.max_new_tokens)
+            check_context(model, len(prompt), sampling.max_new_tokens)
         except InputError as error:
             raise InputError(f"Prompt {number}: {error}") from None
-    interventions = {"clean": None}
-    if (intervention := served.opened.intervention(steering)) is not None:
-        interventions = {"clean": None, "steered": intervention}
-    options = sampling.options(len(prompts))
-    streams = [stream_text(model, tokenizer, prompts, steering=each, **options) for each in interventions.values()]
-    texts = {kind: [""] * len(prompts) for kind in interventions}
-    for steps in by_turns(served, itertools.zip_longest(*streams, fillvalue=[""] * len(prompts))):
-        for kind, step in zip(interventions, steps, strict=True):
-            texts[kind] = [text + piece for text, piece in zip(texts[kind], step, strict=True)]
-        yield texts
+    interventions = {"clean": []}
+    if steered := served.opened.interventions(steering):
+        interventions["steered"] = steered
+    n = len(prompts)
+    rows = [
+        row(served, prompt, sampling, seed, each)
+        for each in interventions.values()
+        for prompt, seed in zip(encoded, sampling.seeds(n), strict=True)
+    ]
+    for texts in growing(served, rows):
+        yield {kind: texts[i * n : (i + 1) * n] for i, kind in enumerate(interventions)}
 
 
 class Answer(NamedTuple):
@@ -156,6 +171,7 @@ def chat(
     check_length(served, message, "The message")
     check_length(served, system, "The system message")
     check_sampling(served, sampling)
+    check_temperature(sampling.temperature)
     model, tokenizer, date = served.opened.model, served.opened.tokenizer, served.opened.date
     first = [Message("system", system)] if system.strip() else []
     length = lambda messages: len(encode_dialogue(tokenizer, [*first, *messages], date))
@@ -165,17 +181,10 @@ def chat(
     while length(read) + sampling.max_new_tokens > model.args.max_seq_len:
         del read[:2]
     n_forgotten = len(dialogue) + 1 - len(read)
-    stream = stream_chat(
-        model,
-        tokenizer,
-        [[*first, *read]],
-        date,
-        steering=served.opened.intervention(steering),
-        **sampling.options(1, first=len(dialogue) // 2),  # each answer has another seed
-    )
-    text = ""
-    for (piece,) in by_turns(served, stream):
-        text += piece
+    prompt = encode_dialogue(tokenizer, [*first, *read], date)
+    (seed,) = sampling.seeds(1, first=len(dialogue) // 2)  # each answer has another
+    rows = [row(served, prompt, sampling, seed, served.opened.interventions(steering))]
+    for (text,) in growing(served, rows):
         yield Answer([*dialogue, question, Message("assistant", text)], n_forgotten)
 
 
@@ -199,7 +208,7 @@ def look_at(served: Served, text: str) -> Look:
     ids = encode_text(opened.tokenizer, text)
     check_context(opened.model, len(ids), 0)
     with served.lock:
-        rows = [latents for _, latents in strongest_latents(opened, ids, opened.need_sae().k)]
+        rows = [latents for _, latents in strongest_latents(opened, ids)]
         ahead = outlook(opened.model, ids, opened.need_sae())
     skipped = int(ids[0] == opened.tokenizer.bos_id)  # no SAE here was trained on begin-of-text
     if ahead is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,12 +21,13 @@ from llama_3.checkpoint import TINY_LLAMA_DIR, model_name, preferred_files
 from llama_3.generation import generate
 from llama_3.model import Intervention, Transformer, check_site
 from llama_3.tokenizer import Tokenizer
+from microscope import control
 from pipeline.errors import InputError
 from pipeline.files import PROJECT_DIR
-from pipeline.sae_files import SaeFiles
-from sae import TopKSparseAutoencoder, load_sae_model
+from pipeline.sae_files import SaeFiles, without_ending
+from sae import SparseAutoencoder, load_sae_model
 from serving.modes import UNMEASURED, Defaults, steering_defaults
-from serving.steering import Steering, known_highest, make_steering
+from serving.steering import Steering, check_scales, known_highest, make_steering, one_for_each
 
 REFERENCE_SAES = {  # models with an SAE in this repository; the first that is here opens when none is named
     str(PROJECT_DIR / SMOLLM2.model_dir): str(PROJECT_DIR / SMOLLM2_DIR / "sae.pth"),
@@ -116,7 +117,30 @@ class Sampling:
         return [(self.seed * 1_000_003 + first + i) % 2**64 for i in range(n)]  # as many as torch has
 
 
-Job = TypeVar("Job", ModelChoice, Sampling)
+@dataclass(frozen=True)
+class VectorChoice:
+    """Control vectors to steer with. The fields are options of the terminal and the page, like `ModelChoice`'s.
+
+    Raises InputError where they do not fit together.
+    """
+
+    control_vectors: Sequence[str] = ()
+    vector_scales: Sequence[float] = (1.0,)
+    vector_shift: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.scales) < len(self.control_vectors):
+            raise InputError("Two files of --control_vectors have one name; rename one, since names tell them apart.")
+
+    @cached_property
+    def scales(self) -> dict[str, float]:
+        """Name -> scale; a vector is called as its file without .gguf."""
+        names = [without_ending(Path(path).name, ".gguf") for path in self.control_vectors]
+        scales = one_for_each(names, self.vector_scales, "--control_vectors", "--vector_scales")
+        return dict(zip(names, scales, strict=True))
+
+
+Job = TypeVar("Job", ModelChoice, Sampling, VectorChoice)
 
 
 def taken_from(options: Mapping[str, Any], job: type[Job]) -> Job:
@@ -127,6 +151,18 @@ def taken_from(options: Mapping[str, Any], job: type[Job]) -> Job:
 # ---- what is opened
 
 
+class OpenedVector(NamedTuple):
+    """A control vector: what is added, times a scale, to the residual stream after some layers."""
+
+    by_layer: Mapping[int, Tensor]  # layer -> (d_model,)
+    scale: float  # unless a user says otherwise
+
+    @property
+    def where(self) -> str:
+        layers = sorted(self.by_layer)
+        return f"after layer {layers[0]}" if len(layers) == 1 else f"after layers {layers[0]} to {layers[-1]}"
+
+
 @dataclass(frozen=True)
 class SteeredModel:
     """A model with its tokenizer and, if there is one, its SAE. Requests may share it: it is read-only."""
@@ -135,10 +171,11 @@ class SteeredModel:
     model: Transformer
     tokenizer: Tokenizer
     date: str | None  # of a chat; None: without the date header
-    sae: TopKSparseAutoencoder | None = None
+    sae: SparseAutoencoder | None = None
     sae_path: str = ""  # empty without an SAE
+    control_vectors: Mapping[str, OpenedVector] = dataclasses.field(default_factory=dict)  # by name
 
-    def need_sae(self) -> TopKSparseAutoencoder:
+    def need_sae(self) -> SparseAutoencoder:
         if self.sae is None:
             raise InputError("Latents need an SAE of this model; name it with --sae_model_path.")
         return self.sae
@@ -162,14 +199,20 @@ class SteeredModel:
             print(line, file=sys.stderr)
         return meanings
 
-    def intervention(self, steering: Steering) -> Intervention | None:
-        """`steering` for `generate`; None if nothing is steered. Raises InputError for impossible steering."""
-        if not steering.strengths:
-            return None
-        return make_steering(self.need_sae(), steering, self.highest, self.tokenizer.bos_id)
+    def interventions(self, steering: Steering) -> list[Intervention]:
+        """`steering` for `generate`; none where nothing is steered. Raises InputError for impossible steering."""
+        check_scales(steering.control_vectors, self.control_vectors)
+        found = [
+            each
+            for name, scale in steering.control_vectors.items()
+            for each in control.interventions(self.control_vectors[name].by_layer, scale)
+        ]
+        if steering.strengths:
+            found.append(make_steering(self.need_sae(), steering, self.highest, self.tokenizer.bos_id))
+        return found
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, first: int, steering: Intervention | None
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, first: int, steering: Sequence[Intervention]
     ) -> Iterator[list[int | None]]:
         """`llama_3.generation.generate` for prompts from number `first` on, until the model's own stop tokens."""
         options = sampling.options(len(prompts), first)
@@ -201,6 +244,15 @@ def open_model(choice: ModelChoice, needs_sae: bool = False) -> SteeredModel:
     return SteeredModel(choice, model, tokenizer, date, sae, sae_path)
 
 
+def with_control_vectors(opened: SteeredModel, choice: VectorChoice) -> SteeredModel:
+    """A copy that can also be steered by control vectors. Raises InputError for a broken file or another model's."""
+    vectors = {
+        name: OpenedVector(control.read_gguf_vectors(path, opened.model, choice.vector_shift), scale)
+        for path, (name, scale) in zip(choice.control_vectors, choice.scales.items(), strict=True)
+    }
+    return dataclasses.replace(opened, control_vectors=vectors)
+
+
 def pick_device(name: str) -> str:
     """auto: a GPU if there is one. Raises InputError for a device that cannot be used."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
@@ -219,7 +271,7 @@ def pick_dtype(name: str, device: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def open_sae(path: str, device: str, choice: ModelChoice) -> TopKSparseAutoencoder:
+def open_sae(path: str, device: str, choice: ModelChoice) -> SparseAutoencoder:
     """The SAE. Raises InputError if its site is unknown."""
     sae = load_sae_model(path, device, **choice.about_sae())
     if "site" not in sae.info:
@@ -227,21 +279,22 @@ def open_sae(path: str, device: str, choice: ModelChoice) -> TopKSparseAutoencod
     return sae
 
 
-def sae_of(path: str, model: Transformer, model_dir: str, device: str) -> TopKSparseAutoencoder:
+def sae_of(path: str, model: Transformer, model_dir: str, device: str) -> SparseAutoencoder:
     """An SAE that names its site. Raises InputError for one that does not, or is of another model."""
     sae = open_sae(path, device, ModelChoice())
     check_fits(sae, path, model, model_dir)
     return sae
 
 
-def check_fits(sae: TopKSparseAutoencoder, sae_path: str, model: Transformer, model_dir: str) -> None:
+def check_fits(sae: SparseAutoencoder, sae_path: str, model: Transformer, model_dir: str) -> None:
     """Raise InputError unless the model has the SAE's width and site."""
     if sae.d_model != model.args.dim:
         raise InputError(
             f"{sae_path} has d_model {sae.d_model}, but {model_dir} has {model.args.dim}; name an SAE of this model."
         )
     try:
-        check_site(sae.info["site"], model.args.n_layers)
+        for site in (sae.site, sae.output_site):
+            check_site(site, model.args.n_layers)
     except ValueError as error:
         raise InputError(f"{sae_path} does not belong to {model_dir}: {error}") from None
 
@@ -260,8 +313,13 @@ def latent_meanings(sae_path: str, n_latents: int | None = None, unusable: list[
     return {latent: meaning.text for latent, meaning in best_meanings(sae_path, n_latents, unusable).items()}
 
 
-def strongest_latents(opened: SteeredModel, ids: Sequence[int], n: int) -> list[tuple[str, list[tuple[int, float]]]]:
-    """Each token's text and its n strongest latents with their activations, normalised space; none on begin-of-text."""
+def strongest_latents(
+    opened: SteeredModel, ids: Sequence[int], n: int | None = None
+) -> list[tuple[str, list[tuple[int, float]]]]:
+    """Each token's text and its n strongest latents with their activations, normalised space; none on begin-of-text.
+
+    n: None for all that fire.
+    """
     sae = opened.need_sae()
     with torch.inference_mode():
         acts = opened.model.activations(torch.tensor([ids], device=opened.model.device), sae.info["site"])[0]

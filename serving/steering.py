@@ -1,6 +1,6 @@
 """Steer a model by latents of its sparse autoencoder: five modes, each an intervention at the SAE's site.
 
-With z the normalised activation, v_i the value of latent i where TopK keeps it (else 0), d_i its direction, s_i its
+With z the normalised activation, v_i the value of latent i where the gate keeps it (else 0), d_i its direction, s_i its
 strength and m_i its highest observed activation, each mode changes the reconstruction z_hat = sum v_i d_i + b_pre by
 
     h_bias  to what encoding gives with s_i m_i added to the latent's pre-activation (the published way)
@@ -9,15 +9,20 @@ strength and m_i its highest observed activation, each mode changes the reconstr
     scale   (s_i - 1) v_i d_i
     ablate  -v_i d_i
 
-times the activation's std. With `keep_error` the change is added to the activation itself, so what the SAE does not
+times the activation's std (of an SAE without a normalisation by activation: a constant, `SparseAutoencoder.normalize`).
+With `keep_error` the change is added to the activation itself, so what the SAE does not
 reconstruct stays; without, the changed reconstruction replaces the activation. benchmarks/steering.py compares them.
-Clamping follows Templeton et al. 2024, "Scaling Monosemanticity", under "Influence on Behavior".
+Clamping follows Templeton et al. 2024, "Scaling Monosemanticity", under "Influence on Behavior". A transcoder steers
+at its target site, where its directions are; its latents' values are known only at its input, so it can only `add`.
+
+Control vectors from files need no SAE: each is added to the residual stream of every token, begin-of-text included,
+times its scale, as llama.cpp does (microscope/control.py).
 """
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +31,7 @@ from latents import tables
 from llama_3.model import Intervention
 from pipeline.errors import InputError
 from pipeline.sae_files import SaeFiles
-from sae import TopKSparseAutoencoder
+from sae import SparseAutoencoder
 from serving.modes import DEFAULT_MODE, MODES, Mode
 
 S = TypeVar("S", float, float | None)
@@ -35,38 +40,44 @@ _MOST = 1_000_000  # of a strength; the model's sums of squares overflow long af
 
 
 class Steering(NamedTuple):
-    """What a user asks for; without strengths nothing is steered."""
+    """What a user asks for; without strengths and control vectors nothing is steered."""
 
     strengths: Mapping[int, float] = {}  # latent -> strength, in multiples of its highest activation
     mode: Mode = DEFAULT_MODE
     keep_error: bool = True
+    control_vectors: Mapping[str, float] = {}  # name -> scale
+
+    @property
+    def steers(self) -> bool:
+        return bool(self.strengths or self.control_vectors)
 
 
 def make_steering(
-    sae: TopKSparseAutoencoder, steering: Steering, highest: Tensor | None, bos_id: int | None
+    sae: SparseAutoencoder, steering: Steering, highest: Tensor | None, bos_id: int | None
 ) -> Intervention:
-    """For `generate(steering=...)` and `model.intervene(*...)`: `steering_function` at the SAE's site.
+    """For `generate(steering=...)` and `model.intervene(*...)`: `steering_function` at the SAE's output site.
 
     bos_id: begin-of-text keeps its activations, since no SAE here was trained on it; None if the model has none.
     """
     function = steering_function(sae, steering.strengths, highest, steering.mode, steering.keep_error)
-    return Intervention(sae.info["site"], function, () if bos_id is None else (bos_id,))
+    return Intervention(sae.output_site, function, () if bos_id is None else (bos_id,))
 
 
 def steering_function(
-    sae: TopKSparseAutoencoder,
+    sae: SparseAutoencoder,
     strengths: Mapping[int, float],
     highest: Tensor | None,
     mode: Mode = DEFAULT_MODE,
     keep_error: bool = True,
 ) -> Callable[[Tensor], Tensor]:
-    """Raw x (..., d_model) at the SAE's site -> the same shape and dtype, steered.
+    """Raw x (..., d_model) at the SAE's output site -> the same shape and dtype, steered.
 
     strengths: latent -> strength, in multiples of `highest`; in mode scale the factor itself.
     highest: (n_latents,), each latent's highest observed activation, normalised space (`highest_activations`); None
     if unknown: strengths are then plain activations.
     With keep_error, strength 0 (h_bias, add) and factor 1 (scale) return x bit for bit. The function holds all its
-    state and changes none: requests share only the SAE. Raises InputError as `check_latents` does.
+    state and changes none: requests share only the SAE. Raises InputError as `check_latents` does, and for a transcoder
+    that is to do more than `add`.
     """
     if highest is None:
         highest = torch.ones(sae.n_latents)
@@ -75,6 +86,11 @@ def steering_function(
         raise InputError(
             f"There are {len(highest)} highest activations for {sae.n_latents} latents; "
             "run capture_top_activating_sentences.py with this SAE."
+        )
+    if sae.kind.target_site is not None and not (mode == "add" and keep_error):
+        raise InputError(
+            f"A transcoder's latents cannot be changed where it writes ({sae.kind.target_site}), only added to it; "
+            "choose mode add and keep the error."
         )
     device = sae.b_pre.device
     latents = torch.tensor(list(strengths), dtype=torch.long, device=device)
@@ -95,6 +111,8 @@ def steering_function(
         return (changed[mode] - kept).to(directions.dtype) @ directions
 
     def steer(x: Tensor) -> Tensor:
+        if sae.kind.target_site is not None:
+            return (x + change(x) / sae.kind.target_scale).to(x.dtype)
         z, mean, std = sae.normalize(x)
         if keep_error:
             return (x + change(z) * std).to(x.dtype)
@@ -116,6 +134,18 @@ def check_latents(strengths: Mapping[int, float], highest: Tensor, mode: str = D
         if not isinstance(strength, (int, float)) or not abs(strength) <= _MOST:  # nan is not either
             raise InputError(
                 f"Latent {latent} cannot have strength {strength}; give a number from {-_MOST:,} to {_MOST:,}."
+            )
+
+
+def check_scales(scales: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Raise InputError for a control vector that was not opened, or a scale that is no usable number."""
+    for name, scale in scales.items():
+        if name not in known:
+            there = f"open are {', '.join(known)}" if known else "none is open; name its file with --control_vectors"
+            raise InputError(f"There is no control vector {name!r}; {there}.")
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= _MOST:
+            raise InputError(
+                f"The control vector {name} cannot have scale {scale}; give a number from {-_MOST:,} to {_MOST:,}."
             )
 
 
@@ -141,12 +171,17 @@ def strength_of_each(latents: Sequence[int], strengths: Sequence[S]) -> dict[int
 
     Raises InputError if they do not fit together.
     """
-    if len(strengths) == 1:
-        strengths = [*strengths] * len(latents)
-    if len(strengths) != len(latents):
-        raise InputError(
-            f"--latents names {len(latents)}, --strengths {len(strengths)}; give one for each or one for all."
-        )
     if len(set(latents)) < len(latents):
         raise InputError("--latents names a latent twice; name it once, with one strength.")
-    return dict(zip(latents, strengths, strict=True))
+    return dict(zip(latents, one_for_each(latents, strengths, "--latents", "--strengths"), strict=True))
+
+
+def one_for_each(things: Sequence[Any], values: Sequence[S], their_option: str, option: str) -> list[S]:
+    """As many values as things; a single one is for all. Raises InputError for another number of them."""
+    if len(values) == 1:
+        return [*values] * len(things)
+    if len(values) != len(things):
+        raise InputError(
+            f"{their_option} names {len(things)}, {option} {len(values)}; give one for each or one for all."
+        )
+    return list(values)

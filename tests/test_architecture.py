@@ -12,7 +12,7 @@ from conftest import PROJECT_DIR
 
 # Each imports only from itself and those before it.
 ORDER = ["pipeline.errors", "llama_3", "pipeline", "sae", "autoencoder", "embedded", "latents", "microscope"]
-ORDER += ["claude", "serving"]
+ORDER += ["claude", "serving", "formats"]
 ROOMS = [name for name in ORDER if (PROJECT_DIR / name).is_dir()]
 SCRIPTS = sorted(path.stem for path in PROJECT_DIR.glob("*.py") if path.stem != "sae")
 # A benchmark times a stage's own method from inside; it imports that stage in the function that does so.
@@ -151,7 +151,7 @@ def test_what_is_text_has_its_encoding_named(path):
     assert [node.lineno for node in calls if reads_text_in_the_locales_encoding(node)] == []
 
 
-@pytest.mark.parametrize("script", sorted(set(SCRIPTS) - {"llama_3_inference_gradio"}))
+@pytest.mark.parametrize("script", sorted(set(SCRIPTS) - {"llama_3_inference_gradio", "llama_3_inference_server"}))
 def test_scripts_ask_whether_they_can_write_before_they_work(script):
     tree = ast.parse((PROJECT_DIR / f"{script}.py").read_text(encoding="utf-8"))
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}

@@ -1,16 +1,24 @@
-"""Control vectors: the direction against one planted in made-up activations, files against llama.cpp's rules, latents.
+"""Control vectors: the direction against one planted in made-up activations, files against llama.cpp's rules, latents,
+and steering with them in the terminal, against the addition written out here.
 
 .venv/bin/python -m pytest tests/test_control_vectors.py
 """
 
+import json
+
 import gguf
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY_PARAMS
+from support.gguf_files import write_vector
+from support.pipeline_runs import call, refusal
 
 import control_vectors as script
+import llama_3_inference as terminal
 from llama_3 import load_model, load_tokenizer
+from llama_3.generation import complete, encode_text
 from microscope.control import (
     control_vector,
     last_activations,
@@ -22,7 +30,9 @@ from microscope.control import (
     write_gguf,
 )
 from pipeline.errors import InputError
-from sae import TopKSparseAutoencoder
+from sae import SparseAutoencoder
+from serving.steered_model import ModelChoice, Sampling, VectorChoice, open_model, with_control_vectors
+from serving.steering import Steering
 
 DIM = TINY_PARAMS["dim"]
 
@@ -93,7 +103,7 @@ def test_a_file_as_llama_cpp_reads_it_and_back(model, tmp_path):
 
 def test_the_latents_of_a_vector():
     torch.manual_seed(1)
-    sae = TopKSparseAutoencoder(DIM, 60, 4)
+    sae = SparseAutoencoder(DIM, 60, 4)
     sae.initialize(torch.zeros(DIM))
     directions = F.normalize(sae.decoder.weight.detach(), dim=0)
     vector = 3 * directions[:, 7] - 2 * directions[:, 31] + 5.0  # a constant, which normalisation takes off
@@ -181,3 +191,122 @@ def test_a_template_and_sets_from_the_command_line(tiny_model_dir, tmp_path, mon
         with pytest.raises(InputError) as refused:
             run(*wrong)
         assert sentence in str(refused.value)
+
+
+# ---- steering with files
+
+
+@pytest.fixture
+def two_vectors(tmp_path):
+    """Two files of unit vectors, as both tools write them: in every layer, and in one."""
+    generator = np.random.default_rng(0)
+    unit = lambda: (v := generator.standard_normal(DIM).astype(np.float32)) / np.linalg.norm(v)
+    sea = {1: unit(), 2: unit()}
+    war = {2: unit()}
+    named = lambda vectors: {f"direction.{layer}": vector for layer, vector in vectors.items()}
+    return {
+        str(write_vector(tmp_path / "sea.gguf", named(sea))): sea,
+        str(write_vector(tmp_path / "war.v2.GGUF", named(war))): war,
+    }
+
+
+@pytest.fixture
+def opened(tiny_model_dir):
+    return open_model(ModelChoice(llama_model_dir=str(tiny_model_dir), dtype="float32", device="cpu"))
+
+
+def residuals(model, ids: torch.Tensor) -> list[torch.Tensor]:
+    found = model.activations(ids, [f"layers.{i}.resid_post" for i in range(3)])
+    return [found[f"layers.{i}.resid_post"] for i in range(3)]
+
+
+def test_vectors_are_added_after_their_layers_at_every_token(opened, two_vectors, tiny_model_dir):
+    steered_model = with_control_vectors(opened, VectorChoice(list(two_vectors), [3.0, -2.0]))
+    assert [(name, each.scale) for name, each in steered_model.control_vectors.items()] == [
+        ("sea", 3.0), ("war.v2", -2.0),
+    ]  # fmt: skip
+    assert [each.where for each in steered_model.control_vectors.values()] == ["after layers 1 to 2", "after layer 2"]
+    sea, war = two_vectors.values()
+    found = steered_model.interventions(Steering(control_vectors={"sea": 5.0, "war.v2": -4.0}))
+    ids = torch.tensor([encode_text(opened.tokenizer, "hello the")])
+    model, clean = opened.model, residuals(opened.model, ids)
+    with model.intervene(*found[0]), model.intervene(*found[1]), model.intervene(*found[2]):
+        got = residuals(model, ids)
+    assert torch.equal(got[0], clean[0])
+    torch.testing.assert_close(got[1], clean[1] + 5 * torch.from_numpy(sea[1]))
+    with model.intervene("layers.2.resid_pre", lambda x: x + 5 * torch.from_numpy(sea[1])):
+        expected = model.activations(ids, "layers.2.resid_post")
+    expected = expected + 5 * torch.from_numpy(sea[2]) - 4 * torch.from_numpy(war[2])
+    torch.testing.assert_close(got[2], expected)
+    assert not torch.equal(got[2][0, 0], clean[2][0, 0])  # begin-of-text too, as in llama.cpp
+    options = {"max_new_tokens": 8, "temperature": 0.0}
+    by_hand = complete(model, opened.tokenizer, ["hello the", "in"], steering=found, **options)
+    rows = opened.generate(
+        [encode_text(opened.tokenizer, t) for t in ("hello the", "in")], Sampling(8, 0, 1, 0), 0, found
+    )
+    tokens = [[step[i] for step in rows if step[i] is not None] for rows in [list(rows)] for i in range(2)]
+    texts = zip(("hello the", "in"), tokens, strict=True)
+    assert [opened.text_after(encode_text(opened.tokenizer, t), row) for t, row in texts] == by_hand
+    assert by_hand != complete(model, opened.tokenizer, ["hello the", "in"], **options)
+
+
+def test_the_shift_of_cvector_generator(model, two_vectors):
+    path, sea = next(iter(two_vectors.items()))
+    assert list(read_gguf_vectors(path, model)) == [1, 2]
+    shifted = read_gguf_vectors(path, model, shift=1)
+    assert list(shifted) == [0, 1] and torch.equal(shifted[0], torch.from_numpy(sea[1]))
+
+
+def test_vectors_that_cannot_be_used(model, opened, two_vectors, tmp_path):
+    vector = np.ones(DIM, np.float32)
+    bad = {
+        "no direction.N": {},
+        "direction.1 as F16": {"direction.1": vector.astype(np.float16)},
+        "holds blk.0.attn_q.weight, not only": {"blk.0.attn_q.weight": vector},
+        "holds direction.1, not only direction.N": {"direction.1": np.ones((2, DIM), np.float32)},
+        "NaN or infinite numbers in direction.2": {"direction.1": vector, "direction.2": vector * np.nan},
+        "has direction.0 of 36 numbers, but this model has layers 1 to 2": {"direction.0": vector},
+        "has direction.1 of 35 numbers": {"direction.1": vector[1:]},
+    }
+    for sentence, tensors in bad.items():
+        with pytest.raises(InputError, match=sentence):
+            read_gguf_vectors(write_vector(tmp_path / "bad.gguf", tensors), model)
+    with pytest.raises(InputError, match=r"none is open; name its file with --control_vectors"):
+        opened.interventions(Steering(control_vectors={"sea": 1.0}))
+    known = with_control_vectors(opened, VectorChoice(list(two_vectors)))
+    for name, scale, sentence in (
+        ("see", 1.0, r"no control vector 'see'; open are sea, war.v2"),
+        ("sea", float("nan"), "sea cannot have scale nan"),
+        ("sea", None, "sea cannot have scale None"),
+        ("sea", 1e30, "give a number from -1,000,000 to 1,000,000"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            known.interventions(Steering(control_vectors={name: scale}))  # type: ignore[dict-item]
+    (tmp_path / "more").mkdir()
+    with pytest.raises(InputError, match="have one name; rename one"):
+        VectorChoice([*two_vectors, str(tmp_path / "more" / "sea.gguf")])
+    with pytest.raises(InputError, match="--control_vectors names 2, --vector_scales 3"):
+        VectorChoice(list(two_vectors), [1, 2, 3])
+
+
+def test_in_the_terminal(opened, two_vectors, tiny_model_dir, tmp_path, capsys):
+    options = {"llama_model_dir": tiny_model_dir, "device": "cpu", "max_new_tokens": 6, "temperature": 0}
+    vectors = {"control_vectors": list(two_vectors), "vector_scales": [9, -4]}
+    steering = with_control_vectors(opened, VectorChoice(list(two_vectors)))
+    expected = complete(
+        opened.model, opened.tokenizer, ["hello"], max_new_tokens=6,
+        steering=steering.interventions(Steering(control_vectors={"sea": 9, "war.v2": -4})),
+    )  # fmt: skip
+    call(terminal, prompts=["hello"], **options, **vectors)
+    said = capsys.readouterr()
+    assert f"steered  {expected[0]!r}" in said.out
+    assert "Steered by the control vector sea, added after layers 1 to 2: scale 9." in said.err
+    (tmp_path / "in.txt").write_text("hello\n")
+    files = {"input_path": tmp_path / "in.txt", "output_path": tmp_path / "out.jsonl"}
+    call(terminal, **options, **vectors, **files)
+    (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert row["completion"] == expected[0]
+    assert row["steering"] == {"control_vectors": {"sea": 9.0, "war.v2": -4.0}}
+    assert "--control_vectors names 2, --vector_scales 3" in refusal(
+        capsys, terminal, **options, **vectors | {"vector_scales": [1, 2, 3]}
+    )

@@ -28,7 +28,7 @@ from llama_3 import load_model, load_tokenizer
 from llama_3.checkpoint import checkpoint_identity
 from pipeline.errors import InputError
 from pipeline.source import Source
-from sae import TopKSparseAutoencoder, save_sae
+from sae import SparseAutoencoder, save_sae
 
 D_MODEL, N_LATENTS, K = TINY_PARAMS["dim"], 90, 5
 BOS_ID = 276
@@ -39,8 +39,8 @@ def model(tiny_model_dir):
     return load_model(tiny_model_dir)
 
 
-def make_sae(seed: int = 1, k: int = K) -> TopKSparseAutoencoder:
-    sae = TopKSparseAutoencoder(D_MODEL, N_LATENTS, k)
+def make_sae(seed: int = 1, k: int = K) -> SparseAutoencoder:
+    sae = SparseAutoencoder(D_MODEL, N_LATENTS, k)
     generator = torch.Generator().manual_seed(seed)
     sae.initialize(0.1 * torch.randn(D_MODEL, generator=generator), generator)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def naive(model, sae, sentences, bos_id=None) -> dict:
     raw = [activations(model, starts + ids)[len(starts) :] for ids in sentences]
     losses = {kind: [] for kind in ("clean", "spliced", "zeroed", "mean")}
     kl = {kind: [] for kind in losses}
-    z, z_hat, active, places = [], [], [], []
+    z, z_hat, active, places, x_hat = [], [], [], [], []
     for number, ids in enumerate(sentences):
         mean = torch.cat([x for other, x in enumerate(raw) if other != number]).mean(0).float()
         tokens = starts + ids
@@ -119,11 +119,13 @@ def naive(model, sae, sentences, bos_id=None) -> dict:
             latents[kept] = pre_acts[kept].relu()
             active.append(latents > 0)
             z_hat.append(sae.decoder.weight.double() @ latents + sae.b_pre.double())
+            x_hat.append(z_hat[-1] * x.std() + x.mean())
     z, z_hat, active = torch.stack(z), torch.stack(z_hat), torch.stack(active)
-    mse = (z - z_hat).square().mean(1).tolist()
+    mse, x = (z - z_hat).square().mean(1).tolist(), torch.cat(raw)
     loss = {kind: statistics.fmean(values) for kind, values in losses.items()}
     return {
         "fvu": float((z - z_hat).square().sum() / (z - z.mean(0)).square().sum()),
+        "fvu_raw": float((x - torch.stack(x_hat)).square().sum() / (x - x.mean(0)).square().sum()),
         "mse_normalized": statistics.fmean(mse),
         "cosine": statistics.fmean(float(a @ b / (a.norm() * b.norm())) for a, b in zip(z, z_hat, strict=True)),
         "l0": float(active.sum(1).double().mean()),
@@ -248,7 +250,7 @@ def test_a_perfect_reconstruction_costs_nothing(model, sentences, bos_id):
 
 
 def test_a_perfect_sae_costs_nothing(model, sentences):
-    sae = TopKSparseAutoencoder(D_MODEL, 2 * D_MODEL, 2 * D_MODEL, normalize_eps=1e-12)  # relu(z) - relu(-z) = z
+    sae = SparseAutoencoder(D_MODEL, 2 * D_MODEL, 2 * D_MODEL, normalize_eps=1e-12)  # relu(z) - relu(-z) = z
     directions = torch.cat([torch.eye(D_MODEL), -torch.eye(D_MODEL)])
     state = {"b_pre": torch.zeros(D_MODEL), "encoder.bias": torch.zeros(2 * D_MODEL)}
     sae.load_state_dict(state | {"encoder.weight": directions, "decoder.weight": directions.T})
@@ -472,7 +474,7 @@ def test_script_refuses_what_does_not_fit_before_the_model_is_loaded(
     assert "held-out" in of_other(first_validation_sentence=70)
     assert "held out (first_validation_sentence" in of_other(first_validation_sentence=None)
     assert "layers" in of_other(site="layers.9.attention_norm") and str(other) in of_other(site="nothing")
-    small = TopKSparseAutoencoder(12, 24, 5)
+    small = SparseAutoencoder(12, 24, 5)
     small.initialize(torch.zeros(12))
     said = of_other(small)
     assert "d_model 12" in said and str(D_MODEL) in said

@@ -25,7 +25,7 @@ from llama_3.generation import complete, generate, sample, stream_chat, stream_t
 from llama_3.model import Intervention
 from pipeline.errors import InputError
 from pipeline.files import write_json
-from sae import TopKSparseAutoencoder, save_sae
+from sae import SparseAutoencoder, save_sae
 from serving import steered_model
 from serving.modes import UNMEASURED
 from serving.steered_model import ModelChoice, open_model
@@ -54,7 +54,7 @@ def tokenizer(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def sae():
-    sae = TopKSparseAutoencoder(TINY_PARAMS["dim"], N_LATENTS, K)
+    sae = SparseAutoencoder(TINY_PARAMS["dim"], N_LATENTS, K)
     sae.initialize(torch.zeros(TINY_PARAMS["dim"]), torch.Generator().manual_seed(5))
     return sae.requires_grad_(False)
 
@@ -371,7 +371,7 @@ def test_script_prints_clean_and_steered(tiny_model_dir, sae_path, model, tokeni
     assert "steered" not in clean and all(f"{prompt!r}\n  clean " in clean for prompt in prompts)
     call(inference, **options, sae_model_path=sae_path, **flags)
     both = capsys.readouterr().out
-    sae = TopKSparseAutoencoder(TINY_PARAMS["dim"], N_LATENTS, K)
+    sae = SparseAutoencoder(TINY_PARAMS["dim"], N_LATENTS, K)
     sae.load_state_dict(torch.load(sae_path, weights_only=True))
     sae.info = {"site": SITE}
     steering = make_steering(sae, Steering(strengths, *how), torch.full((N_LATENTS,), HIGHEST), tokenizer.bos_id)
@@ -491,7 +491,7 @@ def test_refuses_a_latent_without_an_sae(tiny_model_dir, capsys):
 
 
 def test_refuses_an_sae_of_another_width(tiny_model_dir, tmp_path, capsys):
-    sae = TopKSparseAutoencoder(d_model=12, n_latents=24, k=5)
+    sae = SparseAutoencoder(d_model=12, n_latents=24, k=5)
     sae.initialize(torch.zeros(12))
     save_sae(sae, tmp_path / "sae.pth", {"site": SITE, "begin_of_text": False})
     options = {"llama_model_dir": tiny_model_dir, "sae_model_path": tmp_path / "sae.pth", "max_new_tokens": 1}

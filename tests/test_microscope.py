@@ -30,7 +30,7 @@ from microscope.patching import Contrast, attribution_patch, normalised, patch_h
 from microscope.prompts import Prompt
 from microscope.tensors import all_sites, load_tensors, patches_from, save_tensors, tensors
 from pipeline.errors import InputError
-from sae import TopKSparseAutoencoder
+from sae import SparseAutoencoder
 from serving.steered_model import fetched_reference
 
 SHAPE = SHAPES["3.2-3B"]
@@ -228,7 +228,7 @@ def test_attribution_sums_to_the_logit_difference(hf, model):
 @pytest.mark.parametrize("site", ["layers.1.resid_post", "layers.1.resid_pre"])
 def test_attribution_to_latents_sums_too(model, site):
     torch.manual_seed(0)
-    sae = TopKSparseAutoencoder(SHAPE["dim"], 80, 5)
+    sae = SparseAutoencoder(SHAPE["dim"], 80, 5)
     sae.initialize(torch.randn(SHAPE["dim"]) * 0.1)
     sae.info["site"] = site
     parts, difference = attribution(model, CLEAN, ANSWER, None, sae)
@@ -288,7 +288,7 @@ def test_sweeps_that_share_a_prefix_equal_whole_runs(model):
 def test_what_latents_add_to_the_next_token_is_their_part_of_its_logit(model, kind):
     torch.manual_seed(0)
     site = f"layers.2.{kind}"
-    sae = TopKSparseAutoencoder(SHAPE["dim"], 80, 5)
+    sae = SparseAutoencoder(SHAPE["dim"], 80, 5)
     sae.initialize(torch.randn(SHAPE["dim"]) * 0.1)
     sae.info["site"] = site
     ahead = outlook(model, CLEAN.ids, sae)
@@ -349,7 +349,7 @@ def test_the_same_numbers_as_transformer_lens():
     command = [PEERS, "benchmarks/microscope.py", "--rounds", "1", "--prompt_tokens", "6", "--model_dirs", *folders]
     done = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| patching, resid_pre |") == len(folders)
+    assert done.stdout.count("| patching, resid_pre, logit difference | ") == 2 * len(folders)  # differences, times
 
 
 # ---- commands

@@ -21,9 +21,11 @@ import uuid
 from pathlib import Path
 from urllib.request import proxy_bypass
 
+import numpy as np
 import pytest
 import torch
 from conftest import PROJECT_DIR, write_tiny_model
+from support.gguf_files import write_vector
 from support.pipeline_runs import as_flags, refusal
 
 import llama_3_inference_gradio as page_script
@@ -41,12 +43,13 @@ from microscope.attribution import attribution
 from microscope.lens import logit_lens
 from microscope.patching import contrast_of, patch_map
 from microscope.prompts import Prompt, continuation, read_prompt
-from sae import TopKSparseAutoencoder, load_sae_model, save_sae
+from pipeline.errors import InputError
+from sae import SparseAutoencoder, load_sae_model, save_sae
 from serving.local_requests import past_proxies
 from serving.modes import steering_defaults
 from serving.page_html import strongest_html
-from serving.requests import Limits, at_token, look_at
-from serving.steered_model import ModelChoice, fetched_reference, taken_from
+from serving.requests import Limits, at_token, completions, look_at
+from serving.steered_model import ModelChoice, Sampling, VectorChoice, fetched_reference, taken_from
 from serving.steering import Steering, highest_activations, make_steering
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -503,11 +506,13 @@ def test_look_inside_says_what_latents_add_to_the_next_token(tmp_path):
     is a sum of, so another stands beside it."""
     path = str(tmp_path / "sae.pth")
     torch.manual_seed(0)
-    sae = TopKSparseAutoencoder(256, 300, 8)
+    sae = SparseAutoencoder(256, 300, 8)
     sae.initialize(torch.randn(256) * 0.1)
     info = {"site": "layers.5.resid_post", "rope_scaling_factor": 1.0}
     save_sae(sae, path, info)
-    served = page_script.open_served(ModelChoice(TINY_LLAMA_DIR, sae_model_path=path), Limits(8, 4000, 256))
+    served = page_script.open_served(
+        ModelChoice(TINY_LLAMA_DIR, sae_model_path=path), Limits(8, 4000, 256), VectorChoice()
+    )
     opened = served.opened
     text = "Open the file and read"
     look = look_at(served, text)
@@ -764,7 +769,7 @@ def test_sae_without_a_json(capsys, tmp_path):
         options = {"llama_model_dir": TINY_LLAMA_DIR, "sae_model_path": path, **told}
         patch.setattr(sys, "argv", ["page", *as_flags(options)])
         config = page_script.parse_constants(vars(page_script))
-    served = page_script.open_served(taken_from(vars(config), ModelChoice), Limits(8, 4000, 256))
+    served = page_script.open_served(taken_from(vars(config), ModelChoice), Limits(8, 4000, 256), VectorChoice())
     assert served.opened.sae.info["site"] == "layers.6.attention_norm"
     assert served.opened.sae.k == 32 and served.index.n_latents == 4096
     assert served.opened.highest is None  # no file beside it has the highest activations
@@ -773,3 +778,26 @@ def test_sae_without_a_json(capsys, tmp_path):
     shown = [part["props"].get("value") for part in config["components"] if part["type"] == "html"]
     assert any("Nothing steers yet" in str(value) for value in shown)
     assert any("latent-card" in str(value) and "no meaning" in str(value) for value in shown)
+
+
+def test_control_vectors_have_number_boxes(tiny_model_dir, tmp_path):
+    """Also where there is no SAE; what the boxes hold steers."""
+    vectors = {name: np.random.default_rng(i).standard_normal(36).astype(np.float32) for i, name in enumerate("ab")}
+    paths = [str(write_vector(tmp_path / f"{name}.gguf", {"direction.1": v})) for name, v in vectors.items()]
+    choice = ModelChoice(llama_model_dir=str(tiny_model_dir), dtype="float32", device="cpu")
+    served = page_script.open_served(choice, Limits(8, 4000, 256), VectorChoice(paths, [9, 0]))
+    config = page_script.build(served).get_config_file()
+    boxes = {part["props"].get("label"): part["props"] for part in config["components"] if part["type"] == "number"}
+    assert boxes["Control vector a"]["value"] == 9 and boxes["Control vector b"]["value"] == 0
+    with page_script.gr.Blocks():
+        controls = page_script.steering_controls(served, None)
+    assert controls.first.control_vectors == {"a": 9}
+    steering = controls.read(dict(zip(controls.inputs, [0, -4.5], strict=True)))
+    assert steering.control_vectors == {"b": -4.5}
+    sampling = Sampling(6, 0, 1, 0)
+    *_, texts = completions(served, ["hello"], controls.first, sampling)
+    with served.opened.model.intervene("layers.1.resid_post", lambda x: x + 9 * torch.from_numpy(vectors["a"])):
+        expected = generation.complete(served.opened.model, served.opened.tokenizer, ["hello"], max_new_tokens=6)
+    assert texts["steered"] == expected != texts["clean"]
+    with pytest.raises(InputError, match="cannot have scale None"):
+        list(completions(served, ["hello"], controls.read(dict.fromkeys(controls.inputs)), sampling))

@@ -18,7 +18,7 @@ from llama_3 import load_model, load_tokenizer
 from llama_3.checkpoint import checkpoint_identity
 from llama_3.model import SITES
 from pipeline.files import write_json
-from sae import TopKSparseAutoencoder, save_sae
+from sae import SparseAutoencoder, save_sae
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_logits_are_what_the_sublayer_adds(model, kind):
 def sae_path(tiny_model_dir, tmp_path):
     """Latent 0 writes the last norm's image of token 65, "A", into the residual stream; latent 3 is dead."""
     model = load_model(tiny_model_dir)
-    sae = TopKSparseAutoencoder(d_model=36, n_latents=50, k=6)
+    sae = SparseAutoencoder(d_model=36, n_latents=50, k=6)
     sae.initialize(torch.zeros(36), torch.Generator().manual_seed(3))
     with torch.no_grad():
         sae.decoder.weight[:, 0] = model.output.weight[65] / model.norm.weight

@@ -108,6 +108,17 @@ def write(sae_path, **options) -> Page:
     return Page(sae_path.with_suffix(".report.html"))
 
 
+def test_the_kind_is_said(sae_path, capsys):
+    assert "kindTopK" in write(sae_path).text
+    info = json.loads(sae_path.with_suffix(".json").read_text())
+    kind = {"gate": "jumprelu", "normalization": "none", "target_site": "layers.1.mlp_out", "skip": True}
+    write_json(sae_path.with_suffix(".json"), info | kind)
+    text = write(sae_path).text
+    assert "kindskip transcoder, JumpReLU" in text and "reconstructslayers.1.mlp_out" in text
+    write_json(sae_path.with_suffix(".json"), info | {"gate": "softmax"})
+    assert "gate = 'softmax' is none of topk" in refusal(capsys, sae_report, sae_model_path=sae_path)
+
+
 def test_one_file_with_every_section(sae_path, capsys):
     page = write(sae_path)
     for part in ("tiny", "layers.1.attention_norm", "12,345", f"{LIVING}", "Training", "training 0.018, held out 0.02"):

@@ -20,7 +20,7 @@ import sae_quality
 import sae_step
 from sae_step import Measured, Size
 
-from sae import TopKSparseAutoencoder
+from sae import SparseAutoencoder
 
 SIZE = Size(d_model=7, n_latents=20, k=3, batch_size=11)
 
@@ -85,7 +85,7 @@ def test_ways_learn(make):
     way = make(SIZE, "cpu")
 
     def error() -> float:
-        sae = TopKSparseAutoencoder(SIZE.d_model, SIZE.n_latents, SIZE.k)
+        sae = SparseAutoencoder(SIZE.d_model, SIZE.n_latents, SIZE.k)
         sae.load_state_dict(way.state())
         with torch.no_grad():
             return float((sae(x) - x).square().mean())
@@ -105,7 +105,7 @@ def test_a_peers_weights_as_ours_reconstruct_the_same(name):
     way = entry.make(Size(24, 64, 4, 64), "cpu", **entry.options)
     way.train(x for _ in range(5))
     state = way.state()
-    sae = TopKSparseAutoencoder(24, 64, 4)
+    sae = SparseAutoencoder(24, 64, 4)
     sae.load_state_dict(state)
     with torch.no_grad():
         found = sae.decode(*sae.encode_normalized(x))

@@ -23,7 +23,7 @@ from llama_3.checkpoint import TINY_LLAMA_DIR
 from llama_3.model import SITES, Resume
 from pipeline.errors import InputError
 from pipeline.files import write_json
-from sae import TopKSparseAutoencoder, load_sae_model, save_sae
+from sae import SparseAutoencoder, load_sae_model, save_sae
 from serving import dose_response
 from serving.dose_response import Opened, Setting, choose_concepts, climb, find_best, read_again, repeated_trigrams
 from serving.modes import UNMEASURED, steering_defaults
@@ -47,8 +47,8 @@ def model(tiny_model_dir):
     return load_model(tiny_model_dir)
 
 
-def random_sae(site: str) -> TopKSparseAutoencoder:
-    sae = TopKSparseAutoencoder(TINY_PARAMS["dim"], N_LATENTS, 6)
+def random_sae(site: str) -> SparseAutoencoder:
+    sae = SparseAutoencoder(TINY_PARAMS["dim"], N_LATENTS, 6)
     sae.initialize(torch.zeros(TINY_PARAMS["dim"]), torch.Generator().manual_seed(3))
     sae.info = {"site": site}
     return sae.requires_grad_(False)

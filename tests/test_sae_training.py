@@ -46,7 +46,7 @@ from autoencoder.step import Step, StepOptions
 from pipeline.activation_batches import Batches, Reader
 from pipeline.distributed import ALONE, Grid, World, make_grid
 from pipeline.files import locked, sha256
-from sae import TopKSparseAutoencoder, load_sae_model, save_sae
+from sae import SparseAutoencoder, load_sae_model, save_sae
 from sae_training import learning_rate, stops_early
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
@@ -218,7 +218,7 @@ def test_starts_from_a_given_sae(data, trained, tmp_path):
 def test_auxiliary_loss_revives_dead_latents(data, tmp_path):
     """Half of the latents start too weak to be kept: without the auxiliary loss they stay dead, with it they return."""
     n = 96
-    start = TopKSparseAutoencoder(D, n, K)
+    start = SparseAutoencoder(D, n, K)
     mean = load_file(data / "statistics.safetensors")["mean_normalized"]
     start.initialize(mean.float(), torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -409,7 +409,7 @@ def test_steps_are_those_of_adamw(data, tmp_path, monkeypatch):
 def test_the_step_by_itself_does_what_the_run_does(data, trained):
     """As benchmarks call it, equal to the last bit."""
     source = sae_training.open_data(str(data), None)
-    sae = TopKSparseAutoencoder(D, N_LATENTS, K)
+    sae = SparseAutoencoder(D, N_LATENTS, K)
     sae.initialize(source.b_pre, torch.Generator().manual_seed(TRAINING["seed"]))
     options = StepOptions(**{name: value for name, value in TRAINING.items() if name in StepOptions._fields})
     step = Step(sae, options, make_grid(ALONE, 1))

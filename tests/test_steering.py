@@ -18,6 +18,7 @@ from conftest import PROJECT_DIR, TINY_PARAMS
 from hypothesis import given
 from hypothesis import strategies as st
 from support import sae_runs
+from support.dense_sae import KINDS, Dense
 from support.pipeline_runs import call, refusal
 
 from latents.origin import read_info
@@ -26,7 +27,7 @@ from llama_3.checkpoint import TINY_LLAMA_DIR
 from llama_3.generation import generate
 from llama_3.model import SITES, Intervention
 from pipeline.errors import InputError
-from sae import load_sae_model
+from sae import Kind, load_sae_model
 from serving.modes import MODES, steering_defaults
 from serving.steering import Steering, check_latents, highest_activations, make_steering, steering_function
 
@@ -35,26 +36,16 @@ HIGHEST = torch.linspace(0.5, 3.0, N)
 NEUTRAL = {"h_bias": 0.0, "add": 0.0, "scale": 1.0}  # the strength that changes nothing
 
 
-def random_sae(*shape: int, seed: int = 0):
-    return sae_runs.random_sae(*shape, seed=seed).requires_grad_(False)
+def random_sae(*shape: int, seed: int = 0, kind: Kind = Kind()):  # noqa: B008
+    return sae_runs.random_sae(*shape, seed=seed, kind=kind).requires_grad_(False)
 
 
 def dense_steering(sae, x, strengths, highest, mode: str, keep_error: bool) -> torch.Tensor:
     """Steer x (..., d_model), one activation after another, in float64."""
-    w_enc, b_enc = sae.encoder.weight.double().numpy(), sae.encoder.bias.double().numpy()
-    w_dec, b_pre = sae.decoder.weight.double().numpy(), sae.b_pre.double().numpy()
-
-    def latents_of(pre_acts):
-        kept = np.argsort(-pre_acts)[: sae.k]
-        latents = np.zeros(sae.n_latents)
-        latents[kept] = np.maximum(pre_acts[kept], 0)
-        return latents
-
-    rows = []
+    dense, rows = Dense(sae), []
     for row in x.reshape(-1, sae.d_model).double().numpy():
-        mean, std = row.mean(), row.std(ddof=1)
-        pre_acts = w_enc @ ((row - mean) / (std + sae.normalize_eps) - b_pre) + b_enc
-        clean = latents_of(pre_acts)
+        pre_acts = dense.pre_acts(dense.normalized(row)[0])
+        clean = dense.gated(pre_acts)
         steered = clean.copy()
         for latent, strength in strengths.items():
             target = strength * float(highest[latent])
@@ -64,8 +55,8 @@ def dense_steering(sae, x, strengths, highest, mode: str, keep_error: bool) -> t
                 now = steered[latent]
                 steered[latent] = {"add": now + target, "clamp": target, "scale": now * strength, "ablate": 0}[mode]
         if mode == "h_bias":
-            steered = latents_of(pre_acts)
-        x_hat, x_hat_steered = (std * (w_dec @ latents + b_pre) + mean for latents in (clean, steered))
+            steered = dense.gated(pre_acts)
+        x_hat, x_hat_steered = (dense.output(row, latents) for latents in (clean, steered))
         rows.append(row + x_hat_steered - x_hat if keep_error else x_hat_steered)
     return torch.from_numpy(np.stack(rows)).view(x.shape)
 
@@ -82,10 +73,11 @@ def random_x(*shape: int, seed: int = 0) -> torch.Tensor:
     st.sampled_from(list(MODES)),
     st.booleans(),
     st.sampled_from([(D,), (7, D), (2, 3, D)]),
+    st.sampled_from([kind for kind in KINDS.values() if kind.target_site is None]),
     st.integers(0, 50),
 )
-def test_equals_the_dense_oracle(strengths, mode, keep_error, shape, seed):
-    sae, x = random_sae(D, N, K, seed=seed), random_x(*shape, seed=seed)
+def test_equals_the_dense_oracle(strengths, mode, keep_error, shape, kind, seed):
+    sae, x = random_sae(D, N, K, seed=seed, kind=kind), random_x(*shape, seed=seed)
     before = x.clone()
     steered = steering_function(sae, strengths, HIGHEST, mode, keep_error)(x)
     expected = dense_steering(sae, x, strengths, HIGHEST, mode, keep_error)

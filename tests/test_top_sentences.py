@@ -25,7 +25,7 @@ import capture_activations as capture
 import capture_top_activating_sentences as top
 from llama_3 import load_model, load_tokenizer
 from pipeline.files import write_json
-from sae import TopKSparseAutoencoder, save_sae
+from sae import Gate, Kind, SparseAutoencoder, save_sae
 
 D_MODEL, N_LATENTS, K = 10, 24, 5
 N_SENTENCES, TOP, MIN_TOKENS = 50, 7, 3
@@ -34,17 +34,19 @@ TEXTS = [f"sentence {i}" for i in range(N_SENTENCES)]
 SCALE = 2.0**40
 
 
-def exact_sae() -> TopKSparseAutoencoder:
+def exact_sae(gate: Gate = "topk") -> SparseAutoencoder:
     """eps is so large that the standard deviation does not matter: z = (x - mean) / 2^40, exactly. Activations are
     integers of mean 0 and the encoder holds integers x 2^40, so that sums are exact in any order; the biases l / 64
-    keep the latents of a token distinct. Latent 3 never fires."""
-    sae = TopKSparseAutoencoder(D_MODEL, N_LATENTS, K, normalize_eps=SCALE)
+    keep the latents of a token distinct. Latent 3 never fires. Thresholds differ from every pre-activation."""
+    sae = SparseAutoencoder(D_MODEL, N_LATENTS, K, normalize_eps=SCALE, kind=Kind(gate))
     generator = torch.Generator().manual_seed(0)
     sae.initialize(torch.zeros(D_MODEL), generator)
     with torch.no_grad():
         sae.encoder.weight.copy_(torch.randint(-2, 3, (N_LATENTS, D_MODEL), generator=generator) * SCALE)
         sae.encoder.bias.copy_(torch.arange(N_LATENTS) / 64 - 4)
         sae.encoder.bias[3] = -1000.0
+        if sae.threshold is not None:
+            sae.threshold.copy_(torch.arange(N_LATENTS) % 5 + 1 / 128)
     return sae
 
 
@@ -101,7 +103,9 @@ def naive(
         pre_acts = (z - sae.b_pre.double()) @ sae.encoder.weight.double().t() + sae.encoder.bias.double()
         kept = torch.zeros_like(pre_acts)
         for token, row in enumerate(pre_acts.tolist()):
-            for latent in sorted(range(len(row)), key=lambda j: -row[j])[: sae.k]:
+            passes = lambda j, row=row: row[j] > (0 if sae.threshold is None else sae.threshold[j])
+            highest = sorted(range(len(row)), key=lambda j: -row[j])[: sae.k]
+            for latent in highest if sae.kind.gate == "topk" else filter(passes, range(len(row))):
                 kept[token, latent] = max(row[latent], 0.0)
         latents[i] = kept.detach()
     top_rows, latent_rows, example_rows = [], [], []
@@ -180,6 +184,14 @@ def test_tables_equal_the_naive_loop(folder, expected, tmp_path, size, encode_to
     call(top, **options(folder, size, encode_tokens=encode_tokens, captured_data_output_dir=tmp_path))
     assert read(tmp_path) == expected
     assert not list(tmp_path.glob("*partial*"))
+
+
+@pytest.mark.parametrize("gate", ["jumprelu", "relu"])
+def test_tables_of_an_sae_that_keeps_any_number(folder, data, tmp_path, gate):
+    sae = exact_sae(gate)
+    save_sae(sae, tmp_path / "sae.pth", {"site": SITE, "begin_of_text": False})
+    call(top, **options(folder) | {"model_path": tmp_path / "sae.pth"})
+    assert read(tmp_path) == naive(sae, *data, TEXTS, TOP, MIN_TOKENS, **SAMPLES)
 
 
 def test_the_data_has_what_this_is_about(data, expected):
@@ -271,7 +283,7 @@ def test_real_activations(tiny_model_dir, tmp_path):
         window_sentences=25,
         max_tokens=40,
     )
-    sae = TopKSparseAutoencoder(d_model=36, n_latents=50, k=6)
+    sae = SparseAutoencoder(d_model=36, n_latents=50, k=6)
     sae.initialize(torch.zeros(36), torch.Generator().manual_seed(3))
     save_sae(sae, tmp_path / "sae.pth", {"site": SITE, "begin_of_text": False})
     call(top, data_dir=out / SITE, model_path=tmp_path / "sae.pth", top_sentences=9)
@@ -435,7 +447,7 @@ def test_refuses_an_sae_of_another_begin_of_text(folder, tmp_path, capsys):
 
 
 def test_refuses_an_sae_of_another_width(folder, tmp_path, capsys):
-    sae = TopKSparseAutoencoder(d_model=12, n_latents=24, k=5)
+    sae = SparseAutoencoder(d_model=12, n_latents=24, k=5)
     sae.initialize(torch.zeros(12))
     save_sae(sae, tmp_path / "sae.pth", {"site": SITE, "begin_of_text": False})
     said = refusal(capsys, top, **options(folder) | {"model_path": tmp_path / "sae.pth"})

@@ -108,3 +108,17 @@ def as_stored(array: np.ndarray, kind: str) -> np.ndarray:
     """What a matrix is after quantisation and back, by the library."""
     kind_of = gguf.GGMLQuantizationType[kind]
     return gguf.quants.dequantize(gguf.quants.quantize(array, kind_of), kind_of)
+
+
+def write_vector(path: Path, tensors: dict[str, np.ndarray]) -> Path:
+    """A control vector as repeng 0.4 and llama.cpp's cvector-generator write it."""
+    writer = gguf.GGUFWriter(path, "controlvector")
+    writer.add_string("controlvector.model_hint", "llama")
+    writer.add_uint32("controlvector.layer_count", len(tensors))
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

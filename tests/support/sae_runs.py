@@ -15,21 +15,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.files import read_json
+from pipeline.files import read_json, write_json
 from pipeline.manifests import MANIFEST
 from pipeline.run import run
-from sae import TopKSparseAutoencoder
+from sae import Kind, SparseAutoencoder
 from support.activation_folders import write_activation_folder
 
 
-def random_sae(d_model: int, n_latents: int, k: int, eps: float = 1e-5, seed: int = 0) -> TopKSparseAutoencoder:
-    """Every weight random: encoder and decoder not tied, biases not zero, decoder columns not of unit norm."""
+def random_sae(
+    d_model: int,
+    n_latents: int,
+    k: int,
+    eps: float = 1e-5,
+    seed: int = 0,
+    kind: Kind = Kind(),  # noqa: B008
+) -> SparseAutoencoder:
+    """Every weight random: encoder and decoder not tied, biases not zero, decoder columns not of unit norm, thresholds
+    of either sign."""
     generator = torch.Generator().manual_seed(seed)
-    sae = TopKSparseAutoencoder(d_model, n_latents, k, eps)
+    sae = SparseAutoencoder(d_model, n_latents, k, eps, kind=kind)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
         sae.encoder.weight.div_(d_model**0.5)
+        if sae.threshold is not None:
+            sae.threshold.copy_(0.5 + torch.randn(n_latents, generator=generator))
     return sae
 
 
@@ -106,14 +116,28 @@ TIMING = ("acts_per_s", "data_wait_frac")  # in metrics.jsonl, different in each
 
 def write_batches(folder: Path, n_rows: int = 3000) -> Path:
     """Batches of rows that are sums of three of 30 directions, in several shards, by sae_preprocessing.py."""
+    rows = sparse_dictionary_data(n_rows, D, n_true=30, n_active=3, seed=0)
+    return _batches_of(rows, folder, "")
+
+
+def write_target_batches(folder: Path, n_rows: int = 3000) -> Path:
+    """Of the same tokens at another site, where the activations are a nonlinear function of the first site's."""
+    generator = torch.Generator().manual_seed(1)
+    inner, outer = torch.randn(2 * D, D, generator=generator), torch.randn(D, 2 * D, generator=generator)
+    rows = sparse_dictionary_data(n_rows, D, n_true=30, n_active=3, seed=0)
+    return _batches_of((rows @ inner.t()).relu() @ outer.t() + 2, folder, "target", "layers.1.mlp_out")
+
+
+def _batches_of(rows: Tensor, folder: Path, prefix: str, site: str | None = None) -> Path:
     import sae_preprocessing
 
-    rows = sparse_dictionary_data(n_rows, D, n_true=30, n_active=3, seed=0)
     sentences = dict(enumerate(rows.split(10)))
-    write_store(folder / "site", sentences, [0, 170], len(sentences))
+    store = write_store(folder / f"{prefix}site", sentences, [0, 170], len(sentences))
+    if site is not None:
+        write_json(store / MANIFEST, read_json(store / MANIFEST, "") | {"site": site})
     options = {"batch_size": STORED, "validation_fraction": 0.2, "num_processes": 1, "shard_gb": 801 * 2 * D / 1e9}
-    run_script(sae_preprocessing, input_dir=folder / "site", output_dir=folder / "batches", **options)
-    return folder / "batches"
+    run_script(sae_preprocessing, input_dir=store, output_dir=folder / f"{prefix}batches", **options)
+    return folder / f"{prefix}batches"
 
 
 def places(folder: Path) -> dict[str, Path]:
@@ -143,7 +167,7 @@ def checkpoints_of(path: Path) -> list[str]:
 def assert_same_run(a: Path, b: Path) -> None:
     """Equal to the last bit: weights and metrics."""
     first, second = (torch.load(path, weights_only=True) for path in (a, b))
-    assert first.keys() == second.keys() == {"b_pre", "encoder.weight", "encoder.bias", "decoder.weight"}
+    assert first.keys() == second.keys() >= {"b_pre", "encoder.weight", "encoder.bias", "decoder.weight"}
     for name in first:
         assert torch.equal(first[name], second[name]), name
     assert metrics_of(a) == metrics_of(b)
