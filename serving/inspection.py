@@ -8,6 +8,7 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from latents.index import LatentIndex, pieces
@@ -24,8 +25,8 @@ class Kept(NamedTuple):
     """The latents that the SAE keeps on a text's tokens, without begin-of-text, on which no SAE here was trained."""
 
     ids: list[int]
-    values: Tensor  # (len(ids), k), normalised space, largest first
-    indices: Tensor  # (len(ids), k)
+    values: Tensor  # (len(ids), width), normalised space, largest first; 0 where none fires
+    indices: Tensor  # (len(ids), width)
 
 
 def encode_asked(opened: SteeredModel, asked: str | Sequence[Message], max_tokens: int) -> list[int]:
@@ -50,7 +51,9 @@ def kept_latents(opened: SteeredModel, ids: Sequence[int]) -> Generator[None, No
             values, indices = sae.encode(opened.model.activations(part, sae.info["site"], cache=cache)[0])
             found.append((values.cpu(), indices.cpu()))
         yield
-    values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
+    width = max(values.shape[1] for values, _ in found)  # with some gates each part has its own
+    widened = [[F.pad(x, (0, width - x.shape[1])) for x in part] for part in found]
+    values, indices = (torch.cat(parts) for parts in zip(*widened, strict=True))
     if not values.isfinite().all():
         raise InputError(f"The model gives NaN or infinite numbers at {sae.info['site']}; check the checkpoint.")
     skipped = int(ids[0] == opened.tokenizer.bos_id)
