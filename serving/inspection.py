@@ -8,7 +8,6 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from latents.index import LatentIndex, pieces
