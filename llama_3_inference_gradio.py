@@ -109,7 +109,7 @@ from serving.page_html import (
     steerable_card_html,
     title_html,
 )
-from serving.page_parts import QUEUED, QUICK, markup, shown_in_the_page
+from serving.page_parts import QUEUED, QUICK, gr, markup, shown_in_the_page
 from serving.requests import Limits, Look, Served, at_most_every, at_token, chat, completions, look_at, prompts_of
 from serving.steered_model import (
     ModelChoice,
@@ -121,9 +121,6 @@ from serving.steered_model import (
     with_control_vectors,
 )
 from serving.steering import Steering, check_latents
-
-with past_proxies():  # importing gradio makes an HTTP client, which fails with a SOCKS proxy
-    import gradio as gr
 
 N = TypeVar("N", gr.Slider, gr.Number)
 Values = dict[Any, Any]  # what the components of a browser window hold

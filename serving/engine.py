@@ -159,23 +159,24 @@ class Slots:
 # ---- steering of rows
 
 
-def for_rows(steering: Sequence[Sequence[Intervention]]) -> list[Intervention]:
+def for_rows(steering: Sequence[Sequence[Intervention]], device: torch.device) -> list[Intervention]:
     """Interventions on a batch that give row i what steering[i] says, in that order. One per site."""
     kinds: dict[tuple, dict[Callable[[Tensor], Tensor], list[int]]] = {}
     for row, interventions in enumerate(steering):
         for each in interventions:
             functions = kinds.setdefault((each.site, tuple(each.skip_tokens)), {})
             functions.setdefault(each.fn, []).append(row)
-    return [Intervention(site, functools.partial(_change, tuple(f.items())), skip) for (site, skip), f in kinds.items()]
+    found = []
+    for (site, skip), functions in kinds.items():
+        on_device = tuple((f, torch.tensor(rows, device=device)) for f, rows in functions.items())
+        found.append(Intervention(site, functools.partial(_change, on_device), skip))
+    return found
 
 
-def _change(functions: Sequence[tuple[Callable[[Tensor], Tensor], list[int]]], x: Tensor) -> Tensor:
-    """x: (batch, seq, d_model), changed in place."""
+def _change(functions: Sequence[tuple[Callable[[Tensor], Tensor], Tensor]], x: Tensor) -> Tensor:
+    """x: (batch, seq, d_model), changed in place. functions: each with the rows that it changes."""
     for function, rows in functions:
-        if len(rows) == 1:
-            x[rows[0]] = function(x[rows[0]])
-        else:
-            x[rows] = function(x[rows])
+        x[rows] = function(x[rows])
     return x
 
 
@@ -378,7 +379,7 @@ class Engine:
         """The next token of every row."""
         n = len(self._rows)
         if self._steering is None:
-            self._steering = for_rows([row.steering for row in self._rows])
+            self._steering = for_rows([row.steering for row in self._rows], self.model.device)
         self._slots.reserve(n, max(self._slots.filled[:n]) + 1)
         cache = self._slots.one(0) if n == 1 else self._slots.first(n)
         for slot in range(n):

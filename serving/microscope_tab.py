@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
-import gradio as gr
 import torch
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from serving.microscope_html import (
     strongest_cells_html,
 )
 from serving.page_html import clicked, status_html
-from serving.page_parts import QUEUED, markup, shown_in_the_page
+from serving.page_parts import QUEUED, gr, markup, shown_in_the_page
 from serving.requests import Served, check_length
 
 T = TypeVar("T")

@@ -33,6 +33,7 @@ from llama_3.generation import complete
 from pipeline.activation_store import ActivationStore
 from pipeline.distributed import World, make_grid
 from pipeline.files import write_json
+from serving.engine import Engine
 from serving.modes import MODES
 from serving.requests import Limits, Served, completions, look_at
 from serving.steered_model import ModelChoice, Sampling, open_model
@@ -285,9 +286,12 @@ def test_the_pages_requests(made, alive):
     def shown(device: str) -> tuple:
         opened = open_model(ModelChoice(str(made.model), device, "float32", sae_model_path=str(made.sae)))
         index = LatentIndex(opened.sae_path, opened.tokenizer, opened.model, opened.sae)
-        served = Served(opened, Limits(8, 4000, 256), index, threading.Lock())
+        engine = Engine(opened.model, max_rows=8, max_waiting=8)
+        served = Served(opened, Limits(8, 4000, 256), index, engine, threading.Lock())
         steering, sampling = Steering({alive[0]: 2.0}), Sampling(5, 0.7, 0.95, 0)
         *_, texts = completions(served, ["the ring", "a"], steering, sampling)
+        engine.close()
+        engine.join()
         look = look_at(served, "hello the ring")
         strongest = [[latent for latent, _ in row] for row in look.latents]
         return texts, look.tokens, strongest, index.card(alive[0], 3).sentences
