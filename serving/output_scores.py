@@ -24,7 +24,7 @@ from pipeline.sae_files import SaeFiles
 from serving.dose_response import Opened, Setting, part_by_part
 from serving.steering import Steering, make_steering
 
-STEERS_WELL = 0.05  # least output score of a latent that is said to steer well
+STEERS_WELL = 0.015  # least output score of a latent that is said to steer well; docs/method.md says how it was found
 
 _N_PROMOTED = 10  # tokens that a latent promotes
 _N_PROMPTS, _SHORTEST = 2, 3  # prompts read, and the tokens that one has at least; the shortest cost least
