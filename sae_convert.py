@@ -56,7 +56,7 @@ from torch import Tensor
 
 from autoencoder.evaluation import evaluate
 from formats import hub
-from formats.common import Foreign, Ours, Place
+from formats.common import Foreign, Ours, Place, first_line
 from formats.comparison import Difference, difference, made_up_activations
 from formats.dashboards import Known, write_neuronpedia, write_sae_dashboard
 from formats.table import FORMATS, Format, recognise
@@ -108,12 +108,24 @@ def activations(sae: SparseAutoencoder, opened: Model | None) -> Tensor:
     return torch.cat(rows)[:_ROWS].clone()
 
 
-def compare(sae: SparseAutoencoder, foreign: Foreign, row: Format, x: Tensor) -> list[tuple[str, Difference]]:
-    """Against the format's formula, and its own program where that is installed."""
+def compare(
+    sae: SparseAutoencoder, foreign: Foreign, row: Format, x: Tensor, must_open: bool = True
+) -> list[tuple[str, Difference]]:
+    """Against the format's formula, and its own program where that is installed.
+
+    must_open: raise Stop if that cannot open it; else say so.
+    """
     found = [("its formula", difference(sae, x, row.formula(foreign, x)))]
-    if row.package is not None and (theirs := row.package(foreign.path, x)) is not None:
-        found.append(("its own program", difference(sae, x, theirs)))
-    return found
+    try:
+        theirs = row.package(foreign.path, x) if row.package else None
+    except Exception as error:  # whatever another program raises
+        if must_open:
+            raise Stop(
+                f"Its own program cannot open what was written ({first_line(error)}); please report it."
+            ) from None
+        print(f"Note: its own program, as installed here, cannot open it ({first_line(error)}).")
+        theirs = None
+    return found if theirs is None else [*found, ("its own program", difference(sae, x, theirs))]
 
 
 def refuse_differences(found: Sequence[tuple[str, Difference]]) -> None:
@@ -207,7 +219,7 @@ def import_sae(config: Any) -> None:
     print(f"{config.path}: {name}, {sae.kind.in_words}, {sae.n_latents:,} latents of {sae.d_model}, at {sae.site}.")
     for note in ours.notes:
         print(f"Note: {note}")
-    differences = compare(sae, foreign, row, activations(sae, opened))
+    differences = compare(sae, foreign, row, activations(sae, opened), must_open=False)
     refuse_differences(differences)
     origin = {"path": str(config.path), "format": name, "notes": list(ours.notes), **model_named(ours)}
     if opened is not None:
@@ -220,7 +232,8 @@ def import_sae(config: Any) -> None:
     save_sae(sae.cpu(), output, {**facts, "imported": origin, "git_commit": git_commit()})
     try:
         again = load_sae_model(output)
-        refuse_differences(compare(again, foreign, row, made_up_activations(again)))
+        x = made_up_activations(again)
+        refuse_differences([("its formula", difference(again, x, row.formula(foreign, x)))])
     except Stop:
         output.unlink()
         Path(SaeFiles(output).json).unlink()

@@ -1,6 +1,6 @@
 """dictionary_learning (0.1.0): config.json with `trainer`, ae.pt. The class is in trainer.dict_class:
 
-    AutoEncoder             h = ReLU(W_enc (x - b) + b_enc)                     bias as b
+    AutoEncoder             h = ReLU(W_enc (x - b) + b_enc) |W_dec_i|           bias as b; directions of length 1
     AutoEncoderTopK         h = TopK(ReLU(W_enc (x - b_dec) + b_enc))
     BatchTopKSAE            h = ReLU(...) of the same, kept above one threshold; MatryoshkaBatchTopKSAE likewise
     JumpReluAutoEncoder     h = ReLU(W_enc x + b_enc), kept above each latent's threshold
@@ -51,7 +51,7 @@ def find(place: Place) -> Foreign | None:
 
 
 def weights(foreign: Foreign) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """W_enc, b_enc, W_dec, b_dec, latent by latent."""
+    """W_enc, b_enc, W_dec, b_dec, latent by latent; of an AutoEncoder as its loader leaves them, directions unit."""
     if "W_enc" in foreign.tensors:
         W_enc = foreign.tensor("W_enc", None, None).t()
         n_latents, d_model = W_enc.shape
@@ -59,9 +59,11 @@ def weights(foreign: Foreign) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return W_enc, foreign.tensor("b_enc", n_latents), W_dec, foreign.tensor("b_dec", d_model)
     W_enc = foreign.tensor("encoder.weight", None, None)
     n_latents, d_model = W_enc.shape
-    W_dec = foreign.tensor("decoder.weight", d_model, n_latents).t()
-    bias = "bias" if "bias" in foreign.tensors else "b_dec"
-    return W_enc, foreign.tensor("encoder.bias", n_latents), W_dec, foreign.tensor(bias, d_model)
+    W_dec, b_enc = foreign.tensor("decoder.weight", d_model, n_latents).t(), foreign.tensor("encoder.bias", n_latents)
+    if "bias" not in foreign.tensors:
+        return W_enc, b_enc, W_dec, foreign.tensor("b_dec", d_model)
+    norms = W_dec.norm(dim=1)
+    return W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None], foreign.tensor("bias", d_model)
 
 
 def dict_class(foreign: Foreign) -> str:
@@ -73,6 +75,8 @@ def dict_class(foreign: Foreign) -> str:
 
 def to_ours(foreign: Foreign) -> Ours:
     kind, parts, notes = _CLASSES[dict_class(foreign)], weights(foreign), []
+    if "bias" in foreign.tensors:
+        notes.append("The norms of the directions were folded into the encoder, as its own loader does.")
     k, threshold = foreign.config.get("k"), None
     if kind.gate == "jumprelu":
         threshold = foreign.tensor("threshold", *([None] * foreign.tensors["threshold"].dim()))
@@ -107,6 +111,11 @@ def write(sae: SparseAutoencoder, folder: Path) -> None:
     transposed = {"encoder.weight": parts.W_enc, "decoder.weight": parts.W_dec.t()}
     if sae.kind.gate == "relu":
         name = "AutoEncoder"
+        if not torch.allclose(parts.W_dec.norm(dim=1), torch.ones(n_latents), atol=1e-4):
+            raise InputError(
+                "dictionary_learning gives the directions of an AutoEncoder length 1, and with them other latents; "
+                "export --to saelens or gemmascope, which take them as they are."
+            )
         state = {**transposed, "encoder.bias": parts.centred_b_enc, "bias": parts.b_dec}
     elif sae.kind.gate == "topk":
         name = "AutoEncoderTopK"

@@ -115,7 +115,7 @@ def llama_scope_r1(folder: Path, w: Weights, include_norm: bool = True, newer: b
 
 
 def sparsify(folder: Path, w: Weights, skip: bool = False, **config: Any) -> Expected:
-    cfg = {"expansion_factor": 32, "normalize_decoder": True, "num_latents": 0, "k": K, "signed": False, "d_in": D}
+    cfg = {"expansion_factor": 32, "normalize_decoder": True, "num_latents": N, "k": K, "signed": False, "d_in": D}
     write_json(folder / "cfg.json", cfg | config)
     tensors = {"encoder.weight": w.W_enc, "encoder.bias": w.b_enc, "W_dec": w.W_dec, "b_dec": w.b_dec}
     write_safetensors(folder / "sae.safetensors", tensors | ({"W_skip": w.skip} if skip else {}))
@@ -140,6 +140,7 @@ def saelens(folder: Path, w: Weights, architecture: str = "standard", version: i
         cfg |= {"activation_fn_str": "topk" if architecture == "topk" else "relu"}
         cfg |= {"activation_fn_kwargs": {"k": K} if architecture == "topk" else {}}
         cfg |= {"architecture": "standard"} if architecture == "topk" else {}
+    cfg |= {"d_out": D, "apply_b_dec_to_input": False} if "transcoder" in architecture else {}
     cfg |= config
     write_json(folder / "cfg.json", cfg)
     tensors = {"W_enc": w.W_enc.t(), "b_enc": w.b_enc, "W_dec": w.W_dec, "b_dec": w.b_dec}
@@ -184,13 +185,14 @@ def dictionary_learning(folder: Path, w: Weights, dict_class: str) -> Expected:
         h = jump(pre, w.threshold)
     elif dict_class == "AutoEncoder":
         state["bias"] = state.pop("b_dec")
-        h = pre
+        h = pre * w.W_dec.norm(dim=1)  # its loader makes directions unit, unless told not to
     else:
         state = (by_rows if dict_class.startswith("Matryoshka") else state) | {"threshold": torch.tensor(0.7)}
         state |= {"k": torch.tensor(K, dtype=torch.int32)}
+        state |= {"group_sizes": torch.tensor([N // 3, N - N // 3])} if dict_class.startswith("Matryoshka") else {}
         h = jump(pre, 0.7)
     torch.save(state, folder / "ae.pt")
-    return h, h @ w.W_dec + w.b_dec
+    return h, (pre if dict_class == "AutoEncoder" else h) @ w.W_dec + w.b_dec
 
 
 def openai(folder: Path, w: Weights, activation: str = "TopK") -> Expected:
