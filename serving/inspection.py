@@ -14,6 +14,7 @@ from latents.index import LatentIndex, pieces
 from llama_3.chat import Message, encode_answered
 from llama_3.generation import check_context, encode_text
 from pipeline.errors import InputError
+from sae import joined
 from serving.modes import Defaults
 from serving.steered_model import SteeredModel
 
@@ -24,8 +25,8 @@ class Kept(NamedTuple):
     """The latents that the SAE keeps on a text's tokens, without begin-of-text, on which no SAE here was trained."""
 
     ids: list[int]
-    values: Tensor  # (len(ids), k), normalised space, largest first
-    indices: Tensor  # (len(ids), k)
+    values: Tensor  # (len(ids), width), normalised space, largest first, 0 where fewer fire
+    indices: Tensor  # (len(ids), width)
 
 
 def encode_asked(opened: SteeredModel, asked: str | Sequence[Message], max_tokens: int) -> list[int]:
@@ -50,7 +51,7 @@ def kept_latents(opened: SteeredModel, ids: Sequence[int]) -> Generator[None, No
             values, indices = sae.encode(opened.model.activations(part, sae.info["site"], cache=cache)[0])
             found.append((values.cpu(), indices.cpu()))
         yield
-    values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
+    values, indices = joined(found)
     if not values.isfinite().all():
         raise InputError(f"The model gives NaN or infinite numbers at {sae.info['site']}; check the checkpoint.")
     skipped = int(ids[0] == opened.tokenizer.bos_id)

@@ -84,7 +84,9 @@ def dense(sae: SparseAutoencoder, x: torch.Tensor) -> tuple[torch.Tensor, torch.
     return latents, sae(x)
 
 
-@pytest.mark.parametrize(("name", "variant", "write", "options"), CASES, ids=lambda part: str(part)[:30])
+@pytest.mark.parametrize(
+    ("name", "variant", "write", "options"), CASES, ids=lambda part: getattr(part, "__name__", str(part)[:30])
+)
 def test_import(tmp_path, capsys, name, variant, write, options):
     w, folder = Weights(), tmp_path / "layers.3.mlp"
     folder.mkdir()

@@ -7,6 +7,7 @@ Answers are compared with what `generate` gives in this process for one prompt a
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from conftest import PROJECT_DIR, TINY_PARAMS
 from support.chat_models import write_chat_model
 from support.latent_files import DEAD, N_LATENTS, write_latents
 from support.pipeline_runs import SITE, as_flags, refusal
+from support.sae_runs import random_sae
 
 import llama_3_inference_server as script
 from llama_3 import load_tokenizer
@@ -35,7 +37,7 @@ from llama_3.generation import encode_text, generate, stream
 from llama_3.model import Intervention
 from microscope.control import steered as steered_by
 from microscope.control import write_gguf
-from sae import SparseAutoencoder, save_sae
+from sae import Kind, SparseAutoencoder, save_sae
 from serving import inspection
 from serving.steered_model import ModelChoice, Sampling, VectorChoice, fetched_reference, strongest_latents
 from serving.steering import Steering
@@ -552,6 +554,23 @@ def test_inspect_a_text_and_a_dialogue(address, served, monkeypatch):
             values = [value for _, value in latents]
             assert [each["activation"] for each in row["latents"]] == pytest.approx(values, abs=1e-4)
             assert all(each["meaning"] == served.index.meaning_of(each["latent"]) for each in row["latents"])
+
+
+def test_texts_read_in_parts_with_an_sae_whose_latents_vary_in_number(served, monkeypatch):
+    monkeypatch.setattr(inspection, "_PART", 3)
+    opened = dataclasses.replace(served.opened, sae=random_sae(TINY_PARAMS["dim"], 30, None, kind=Kind(gate="relu")))
+    opened.sae.info = {"site": SITE}
+    ids = encode_text(opened.tokenizer, "the ring é and another ring of gold")
+    steps = inspection.kept_latents(opened, ids)
+    with pytest.raises(StopIteration) as done:
+        while True:
+            next(steps)
+    kept = done.value.value
+    rows = [latents for _, latents in strongest_latents(opened, ids)][len(ids) - len(kept.ids) :]
+    for latents, values, indices in zip(rows, kept.values.tolist(), kept.indices.tolist(), strict=True):
+        found = {latent: value for latent, value in zip(indices, values, strict=True) if value > 0}
+        assert found == pytest.approx(dict(latents), abs=1e-4)
+    assert len({len(latents) for latents in rows}) > 1
 
 
 def test_contrast_against_plain_loops(address, served):
