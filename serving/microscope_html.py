@@ -67,7 +67,7 @@ def heat_html(values: Tensor, columns: Sequence[str], action: str = "") -> str:
 
 def _map(rows: Sequence[str], columns: Sequence[str]) -> str:
     heads = "".join(f"<th>{html.escape(each)}</th>" for each in columns)
-    return f"<div class='scrolled'><table class='map'>{''.join(rows)}<tr><th></th>{heads}</tr></table></div>"
+    return f"<div class='scrolled'><table class='map'><tr><th></th>{heads}</tr>{''.join(rows)}</table></div>"
 
 
 def strongest_cells_html(values: Tensor, names: Sequence[str], what: str, n: int = 8) -> str:
