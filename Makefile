@@ -9,7 +9,7 @@ SHELL := bash
 # processes recompiles torch's, 3 seconds instead of 1.5.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install model demo page serve quick check test faults lint types format lock tiny reference
+.PHONY: help install model demo page serve quick check test faults lint types format interop lock tiny reference
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -63,6 +63,13 @@ types: install  ## pyright over the rooms, sae.py and llama_3
 format: install  ## ruff, fixing what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+PEERS := data/peers
+interop: ## every export through the real sae-lens, sparsify and dictionary_learning, in data/peers
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements-peers.txt
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0 nnsight==0.3.7
+	INTEROP=all $(PEERS)/bin/python -m pytest -p no:cacheprovider tests/test_formats.py -k export
 
 POETRY ?= poetry
 lock:  ## poetry.lock from pyproject.toml; needs Poetry: make lock POETRY=/path/to/poetry

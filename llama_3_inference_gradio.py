@@ -73,27 +73,11 @@ _EXAMPLES = Examples(
     "What should I do with a free day?",
 )
 
-# A click on a link to #action-number becomes the component's select event, with that address as its value.
-_CLICKS = """
-element.addEventListener('click', (event) => {
-    const link = event.target.closest('a[href^="#"]');
-    if (!link) return;
-    event.preventDefault();
-    trigger('select', {index: 0, value: link.getAttribute('href').slice(1)});
-});
-"""
-
-# Options of events: queued, where an error becomes a sentence, or immediate, where there can be none.
-_QUEUED: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-_QUICK: dict[str, Any] = {**_QUEUED, "queue": False}
-
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
-import contextlib
 import functools
-import html
 import re
 import socket
 import sys
@@ -110,6 +94,7 @@ from llama_3.chat import Message, check_chat
 from pipeline.errors import InputError
 from serving.engine import Engine
 from serving.local_requests import past_proxies
+from serving.microscope_tab import microscope_tab
 from serving.modes import MODES
 from serving.page_html import (
     clicked,
@@ -124,7 +109,8 @@ from serving.page_html import (
     steerable_card_html,
     title_html,
 )
-from serving.requests import Limits, Look, Served, at_most_every, chat, completions, look_at, prompts_of
+from serving.page_parts import QUEUED, QUICK, markup, shown_in_the_page
+from serving.requests import Limits, Look, Served, at_most_every, at_token, chat, completions, look_at, prompts_of
 from serving.steered_model import (
     ModelChoice,
     OpenedVector,
@@ -166,23 +152,11 @@ def build(served: Served) -> gr.Blocks:
                         to_card(served, index, links, card, tabs)
                     for links in (card, strongest):
                         to_steering(served, index, links, panel, tabs)
+                with gr.Tab("Microscope", id="microscope"):
+                    microscope_tab(served)
                 with gr.Tab("Chat", id="chat"):
                     chat_tab(served, controls)
     return blocks
-
-
-def markup(value: str = "", **options: Any) -> gr.HTML:
-    """HTML with clickable links (_CLICKS)."""
-    return gr.HTML(value, js_on_load=_CLICKS, apply_default_css=False, **options)
-
-
-@contextlib.contextmanager
-def shown_in_the_page() -> Iterator[None]:
-    """Bad input becomes a sentence in a corner of the page."""
-    try:
-        yield
-    except InputError as error:
-        raise gr.Error(html.escape(str(error)), print_exception=False) from None
 
 
 def unrepeated(growing: Iterable[tuple[Any, str]]) -> Iterator[tuple[Any, Any]]:
@@ -330,11 +304,11 @@ def steering_panel(served: Served, index: LatentIndex) -> Panel:
         return slots(index, chosen[:i] + chosen[i + 1 :], strengths[:i] + strengths[i + 1 :])
 
     for i, button in enumerate(removes):
-        button.click(functools.partial(remove, i), [chosen, *strengths], outputs, **_QUICK)
+        button.click(functools.partial(remove, i), [chosen, *strengths], outputs, **QUICK)
     query.change(
-        lambda text: results_html(index, text, _SUGGESTED), query, results, trigger_mode="always_last", **_QUICK
+        lambda text: results_html(index, text, _SUGGESTED), query, results, trigger_mode="always_last", **QUICK
     )
-    mode.change(lambda name: gr.Dropdown(info=MODES.get(name)), mode, mode, **_QUICK)
+    mode.change(lambda name: gr.Dropdown(info=MODES.get(name)), mode, mode, **QUICK)
     to_steering(served, index, results, panel)
     return panel
 
@@ -366,7 +340,7 @@ def to_card(served: Served, index: LatentIndex, links: gr.HTML, card: gr.HTML, t
                 print(line, file=sys.stderr)
             return card, gr.Tabs(selected="latents")
 
-    links.select(show, None, [card, tabs], trigger_mode="always_last", **_QUEUED)
+    links.select(show, None, [card, tabs], trigger_mode="always_last", **QUEUED)
 
 
 def to_steering(served: Served, index: LatentIndex, links: gr.HTML, panel: Panel, tabs: gr.Tabs | None = None) -> None:
@@ -381,7 +355,7 @@ def to_steering(served: Served, index: LatentIndex, links: gr.HTML, panel: Panel
         strengths = (*strengths[: len(chosen) - 1], served.opened.defaults.strength)
         return [*slots(index, chosen, strengths), *([gr.Tabs(selected="complete")] if tabs else [])]
 
-    links.select(add, [panel.chosen, *panel.strengths], [*panel.outputs, *([tabs] if tabs else [])], **_QUEUED)
+    links.select(add, [panel.chosen, *panel.strengths], [*panel.outputs, *([tabs] if tabs else [])], **QUEUED)
 
 
 def with_latent(served: Served, index: LatentIndex, chosen: Sequence[int], latent: int) -> list[int]:
@@ -432,8 +406,8 @@ def complete_tab(served: Served, controls: Controls) -> None:
         with shown_in_the_page():
             yield from unrepeated(complete(dict(zip(inputs, values, strict=True))))
 
-    running = gr.on([go.click, text.submit], run, inputs, [table, status], **_QUEUED)
-    stop.click(lambda: status_html("Stopped."), None, status, cancels=[running], **_QUICK)
+    running = gr.on([go.click, text.submit], run, inputs, [table, status], **QUEUED)
+    stop.click(lambda: status_html("Stopped."), None, status, cancels=[running], **QUICK)
 
 
 def example_html(served: Served, prompts: Sequence[str], steering: Steering, sampling: Sampling) -> str:
@@ -460,7 +434,7 @@ def look_tab(served: Served, index: LatentIndex) -> gr.HTML:
     with gr.Row(elem_classes="buttons"):
         go = gr.Button("Look", variant="primary", scale=0)
     with gr.Row():
-        coloured, listed = look_html(index, served.opened.highest, first)
+        coloured, listed = look_html(served, index, first)
         with gr.Column(scale=1, min_width=300):
             tokens = markup(coloured)
         with gr.Column(scale=1, min_width=300):
@@ -469,23 +443,23 @@ def look_tab(served: Served, index: LatentIndex) -> gr.HTML:
     def begin(text: str) -> tuple[Any, ...]:
         with shown_in_the_page():
             look = look_at(served, text or "")
-        return look, *look_html(index, served.opened.highest, look)
+        return look, *look_html(served, index, look)
 
     def change(look: Look, event: gr.EventData) -> tuple[Any, ...]:
         with shown_in_the_page():
             kind, number = clicked(event.value)
             if kind == "token" and number < len(look.tokens):
-                look = look._replace(token=number)
+                look = at_token(served, look, number)
             elif kind == "colour" and number < index.n_latents:
                 look = look._replace(latent=number)
             else:
                 return gr.skip(), gr.skip(), gr.skip()
-        return look, *look_html(index, served.opened.highest, look)
+        return look, *look_html(served, index, look)
 
     outputs = [look, tokens, strongest]
-    gr.on([go.click, text.submit], begin, text, outputs, **_QUEUED)
+    gr.on([go.click, text.submit], begin, text, outputs, **QUEUED)
     for links in (tokens, strongest):
-        links.select(change, look, outputs, trigger_mode="always_last", **_QUEUED)
+        links.select(change, look, outputs, trigger_mode="always_last", **QUEUED)
     return strongest
 
 
@@ -501,7 +475,7 @@ def first_look(served: Served, index: LatentIndex, text: str) -> Look:
         ),
         default=None,
     )
-    return look if nearest is None else look._replace(token=nearest[1], latent=nearest[2])
+    return look if nearest is None else at_token(served, look, nearest[1])._replace(latent=nearest[2])
 
 
 # ---- Latents
@@ -529,9 +503,9 @@ def latents_tab(served: Served, index: LatentIndex) -> tuple[gr.HTML, gr.HTML]:
 
     outputs = [rows, where, offset]
     first = lambda query, sort: find(query, sort, 0, 0)
-    gr.on([query.change, sort.change], first, [query, sort], outputs, trigger_mode="always_last", **_QUICK)
+    gr.on([query.change, sort.change], first, [query, sort], outputs, trigger_mode="always_last", **QUICK)
     for button, step in ((before, -1), (after, 1)):
-        button.click(functools.partial(find, step=step), [query, sort, offset], outputs, **_QUICK)
+        button.click(functools.partial(find, step=step), [query, sort, offset], outputs, **QUICK)
     return rows, card
 
 
@@ -576,10 +550,10 @@ def chat_tab(served: Served, controls: Controls) -> None:
                 yield grown, [turn._asdict() for turn in grown], sent, line
                 sent = gr.skip()  # the next message may be half written
 
-    running = gr.on([go.click, message.submit], run, inputs, [dialogue, shown, message, status], **_QUEUED)
-    stop.click(lambda: status_html("Stopped."), None, status, cancels=[running], **_QUICK)
+    running = gr.on([go.click, message.submit], run, inputs, [dialogue, shown, message, status], **QUEUED)
+    stop.click(lambda: status_html("Stopped."), None, status, cancels=[running], **QUICK)
     forget = lambda: ([], [], "")
-    gr.on([clear.click, shown.clear], forget, None, [dialogue, shown, status], cancels=[running], **_QUICK)
+    gr.on([clear.click, shown.clear], forget, None, [dialogue, shown, status], cancels=[running], **QUICK)
 
 
 # ---- the server

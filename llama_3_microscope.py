@@ -1,16 +1,19 @@
 """Look into a Llama at work on one prompt: lens, attention, ablation, patching, attribution, tensors.
 
 Reads   LLAMA_MODEL_DIR; for attribution to latents also SAE_MODEL_PATH
-Writes  tables to the terminal; a PNG to PICTURE_PATH, tensors to SAVE_PATH, where these are given
+Writes  tables to the terminal; a PNG to PICTURE_PATH, attention as a page to HTML_PATH, tensors to SAVE_PATH, where
+        these are given
 Method  each instrument's formula stands at the top of its module in microscope/. Heads are written LAYER.HEAD, both
         counted from 0; positions too. Answers are single tokens, given with the space before them
-Cost    a forward pass or a few; ablate --all_heads and patch take one row of a batch per head or position and site
+Cost    a forward pass or a few; ablate --all_heads takes one row of a batch per head, patch one per position and site
 
     python llama_3_microscope.py lens --prompt "The file is"
     python llama_3_microscope.py attention --picture_path scores.png
+    python llama_3_microscope.py attention --prompt "The file is" --html_path attention.html
     python llama_3_microscope.py attention --prompt "The file is" --head 3.1
     python llama_3_microscope.py ablate --prompt "The file is" --all_heads --picture_path heads.png
     python llama_3_microscope.py ablate --prompt "The file is" --heads 3.1 4.0 --value mean
+    python llama_3_microscope.py ablate --heads 3.1
     python llama_3_microscope.py patch --prompt "The file is" --corrupted "The line is"
     python llama_3_microscope.py attribution --prompt "The file is" --answers " not"
     python llama_3_microscope.py tensors --prompt "The file is" --sites layers.3.head_out --save_path heads.safetensors
@@ -24,15 +27,16 @@ from pipeline.run import run
 LLAMA_MODEL_DIR: str | None = None  # Llama folder; the embedded tiny Llama when not given
 DEVICE = "auto"  # auto: a GPU if there is one
 DTYPE: Literal["auto", "bfloat16", "float16", "float32"] = "float32"  # of the computation
-PROMPT: str | None = None  # the text; attention scores need none
+PROMPT: str | None = None  # the text; attention and ablate do without: they read random tokens twice
 ANSWERS: list[str] = []  # patch, attribution: the answer, and one to compare with; the likeliest tokens when not given
 PICTURE_PATH: str | None = None  # PNG to write
+HTML_PATH: str | None = None  # attention of a prompt: a page with every head of every layer, to click through
 JSON = False  # print JSON instead of tables
 TOP: Count = 3  # lens, ablate: tokens shown; attention, attribution: 5 times as many heads or parts
 KIND: Literal["resid_post", "resid_pre", "resid_mid", "attention_out", "mlp_out"] = "resid_post"  # lens, patch: where
-POSITION: CountOrZero | None = None  # lens: the position in the table; the last when not given
+POSITION: CountOrZero | None = None  # lens, attention: the position in the table; the last when not given
 HEAD: str | None = None  # attention: the head whose pattern is listed; the picture shows all heads of its layer
-REPEATED_TOKENS: Count = 50  # attention without a prompt: length of the random sequence that is read twice
+REPEATED_TOKENS: Count = 50  # attention, ablate without a prompt: length of the random sequence that is read twice
 SEED: Seed = 0  # of that sequence
 HEADS: list[str] = []  # ablate: heads to switch off
 KEEP_HEADS: list[str] = []  # ablate: the only heads to keep in their layers
@@ -63,6 +67,7 @@ if __name__ == "__main__":
 
 import contextlib
 import json
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,14 +78,15 @@ from torch import Tensor
 
 from llama_3 import load_model, load_tokenizer
 from llama_3.checkpoint import TINY_LLAMA_DIR
+from llama_3.generation import check_context
 from llama_3.model import Intervention, Transformer
 from llama_3.tokenizer import Tokenizer
 from microscope import ablation, attention, attribution, lens, patching, shown, tensors
-from microscope.prompts import Prompt, answer_id, check_aligned, continuation, read_prompt, token_text
+from microscope.attention_page import write_attention_html
+from microscope.prompts import Prompt, answer_ids, continuation, read_prompt, token_text
 from pipeline.errors import InputError
 from pipeline.files import require_writable
-from sae import load_sae_model
-from serving.steered_model import pick_device, pick_dtype
+from serving.steered_model import latent_meanings, pick_device, pick_dtype, sae_of
 
 
 @dataclass(frozen=True)
@@ -137,28 +143,50 @@ def show_lens(session: Session, prompt: Prompt, kind: str, position: int) -> Non
         shown.heat_map(session.picture_path, values, "layer", prompt.tokens, title, texts, centred=False)
 
 
-def show_scores(session: Session, n_tokens: int, seed: int) -> None:
+def repeated_prompt(session: Session, n_tokens: int, seed: int) -> Prompt:
+    """A random sequence of tokens, read twice."""
     tokenizer = session.tokenizer
     special = set(tokenizer.special_tokens.values())
     vocab = [i for i in range(tokenizer.vocab_size) if i not in special]
     bos_id = tokenizer.bos_id if tokenizer.starts_with_bos else None
-    tokens = attention.repeated_tokens(vocab, n_tokens, seed, bos_id)
-    scores = attention.head_scores(session.model, tokens, n_tokens)._asdict()
+    ids = attention.repeated_tokens(vocab, n_tokens, seed, bos_id)
+    check_context(session.model, len(ids), 1)
+    return Prompt(ids, [session.text(i) for i in ids])
+
+
+def show_scores(session: Session, prompt: Prompt, n_tokens: int) -> None:
+    scores = attention.head_scores(session.model, prompt.ids, n_tokens)._asdict()
     n_heads = session.model.args.n_heads
     columns = []
     for values in scores.values():
         best = values.flatten().topk(min(5 * session.top, values.numel()))
-        columns.append(
-            [
-                (f"{int(i) // n_heads}.{int(i) % n_heads}", float(v))
-                for v, i in zip(best.values, best.indices, strict=True)
-            ]
-        )
+        found = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        columns.append([(ablation.head_name(i, n_heads), value) for value, i in found])
     rows = [[cell for pair in row for cell in pair] for row in zip(*columns, strict=True)]
     heads = [name for kind in scores for name in (kind, f"{kind} score")]
     session.show(f"Heads by mean weight on {n_tokens} random tokens read twice", heads, rows)
     if session.picture_path:
         shown.score_maps(session.picture_path, scores)
+
+
+def show_heads(session: Session, prompt: Prompt, position: int, html_path: str | None) -> None:
+    """The heads that look from one position at one other most, begin-of-text or the first token left out."""
+    args = session.model.args
+    patterns = attention.patterns(session.model, prompt, list(range(args.n_layers)))
+    weights = patterns[:, :, position, 1 : position + 1].flatten(0, 1)  # (all heads, keys)
+    rows = []
+    if position > 0:
+        best = weights.max(1)
+        for i in best.values.argsort(descending=True)[: 5 * session.top].tolist():
+            key = int(best.indices[i]) + 1
+            rows.append([ablation.head_name(i, args.n_heads), float(best.values[i]), f"{key}", prompt.tokens[key]])
+    title = f"Heads that look from {prompt.tokens[position]!r} ({position}) most at one token, the first left out"
+    session.show(title, ["head", "weight", "position", "looks at"], rows)
+    if session.picture_path:
+        shown.all_patterns(session.picture_path, patterns)
+    if html_path:
+        write_attention_html(html_path, patterns, prompt.tokens)
+        print(f"Written to {html_path}.", file=sys.stderr)
 
 
 def show_pattern(session: Session, prompt: Prompt, layer: int, head: int) -> None:
@@ -187,47 +215,53 @@ def show_ablation(session: Session, prompt: Prompt, without: ablation.Ablation, 
         session.show("Written", ["model", "text"], [["whole", written[0]], ["ablated", written[1]]])
 
 
+def show_copying(session: Session, prompt: Prompt, without: ablation.Ablation, n_tokens: int) -> None:
+    """What is switched off, by the loss of random tokens read for the first and for the second time."""
+    rows = []
+    for name, each in (("whole", ablation.Ablation()), ("ablated", without)):
+        losses = ablation.effect(session.model, prompt, each).losses
+        rows.append([name, float(losses[:-n_tokens].mean()), float(losses[-n_tokens:].mean())])
+    title = f"Loss of {n_tokens} random tokens in nats per token, when they are read"
+    session.show(title, ["model", "first", "again"], rows)
+
+
 def show_every_head(session: Session, prompt: Prompt, value: ablation.Value) -> None:
     args = session.model.args
     clean = ablation.effect(session.model, prompt)
     answer = int(clean.log_p.argmax())
-    effects = [ablation.every_head(session.model, prompt, value, layer) for layer in range(args.n_layers)]
-    drops = torch.tensor([[float(clean.log_p[answer] - e.log_p[answer]) for e in layer] for layer in effects])
-    losses = torch.tensor([[e.loss - clean.loss for e in layer] for layer in effects])
-    order = drops.abs().flatten().argsort(descending=True)[: 5 * session.top].tolist()
-    rows = [
-        [
-            f"{i // args.n_heads}.{i % args.n_heads}",
-            float(drops.flatten()[i]),
-            float(losses.flatten()[i]),
-            session.likeliest(effects[i // args.n_heads][i % args.n_heads].log_p),
-        ]
-        for i in order
-    ]
+    effects = [each for layer in ablation.every_head(session.model, prompt, value) for each in layer]
+    drops = torch.tensor([float(clean.log_p[answer] - each.log_p[answer]) for each in effects])
+    rows = []
+    for i in drops.abs().argsort(descending=True)[: 5 * session.top].tolist():
+        loss, likeliest = effects[i].loss - clean.loss, session.likeliest(effects[i].log_p)
+        rows.append([ablation.head_name(i, args.n_heads), float(drops[i]), loss, likeliest])
     said = f"{session.text(answer)} (probability {float(clean.log_p[answer].exp()):.3f})"
     title = f"Each head alone set to {value}: what {said} loses in log probability, and the loss gained"
     session.show(title, ["head", "answer loses", "loss gains", "next token"], rows)
     if session.picture_path:
-        title = f"Log probability that {said} loses without each head"
-        shown.heat_map(session.picture_path, drops, "layer", [str(i) for i in range(args.n_heads)], title)
+        draw_heads(session, drops, f"Log probability that {said} loses without each head")
 
 
-def contrast_of(session: Session, clean: Prompt, corrupted: Prompt, answers: Sequence[str]) -> patching.Contrast:
-    """Raises InputError for prompts that do not align, or answers that do not tell them apart."""
-    check_aligned(clean, corrupted)
-    ids = answer_ids(session, answers)
-    for each in (clean, corrupted)[len(ids) :]:
-        ids.append(int(ablation.effect(session.model, each).log_p.argmax()))
-    contrast = patching.Contrast(clean, corrupted, ids[0], ids[1])
-    if ids[0] == ids[1]:
-        raise InputError(f"Both answers are {session.text(ids[0])!r}; name two with --answers.")
-    return contrast
+def show_every_copying(session: Session, prompt: Prompt, value: ablation.Value, n_tokens: int) -> None:
+    """What every head alone does for tokens that were read before."""
+    args = session.model.args
+    clean = ablation.effect(session.model, prompt).losses
+    effects = [each.losses for layer in ablation.every_head(session.model, prompt, value) for each in layer]
+    gains = torch.stack(effects) - clean  # (all heads, seq - 1)
+    first, again = gains[:, :-n_tokens].mean(1), gains[:, -n_tokens:].mean(1)
+    order = again.argsort(descending=True)[: 5 * session.top].tolist()
+    rows = [[ablation.head_name(i, args.n_heads), float(again[i]), float(first[i])] for i in order]
+    whole = float(clean[-n_tokens:].mean())
+    title = f"Each head alone set to {value}: loss gained on {n_tokens} random tokens, nats per token"
+    session.show(f"{title}; read again, they have {whole:.3f} with all heads", ["head", "again", "first"], rows)
+    if session.picture_path:
+        draw_heads(session, again, "Loss gained on tokens read before without each head")
 
 
-def answer_ids(session: Session, answers: Sequence[str]) -> list[int]:
-    if len(answers) > 2:
-        raise InputError(f"--answers has {len(answers)} values; give the answer and at most one to compare with.")
-    return [answer_id(session.tokenizer, each) for each in answers]
+def draw_heads(session: Session, values: Tensor, title: str) -> None:
+    """values: (all heads,)"""
+    n_heads = session.model.args.n_heads
+    shown.heat_map(session.picture_path, values.view(-1, n_heads), "layer", [str(i) for i in range(n_heads)], title)
 
 
 def show_patching(session: Session, contrast: patching.Contrast, kind: str) -> None:
@@ -235,8 +269,6 @@ def show_patching(session: Session, contrast: patching.Contrast, kind: str) -> N
     ends = contrast.ends(model)
     answers = f"{session.text(contrast.answer)} minus {session.text(contrast.other)}"
     title = f"Logit of {answers}: clean {ends[0]:.3f}, corrupted {ends[1]:.3f}"
-    if abs(ends[0] - ends[1]) < 1e-6:
-        raise InputError(f"{title}: no difference to restore; name other --answers or prompts.")
     sites = [f"layers.{i}.{kind}" for i in range(model.args.n_layers)]
     exact = patching.patch_map(model, contrast, sites, ends)
     fast = patching.attribution_patch(model, contrast, sites, ends)
@@ -251,7 +283,7 @@ def show_patching(session: Session, contrast: patching.Contrast, kind: str) -> N
     )
     best = heads.flatten().abs().argsort(descending=True)[: 5 * session.top].tolist()
     n_heads = model.args.n_heads
-    named = [[f"{i // n_heads}.{i % n_heads}", float(heads.flatten()[i])] for i in best]
+    named = [[ablation.head_name(i, n_heads), float(heads.flatten()[i])] for i in best]
     session.show("Share that one head's output restores, all positions", ["head", "exact"], named)
     error = (exact - fast).abs()
     agreement = float(torch.corrcoef(torch.stack([exact.flatten(), fast.flatten()]))[0, 1])
@@ -274,24 +306,35 @@ def show_patched(session: Session, prompt: Prompt, patches: list[Intervention]) 
 
 
 def show_attribution(session: Session, prompt: Prompt, answers: list[int], sae_path: str | None) -> None:
-    sae = load_sae_model(sae_path, session.model.device) if sae_path else None
-    answer = answers[0] if answers else int(ablation.effect(session.model, prompt).log_p.argmax())
+    model = session.model
+    sae = sae_of(sae_path, model, session.model_dir, str(model.device)) if sae_path else None
+    answer = answers[0] if answers else int(ablation.effect(model, prompt).log_p.argmax())
     other = answers[1] if len(answers) > 1 else None
-    parts, difference = attribution.attribution(session.model, prompt, answer, other, sae)
+    parts, difference = attribution.attribution(model, prompt, answer, other, sae)
     against = session.text(other) if other is not None else "the mean token"
     total = sum(part.amount for part in parts)
-    rows = [[part.name, part.amount] for part in sorted(parts, key=lambda part: -abs(part.amount))[: 5 * session.top]]
+    best = sorted(parts, key=lambda part: -abs(part.amount))
+    latents = [part for part in best if part.name.startswith("latent ")][: 5 * session.top]
+    others = [part for part in best if not part.name.startswith("latent ")][: 5 * session.top]
     title = f"Logit of {session.text(answer)} minus {against}: {difference:.4f}, sum of {len(parts)} parts {total:.4f}"
-    session.show(title, ["part", "adds"], rows)
-    if session.picture_path:
-        args = session.model.args
-        amounts = {part.name: part.amount for part in parts}
-        names = [[*(f"head {i}.{h}" for h in range(args.n_heads)), f"mlp {i}"] for i in range(args.n_layers)]
-        values = torch.tensor([[amounts.get(name, 0.0) for name in row] for row in names])
-        columns = [*(str(h) for h in range(args.n_heads)), "MLP"]
-        shown.heat_map(
-            session.picture_path, values, "layer", columns, f"Added to {session.text(answer)} minus {against}"
-        )
+    session.show(title, ["part", "adds"], others)
+    added = f"Added to {session.text(answer)} minus {against}"
+    if sae_path:
+        meanings = latent_meanings(sae_path)
+        names = [meanings.get(int(part.name.split()[1]), "") for part in latents]
+        rows = [[part.name, part.amount, name] for part, name in zip(latents, names, strict=True)]
+        of_all = sum(part.amount for part in parts if part.name.startswith("latent "))
+        session.show(f"{added} by latents; all of them add {of_all:.4f}", ["latent", "adds", "meaning"], rows)
+    if not session.picture_path:
+        return
+    if sae_path:
+        amounts = {f"{part.name} {name}": part.amount for part, name in zip(latents, names, strict=True)}
+        shown.bars(session.picture_path, amounts, added)
+        return
+    args, amounts = model.args, {part.name: part.amount for part in parts}
+    names = [[*(f"head {i}.{h}" for h in range(args.n_heads)), f"mlp {i}"] for i in range(args.n_layers)]
+    values = torch.tensor([[amounts[name] for name in row] for row in names])
+    shown.heat_map(session.picture_path, values, "layer", [*map(str, range(args.n_heads)), "MLP"], added)
 
 
 def show_tensors(session: Session, prompt: Prompt, sites: Sequence[str], save_path: str | None) -> None:
@@ -313,19 +356,22 @@ def show_tensors(session: Session, prompt: Prompt, sites: Sequence[str], save_pa
 
 
 def run_command(session: Session, config: Any) -> None:
-    prompt = session.prompt(config.prompt) if config.prompt or config.command != "attention" else None
-    if config.command == "attention" and prompt is None:
-        return show_scores(session, config.repeated_tokens, config.seed)
-    assert prompt is not None
+    if config.html_path and (config.command != "attention" or not config.prompt or config.head):
+        raise InputError("--html_path shows all heads on a prompt; give attention a --prompt, and no --head.")
+    repeats = config.command in ("attention", "ablate") and not config.prompt
+    drawn = lambda: repeated_prompt(session, config.repeated_tokens, config.seed)
+    prompt = drawn() if repeats else session.prompt(config.prompt)
     if config.command == "lens":
         return show_lens(session, prompt, config.kind, prompt.position(config.position))
     if config.command == "attention":
-        if config.head is None:
-            raise InputError("A prompt's patterns need a head, such as --head 3.1; leave --prompt out for scores.")
-        ((layer, (head,)),) = ablation.parse_heads([config.head], session.model).items()
-        return show_pattern(session, prompt, layer, head)
+        if config.head is not None:
+            ((layer, (head,)),) = ablation.parse_heads([config.head], session.model).items()
+            return show_pattern(session, prompt, layer, head)
+        if repeats:
+            return show_scores(session, prompt, config.repeated_tokens)
+        return show_heads(session, prompt, prompt.position(config.position), config.html_path)
     if config.command == "ablate":
-        return run_ablation(session, prompt, config)
+        return run_ablation(session, prompt, config.repeated_tokens if repeats else None, config)
     if config.command == "patch" and config.from_path:
         found = tensors.load_tensors(config.from_path, session.model_dir)
         for position in config.positions or ():
@@ -334,13 +380,17 @@ def run_command(session: Session, config: Any) -> None:
         return show_patched(session, prompt, patches)
     if config.command == "patch":
         corrupted = session.prompt(config.corrupted, "--corrupted")
-        return show_patching(session, contrast_of(session, prompt, corrupted, config.answers), config.kind)
+        contrast = patching.contrast_of(session.model, session.tokenizer, prompt, corrupted, config.answers)
+        return show_patching(session, contrast, config.kind)
     if config.command == "attribution":
-        return show_attribution(session, prompt, answer_ids(session, config.answers), config.sae_model_path)
+        return show_attribution(session, prompt, answer_ids(session.tokenizer, config.answers), config.sae_model_path)
     return show_tensors(session, prompt, config.sites, config.save_path)
 
 
-def run_ablation(session: Session, prompt: Prompt, config: Any) -> None:
+def run_ablation(session: Session, prompt: Prompt, n_repeated: int | None, config: Any) -> None:
+    """n_repeated: so many random tokens, twice, are the prompt; None where it is a text."""
+    if config.all_heads and n_repeated:
+        return show_every_copying(session, prompt, config.value, n_repeated)
     if config.all_heads:
         return show_every_head(session, prompt, config.value)
     heads = ablation.parse_heads(config.heads, session.model)
@@ -352,12 +402,14 @@ def run_ablation(session: Session, prompt: Prompt, config: Any) -> None:
     if not (heads or config.attention_layers or config.mlp_layers):
         raise InputError("Nothing is switched off; name --heads, --keep_heads, layers, or --all_heads.")
     without = ablation.Ablation(heads, config.attention_layers, config.mlp_layers, config.value)
+    if n_repeated:
+        return show_copying(session, prompt, without, n_repeated)
     return show_ablation(session, prompt, without, config.new_tokens)
 
 
 def main() -> None:
     config = parse_constants(globals(), commands=_COMMANDS)
-    require_writable(*filter(None, (config.picture_path, config.save_path)))
+    require_writable(*filter(None, (config.picture_path, config.html_path, config.save_path)))
     device = pick_device(config.device)
     model_dir = config.llama_model_dir or TINY_LLAMA_DIR
     # Unpacked: the packed layers have no gradient.

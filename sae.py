@@ -19,7 +19,7 @@ sparse training loss is in autoencoder/losses.py.
 import json
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -119,6 +119,15 @@ def top_k(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     candidates = grouped.gather(2, groups[:, None].expand(-1, _GROUP, -1)).flatten(1)  # (batch, _GROUP * k)
     values, places = candidates.topk(k, dim=1, sorted=False)
     return values, places // k * n_groups + groups.gather(1, places % k)
+
+
+def joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Values and indices of several `encode`s, (rows, width) each, one below the other, filled up to the widest."""
+    width = max(values.shape[1] for values, _ in parts)
+    values, indices = (
+        torch.cat([F.pad(part, (0, width - part.shape[1])) for part in each]) for each in zip(*parts, strict=True)
+    )
+    return values, indices
 
 
 def products_are_exact(device: torch.device) -> bool:
@@ -280,11 +289,7 @@ class SparseAutoencoder(nn.Module):
             if x.dtype == torch.float32 and not products_are_exact(x.device):
                 values = self._pre_acts_of(rows, indices, h_bias).masked_fill(values == 0, 0)
             blocks.append((values, indices))
-        width = max(values.shape[1] for values, _ in blocks)
-        values, indices = (
-            torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts]).view(*x.shape[:-1], width)
-            for parts in zip(*blocks, strict=True)
-        )
+        values, indices = (part.view(*x.shape[:-1], part.shape[1]) for part in joined(blocks))
         values, order = values.sort(dim=-1, descending=True, stable=True)
         return values.relu(), indices.gather(-1, order)
 

@@ -82,6 +82,7 @@ _NOT_IN_THE_RESULT = [  # options that may change when a run is continued
 ]
 _SINCE = {"gate": "topk", "matryoshka": None, "normalization": "layer_norm", "target_data_dir": None, "skip": False}
 _THRESHOLD_STEPS = 64  # batches over which the threshold of BatchTopK is averaged
+_OUTLIERS, _SAMPLE = 3.0, 2**15  # root mean square over median length, of this many activations
 _NO_VARIANCE = 1e-9  # share of the mean square; anything less is rounding
 _SMALL_LOSS = 1e-3  # share of the variance; a loss that stays below it is no explosion, however small it was before
 _LOSS_MEMORY = 0.98  # decay of the loss's running mean: about 50 steps
@@ -680,10 +681,22 @@ def train(training: Training, verified: Callable[[], None], report: Callable[[di
 # ---- main
 
 
+def longest_over_typical(options: RunOptions, batches: Batches) -> float:
+    """Root mean square over median of the length of activations, those read or those written, whichever is larger."""
+    folders = filter(None, (options.data_dir, options.target_data_dir))
+    ratios = []
+    for folder in folders:
+        rows = torch.from_numpy(open_rows(Path(folder) / batches.names[0])[:_SAMPLE]).view(torch.bfloat16)
+        lengths = rows.float().norm(dim=1)
+        ratios.append(float(lengths.square().mean().sqrt() / lengths.median().clamp(min=1e-30)))
+    return max(ratios)
+
+
 def announce(training: Training) -> None:
     """Print what will be read, written, held in memory and sent. Raises Stop if the disk is too small."""
     options, step, manifest = training.options, training.step, training.data.manifest
     d_model, kind = manifest["d_model"], training.data.kind
+    what = ("Matryoshka, " if options.matryoshka else "") + kind.in_words.replace("JumpReLU", "BatchTopK")
     to = f" and of {kind.target_site} from {options.target_data_dir}" if kind.target_site else ""
     sae_bytes = 4 * (2 * options.n_latents * d_model + options.n_latents + d_model + options.skip * d_model**2)
     present = sum(path.stat().st_size for path in checkpoint_files(training.folder))
@@ -694,7 +707,7 @@ def announce(training: Training) -> None:
     copies = 4 if n_rows == training.batch_size // step.data.size else 5
     memory = copies * sae_bytes // step.slices.size + block + n_rows * (24 * d_model + 80 * min(options.k, n_slice))
     print(
-        f"{kind.in_words}: reading {manifest['counts']['train']:,} activations of {manifest['site']} from "
+        f"{what}: reading {manifest['counts']['train']:,} activations of {manifest['site']} from "
         f"{options.data_dir}{to}; "
         f"writing {options.model_save_path} ({gb(sae_bytes)}) and checkpoints ({gb(3 * sae_bytes)} each) to "
         f"{training.folder}; {training.n_steps:,} steps of {training.batch_size} on {step.world.size} x "
@@ -706,6 +719,13 @@ def announce(training: Training) -> None:
         print(
             f"Note: --warmup_steps {options.warmup_steps:,} is at least the run's {training.n_steps:,} steps: the "
             f"run ends while the learning rate is still rising to {options.learning_rate:g}.",
+            flush=True,
+        )
+    if kind.normalization != "layer_norm" and (ratio := longest_over_typical(options, training.batches)) > _OUTLIERS:
+        print(
+            f"Note: without a normalisation by activation the few longest activations decide what is learned: their "
+            f"root mean square length is {ratio:.0f} times the median. Of sentences it is usually the first token: "
+            "capture them with --begin_of_text.",
             flush=True,
         )
     if step.options.dead_after_tokens <= training.batch_size:

@@ -285,7 +285,7 @@ def load_model(
         model = Transformer(args)
     expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     reader = READERS[found.format]
-    loaded = _without_needless(reader.weights(found))
+    loaded = without_needless(reader.weights(found))
     _check(loaded, expected, found)
     output, embedding = loaded["output.weight"].tensor, loaded["tok_embeddings.weight"].tensor
     tied = output is embedding or (
@@ -381,7 +381,7 @@ def _tie(loaded: dict[str, Loaded], found: Checkpoint) -> None:
         loaded.update(dict.fromkeys(both, there[0]))
 
 
-def _without_needless(loaded: dict[str, Loaded]) -> dict[str, Loaded]:
+def without_needless(loaded: dict[str, Loaded]) -> dict[str, Loaded]:
     """The tensors that have an effect; prints a line for cache scales and zero biases left out."""
     kept: dict[str, Loaded] = {}
     for name, each in loaded.items():

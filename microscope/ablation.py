@@ -14,10 +14,10 @@ from torch import Tensor
 
 from llama_3.model import Intervention, Transformer
 from microscope.prompts import Prompt
+from microscope.sweeps import Sweep
 from pipeline.errors import InputError
 
 Value = Literal["zero", "mean"]
-_ROWS = 16  # variants of a prompt computed together
 
 
 class Ablation(NamedTuple):
@@ -33,7 +33,12 @@ class Effect(NamedTuple):
     """What an ablated model says."""
 
     log_p: Tensor  # (vocab_size,) of the token after the prompt
-    loss: float  # nats per token of the prompt itself
+    losses: Tensor  # (seq - 1,) nats of each of the prompt's own tokens, from the second on
+
+    @property
+    def loss(self) -> float:
+        """Nats per token of the prompt itself."""
+        return float(self.losses.mean()) if len(self.losses) else 0.0
 
 
 def parse_heads(texts: Sequence[str], model: Transformer) -> dict[int, list[int]]:
@@ -48,6 +53,11 @@ def parse_heads(texts: Sequence[str], model: Transformer) -> dict[int, list[int]
             raise InputError(f"There is no head {text}; layers have heads 0 to {model.args.n_heads - 1}.")
         heads.setdefault(int(layer), []).append(int(head))
     return heads
+
+
+def head_name(i: int, n_heads: int) -> str:
+    """The name of the i-th of all heads, layer by layer."""
+    return f"{i // n_heads}.{i % n_heads}"
 
 
 def check_layers(layers: Sequence[int], model: Transformer) -> None:
@@ -90,23 +100,26 @@ def effect(model: Transformer, prompt: Prompt, ablation: Ablation = Ablation()) 
 
 def effects_of(logits: Tensor, prompt: Prompt) -> list[Effect]:
     """logits: (rows, seq, vocab_size), of variants of a model on one prompt."""
-    log_p = logits.log_softmax(-1)
     targets = torch.tensor(prompt.ids[1:], device=logits.device)
-    return [Effect(row[-1].cpu(), float(F.nll_loss(row[:-1], targets)) if len(targets) else 0.0) for row in log_p]
-
-
-@torch.inference_mode()
-def every_head(model: Transformer, prompt: Prompt, value: Value, layer: int) -> list[Effect]:
-    """The effect of each head of a layer alone; several copies of the prompt at once, one head off in each."""
     effects = []
-    fn = replacement(value)
-    for heads in torch.arange(model.args.n_heads).split(_ROWS):
-
-        def switch_off(x: Tensor, heads: Tensor = heads) -> Tensor:
-            rows = torch.arange(len(heads))
-            x[rows, :, heads] = fn(x)[rows, :, heads]
-            return x
-
-        with model.intervene(f"layers.{layer}.head_out", switch_off):
-            effects += effects_of(model(prompt.batch(model, len(heads))), prompt)
+    for row in logits:  # one after the other: log_softmax needs as much memory again
+        log_p = row.log_softmax(-1)
+        effects.append(Effect(log_p[-1].cpu(), F.nll_loss(log_p[:-1], targets, reduction="none").cpu()))
     return effects
+
+
+def every_head(model: Transformer, prompt: Prompt, value: Value) -> Iterator[list[Effect]]:
+    """The effect of each head alone, layer by layer."""
+    sweep = Sweep(model, prompt)
+    fn = replacement(value)
+    for layer in range(model.args.n_layers):
+        effects = []
+        for heads in torch.arange(model.args.n_heads).split(sweep.n_rows):
+
+            def switch_off(x: Tensor, heads: Tensor = heads) -> Tensor:
+                rows = torch.arange(len(heads))
+                x[rows, :, heads] = fn(x)[rows, :, heads]
+                return x
+
+            effects += effects_of(sweep.logits(f"layers.{layer}.head_out", switch_off, len(heads)), prompt)
+        yield effects

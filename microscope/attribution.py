@@ -5,6 +5,7 @@ one number, so that logits are a sum of the parts' logits, exactly. With an SAE 
 before its site is instead the sum of its latents, its offset and what it does not reconstruct.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -65,6 +66,49 @@ def _parts(model: Transformer, prompt: Prompt, sae: SparseAutoencoder | None) ->
             vectors[f"head {i}.{head}"] = vector
         vectors[f"mlp {i}"] = acts[f"layers.{i}.mlp_out"][0, -1]
     return vectors, acts[end][0, -1]
+
+
+class Outlook(NamedTuple):
+    """What the model says after each token of a text, and what its logits make of an SAE's latents there."""
+
+    answers: list[int]  # the likeliest next token
+    probabilities: list[float]
+    scales: list[float]  # from a latent's activation times its decoder row to the last norm's output
+
+
+@torch.inference_mode()
+def outlook(model: Transformer, ids: Sequence[int], sae: SparseAutoencoder) -> Outlook | None:
+    """None for an SAE whose output is no term of the last residual stream, so that nothing adds up directly."""
+    if sae.output_site.rpartition(".")[2] not in ("resid_pre", "resid_mid", "resid_post", "attention_out", "mlp_out"):
+        return None
+    end = f"layers.{model.args.n_layers - 1}.resid_post"
+    acts = model.activations(torch.tensor([ids], device=model.device), [*{sae.site, end}])
+    last = acts[end][0]
+    best = model.unembed(last).softmax(-1).max(-1)
+    scales = torch.rsqrt(last.float().square().mean(-1) + model.norm.eps)
+    if sae.kind.target_site is None:
+        _, _, std = sae.normalize(acts[sae.site][0])
+        scales = scales * (std.flatten() + sae.normalize_eps)
+    else:
+        scales = scales / sae.kind.target_scale
+    return Outlook(best.indices.tolist(), best.values.tolist(), scales.tolist())
+
+
+@torch.inference_mode()
+def latents_add(
+    model: Transformer, sae: SparseAutoencoder, latents: Sequence[tuple[int, float]], answer: int, scale: float
+) -> list[float]:
+    """What latents with these activations add to the logit of `answer`, minus what they add to the mean token's.
+
+    scale: of an `Outlook`.
+    """
+    if not latents:
+        return []
+    indices, activations = zip(*latents, strict=True)
+    amounts = torch.tensor(activations, device=sae.decoder.weight.device)
+    vectors = (sae.decoder.weight[:, list(indices)].float() * amounts * scale).T
+    logits = direct_logits(model, vectors.to(model.dtype)).float()  # (latents, vocab_size)
+    return (logits[:, answer] - logits.mean(-1)).tolist()
 
 
 def _latents(sae: SparseAutoencoder, x: Tensor) -> dict[str, Tensor]:

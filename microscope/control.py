@@ -2,8 +2,11 @@
 
 mean  the mean of the differences between the pairs' activations
 pca   the first principal component of these differences, not centred, pointing to the positive prompts
+sets  the difference of the means of two sets of texts, which need not be pairs (Marks and Tegmark 2023,
+      arXiv:2310.06824)
 
-Activations are resid_post of each prompt's last token, as in repeng (Vogel 2024; Zou et al. 2023, arXiv:2310.01405).
+Activations are resid_post of each prompt's last token, as in repeng (Vogel 2024; Zou et al. 2023, arXiv:2310.01405); of
+texts in sets, the mean over tokens, begin-of-text left out.
 A vector is as long as the activations of its layer are on average, so that strengths are shares of the stream.
 
 Files are llama.cpp's: direction.N is added to the output of block N, our layers.N.resid_post, at every token. Block 0
@@ -21,14 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_3.generation import encode_text
+from llama_3.generation import check_context, encode_text
 from llama_3.model import Intervention, Transformer
 from llama_3.tokenizer import Tokenizer
 from pipeline.errors import InputError
 from pipeline.files import atomic_path
 from sae import SparseAutoencoder
 
-Method = Literal["mean", "pca"]
+Method = Literal["mean", "pca", "sets"]
 _ARCHITECTURE = "controlvector"
 
 
@@ -38,34 +41,54 @@ class ControlVector(NamedTuple):
 
 
 @torch.inference_mode()
-def last_activations(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """(len(texts), n_layers, d_model) float32 on the CPU: resid_post of each text's last token."""
+def text_activations(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], part: slice) -> Tensor:
+    """(len(texts), n_layers, d_model) float32 on the CPU: resid_post of each text, the mean over a part of its tokens.
+
+    Raises InputError for a text that is too long.
+    """
     sites = [f"layers.{i}.resid_post" for i in range(model.args.n_layers)]
     rows = []
     for text in texts:
-        acts = model.activations(torch.tensor([encode_text(tokenizer, text)], device=model.device), sites)
-        rows.append(torch.stack([acts[site][0, -1].float().cpu() for site in sites]))
-    return torch.stack(rows)
+        ids = encode_text(tokenizer, text)
+        check_context(model, len(ids), 0)
+        acts = model.activations(torch.tensor([ids], device=model.device), sites)
+        rows.append(torch.stack([acts[site][0, part].float().mean(0).cpu() for site in sites]))
+    return torch.stack(rows) if rows else torch.empty(0, model.args.n_layers, model.args.dim)
+
+
+def last_activations(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """`text_activations` of each text's last token."""
+    return text_activations(model, tokenizer, texts, slice(-1, None))
+
+
+def mean_activations(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """`text_activations` of all tokens but begin-of-text, where the stream is much longer."""
+    return text_activations(model, tokenizer, texts, slice(int(tokenizer.starts_with_bos), None))
 
 
 def control_vector(positive: Tensor, negative: Tensor, method: Method) -> ControlVector:
-    """positive, negative: (n_pairs, n_layers, d_model) activations of the pairs.
+    """positive, negative: (n, n_layers, d_model) activations; pairs, unless the method is sets.
 
-    The last fifth of the pairs, at least one, is held out. Raises InputError for fewer than two pairs.
+    The last fifth of each, at least one, is held out. Raises InputError for fewer than two.
     """
-    if len(positive) < 2:
+    if min(len(positive), len(negative)) < 2:
         raise InputError("A control vector needs at least two pairs of prompts, one of them to check it; add some.")
-    n_held_out = max(1, len(positive) // 5)
-    differences = positive - negative
-    known, held_out = differences[:-n_held_out], differences[-n_held_out:]
-    if method == "mean":
-        directions = known.mean(0)
-    else:
-        directions = torch.linalg.svd(known.transpose(0, 1), full_matrices=False).Vh[:, 0]  # (n_layers, d_model)
-        along = torch.einsum("pld,ld->pl", known, directions)
+    (known_p, held_p), (known_n, held_n) = (
+        each.tensor_split([len(each) - max(1, len(each) // 5)]) for each in (positive, negative)
+    )
+    if method == "pca":
+        differences = known_p - known_n
+        directions = torch.linalg.svd(differences.transpose(0, 1), full_matrices=False).Vh[:, 0]  # (n_layers, d_model)
+        along = torch.einsum("pld,ld->pl", differences, directions)
         directions = directions * torch.where((along > 0).float().mean(0) < 0.5, -1.0, 1.0)[:, None]
+    else:
+        directions = known_p.mean(0) - known_n.mean(0)
     directions = F.normalize(directions, dim=-1)
-    separation = ((held_out * directions).sum(-1) > 0).float().mean(0)
+    along_p, along_n = ((held * directions).sum(-1) for held in (held_p, held_n))  # (n held out, n_layers)
+    if method == "sets":
+        separation = (along_p[:, None] > along_n).float().mean((0, 1))  # every text with every other
+    else:
+        separation = (along_p > along_n).float().mean(0)
     length = torch.cat([positive, negative]).norm(dim=-1).mean(0)
     return ControlVector(directions * length[:, None], separation)
 

@@ -1,5 +1,6 @@
 """Prompts as tokens, the answers asked about, two prompts side by side."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,13 @@ def answer_id(tokenizer: Tokenizer, text: str) -> int:
     return ids[0]
 
 
+def answer_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
+    """The tokens that answers are: the answer, and one to compare with. Raises InputError for more."""
+    if len(texts) > 2:
+        raise InputError(f"There are {len(texts)} answers; give the answer and at most one to compare with.")
+    return [answer_id(tokenizer, text) for text in texts]
+
+
 def check_aligned(clean: Prompt, corrupted: Prompt) -> list[int]:
     """The positions at which two prompts differ. Raises InputError unless they have as many tokens and differ."""
     if len(clean.ids) != len(corrupted.ids):
@@ -71,7 +79,7 @@ def check_aligned(clean: Prompt, corrupted: Prompt) -> list[int]:
         )
     differing = [i for i, (a, b) in enumerate(zip(clean.ids, corrupted.ids, strict=True)) if a != b]
     if not differing:
-        raise InputError("Both prompts are the same; change a word in --corrupted.")
+        raise InputError("Both prompts are the same; change a word in the second.")
     return differing
 
 
@@ -80,6 +88,6 @@ def check_pattern_size(model: Transformer, n_layers: int, n_tokens: int) -> None
     needed = 4 * n_layers * model.args.n_heads * n_tokens**2
     if needed > MOST_PATTERN_BYTES:
         raise InputError(
-            f"Attention patterns of {n_tokens:,} tokens in {n_layers} layers would take {needed / 1e9:.1f} GB, above "
-            f"the limit of {MOST_PATTERN_BYTES / 1e9:.1f} GB; shorten the prompt."
+            f"Attention patterns of {n_tokens:,} tokens ({n_layers} x {model.args.n_heads} heads) would take "
+            f"{needed / 1e9:.1f} GB, above the limit of {MOST_PATTERN_BYTES / 1e9:.1f} GB; shorten the prompt."
         )

@@ -94,11 +94,45 @@ def pattern_grid(path: Path | str, patterns: Tensor, tokens: Sequence[str], laye
     save_figure(figure, path)
 
 
+def all_patterns(path: Path | str, patterns: Tensor) -> None:
+    """A PNG of all patterns, (n_layers, n_heads, query, key), as one map: a row per layer, the first at the top."""
+    n_layers, n_heads, n_tokens, _ = patterns.shape
+    step = n_tokens + max(1, n_tokens // 12)  # with a gap
+    image = np.full((n_layers * step, n_heads * step), np.nan, np.float32)
+    for layer in range(n_layers):
+        for head in range(n_heads):
+            at = slice(layer * step, layer * step + n_tokens), slice(head * step, head * step + n_tokens)
+            image[at] = patterns[layer, head].numpy()
+    figure = new_figure(1 + 0.6 * n_heads, 1 + 0.6 * n_layers)
+    axes = figure.subplots()
+    axes.imshow(image, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    middle = n_tokens / 2
+    axes.set_xticks([middle + i * step for i in range(n_heads)], [str(i) for i in range(n_heads)], fontsize=7)
+    axes.set_yticks([middle + i * step for i in range(n_layers)], [str(i) for i in range(n_layers)], fontsize=7)
+    axes.set(title="Where tokens (rows) look (columns)", xlabel="head", ylabel="layer")
+    save_figure(figure, path)
+
+
 def score_maps(path: Path | str, maps: dict[str, Tensor]) -> None:
     """A PNG of several maps (n_layers, n_heads) side by side, from 0 to 1."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(3.2 * len(maps), 5)
     for axes, (name, values) in zip(figure.subplots(1, len(maps)), maps.items(), strict=True):
         image = axes.imshow(values.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
         axes.set(title=name, xlabel="head", ylabel="layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes)
+    save_figure(figure, path)
+
+
+def bars(path: Path | str, amounts: dict[str, float], title: str) -> None:
+    """A PNG of named amounts, the first at the top."""
+    figure = new_figure(7, 1 + 0.24 * len(amounts))
+    axes = figure.subplots()
+    colours = ["tab:blue" if value < 0 else "tab:orange" for value in amounts.values()]
+    axes.barh(range(len(amounts)), list(amounts.values()), color=colours)
+    axes.set_yticks(range(len(amounts)), [cut(name, 48) for name in amounts], fontsize=8, parse_math=False)
+    axes.invert_yaxis()
+    axes.set(title=title)
     save_figure(figure, path)

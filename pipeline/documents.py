@@ -6,6 +6,7 @@ A dialogue is a document as well: the assistant's messages, joined by blank line
 import codecs
 import hashlib
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -259,3 +260,11 @@ def iter_documents(files: list[Path]) -> Iterator[bytes]:
 
 def as_text(document: bytes) -> str:
     return document.decode(errors="replace")
+
+
+def first_texts(path: str, n: int) -> list[str]:
+    """The first n documents of a file or folder that are not empty. Raises InputError if there is none."""
+    found = filter(str.strip, map(as_text, iter_documents(document_files(path))))
+    if not (texts := list(itertools.islice(found, n))):
+        raise InputError(f"{path} holds no text; name another with --text_path.")
+    return texts

@@ -98,14 +98,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_constants(
-    module_globals: dict[str, Any], argv: list[str] | None = None, commands: dict[str, str] | None = None
+    module_globals: dict[str, Any],
+    argv: list[str] | None = None,
+    commands: dict[str, str] | None = None,
+    argument: str | None = None,
 ) -> argparse.Namespace:
     """Turn the upper-case constants of a script into options of the same name in lower case.
 
     A constant's value is the option's default, its annotation (or the value's type) the option's type and bounds, and
     the comment on its line the help text. `NAME: str` without a value is a required option. Names starting with _ are
     not options. commands: name -> help text of the words allowed as first argument, `command`; the first is the
-    default. Raises InputError for an unknown option and for a value that its annotation does not allow.
+    default. argument: an option whose value may follow the command without its name. Raises InputError for an unknown
+    option and for a value that its annotation does not allow.
     """
     source = Path(module_globals["__file__"]).read_text(encoding="utf-8")
     lines = source.splitlines()
@@ -135,8 +139,11 @@ def parse_constants(
             parser.add_argument(f"--{name}", type=option.item, nargs="+", default=default, help=about)
         else:
             parser.add_argument(f"--{name}", type=option.item, default=default, required=required, help=about)
-    refuse_unknown(sys.argv[1:] if argv is None else argv, options)
-    config = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if argument and len(words) > 1 and words[0] in (commands or ()) and not words[1].startswith("--"):
+        words = [words[0], f"--{argument}", *words[1:]]
+    refuse_unknown(words, options)
+    config = parser.parse_args(words)
     for name, option in options.items():
         check_option(name, getattr(config, name), option)
     return config

@@ -8,13 +8,13 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from latents.index import LatentIndex, pieces
 from llama_3.chat import Message, encode_answered
 from llama_3.generation import check_context, encode_text
 from pipeline.errors import InputError
+from sae import joined
 from serving.modes import Defaults
 from serving.steered_model import SteeredModel
 
@@ -25,7 +25,7 @@ class Kept(NamedTuple):
     """The latents that the SAE keeps on a text's tokens, without begin-of-text, on which no SAE here was trained."""
 
     ids: list[int]
-    values: Tensor  # (len(ids), width), normalised space, largest first; 0 where none fires
+    values: Tensor  # (len(ids), width), normalised space, largest first, 0 where fewer fire
     indices: Tensor  # (len(ids), width)
 
 
@@ -51,9 +51,7 @@ def kept_latents(opened: SteeredModel, ids: Sequence[int]) -> Generator[None, No
             values, indices = sae.encode(opened.model.activations(part, sae.info["site"], cache=cache)[0])
             found.append((values.cpu(), indices.cpu()))
         yield
-    width = max(values.shape[1] for values, _ in found)  # with some gates each part has its own
-    widened = [[F.pad(x, (0, width - x.shape[1])) for x in part] for part in found]
-    values, indices = (torch.cat(parts) for parts in zip(*widened, strict=True))
+    values, indices = joined(found)
     if not values.isfinite().all():
         raise InputError(f"The model gives NaN or infinite numbers at {sae.info['site']}; check the checkpoint.")
     skipped = int(ids[0] == opened.tokenizer.bos_id)

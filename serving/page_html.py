@@ -127,9 +127,9 @@ def steerable_card_html(index: LatentIndex, latent: int) -> str:
 # ---- a text seen inside
 
 
-def look_html(index: LatentIndex, highest: Tensor | None, look: Look) -> tuple[str, str]:
+def look_html(served: Served, index: LatentIndex, look: Look) -> tuple[str, str]:
     """The text, token by token, and the list of one token's latents."""
-    return coloured_text_html(index, highest, look), strongest_html(index, look)
+    return coloured_text_html(index, served.opened.highest, look), strongest_html(served, index, look)
 
 
 def coloured_text_html(index: LatentIndex, highest: Tensor | None, look: Look) -> str:
@@ -149,18 +149,31 @@ def coloured_text_html(index: LatentIndex, highest: Tensor | None, look: Look) -
     return text
 
 
-def strongest_html(index: LatentIndex, look: Look) -> str:
-    """The strongest latents of the token that was clicked."""
+def strongest_html(served: Served, index: LatentIndex, look: Look) -> str:
+    """The strongest latents of the token that was clicked, and what they add to the next one."""
     if look.token is None:
         return status_html("Click a token to see its strongest latents.")
     latents = look.latents[look.token][:_N_STRONGEST]
     strongest = latents[0][1] if latents else 1.0
-    rows = [
-        f"<li class='{'here' if latent == look.latent else ''}' style='--share:{activation / strongest:.3f}'>"
-        f"{latent_link(index, latent, 'colour')}"
-        f"<span class='value'>{activation:.2f}</span>"
-        f"<span class='actions'><a href='#card-{latent}'>card</a> <a href='#steer-{latent}'>steer</a></span></li>"
-        for latent, activation in latents
-    ]
+    rows = []
+    for i, (latent, activation) in enumerate(latents):
+        adds = f"<span class='value adds'>{look.adds[i]:+.2f}</span>" if look.adds else ""
+        rows.append(
+            f"<li class='{'here' if latent == look.latent else ''}' style='--share:{activation / strongest:.3f}'>"
+            f"{latent_link(index, latent, 'colour')}<span class='value'>{activation:.2f}</span>{adds}"
+            f"<span class='actions'><a href='#card-{latent}'>card</a> <a href='#steer-{latent}'>steer</a></span></li>"
+        )
     shown = html.escape(repr(visible(look.tokens[look.token])))
-    return f"<h4>Strongest latents on {shown}</h4><ul class='strongest'>{''.join(rows)}</ul>"
+    return f"<h4>Strongest latents on {shown}</h4>{next_html(served, look)}<ul class='strongest'>{''.join(rows)}</ul>"
+
+
+def next_html(served: Served, look: Look) -> str:
+    """What comes next by the model, where its latents can be said to add to that."""
+    if look.outlook is None or look.token is None:
+        return ""
+    answer, probability = look.outlook.answers[look.token], look.outlook.probabilities[look.token]
+    said = repr(visible(served.opened.tokenizer.decode([answer])))
+    return status_html(
+        f"Next is {said} with probability {probability:.2f}. After each latent's activation: what it adds directly to "
+        "that token's logit, over the mean token's."
+    )

@@ -11,6 +11,7 @@ from llama_3.chat import Message, encode_dialogue
 from llama_3.generation import check_context, check_temperature, encode_text
 from llama_3.model import Intervention
 from llama_3.tokenizer import TextStream
+from microscope.attribution import Outlook, latents_add, outlook
 from pipeline.errors import InputError
 from serving.engine import Ended, Engine, Row
 from serving.steered_model import Sampling, SteeredModel, strongest_latents
@@ -194,6 +195,8 @@ class Look(NamedTuple):
     latents: list[list[tuple[int, float]]]  # of each token, with activations, strongest first
     token: int | None = None  # the one whose latents are listed
     latent: int | None = None  # the one that colours the text
+    outlook: Outlook | None = None  # of each token; None where latents add nothing to the next token directly
+    adds: Sequence[float] = ()  # what the listed latents add to the logit of the token that follows
 
 
 def look_at(served: Served, text: str) -> Look:
@@ -206,5 +209,19 @@ def look_at(served: Served, text: str) -> Look:
     check_context(opened.model, len(ids), 0)
     with served.lock:
         rows = [latents for _, latents in strongest_latents(opened, ids)]
+        ahead = outlook(opened.model, ids, opened.need_sae())
     skipped = int(ids[0] == opened.tokenizer.bos_id)  # no SAE here was trained on begin-of-text
-    return Look(pieces(opened.tokenizer, ids[skipped:]), rows[skipped:])
+    if ahead is not None:
+        ahead = Outlook(ahead.answers[skipped:], ahead.probabilities[skipped:], ahead.scales[skipped:])
+    return Look(pieces(opened.tokenizer, ids[skipped:]), rows[skipped:], outlook=ahead)
+
+
+def at_token(served: Served, look: Look, token: int) -> Look:
+    """The look with one token's latents listed, and what each adds to the logit of the likeliest next token."""
+    look = look._replace(token=token, adds=())
+    if look.outlook is None:
+        return look
+    with served.lock:
+        opened = served.opened
+        answer, scale = look.outlook.answers[token], look.outlook.scales[token]
+        return look._replace(adds=latents_add(opened.model, opened.need_sae(), look.latents[token], answer, scale))

@@ -279,6 +279,13 @@ def open_sae(path: str, device: str, choice: ModelChoice) -> SparseAutoencoder:
     return sae
 
 
+def sae_of(path: str, model: Transformer, model_dir: str, device: str) -> SparseAutoencoder:
+    """An SAE that names its site. Raises InputError for one that does not, or is of another model."""
+    sae = open_sae(path, device, ModelChoice())
+    check_fits(sae, path, model, model_dir)
+    return sae
+
+
 def check_fits(sae: SparseAutoencoder, sae_path: str, model: Transformer, model_dir: str) -> None:
     """Raise InputError unless the model has the SAE's width and site."""
     if sae.d_model != model.args.dim:

@@ -22,6 +22,7 @@ from llama_3.generation import complete, encode_text
 from microscope.control import (
     control_vector,
     last_activations,
+    mean_activations,
     nearest_latents,
     pursuit,
     read_gguf_vectors,
@@ -118,6 +119,24 @@ def test_the_latents_of_a_vector():
     assert pursuit(vector, sae, 6)[1] > share
 
 
+def test_two_sets_of_texts(model, tiny_model_dir):
+    """As many as there are; the mean over tokens without begin-of-text; every held-out text with every other."""
+    positive, negative, _ = planted()
+    negative = negative[:23]
+    vector = control_vector(positive, negative, "sets")
+    expected = F.normalize(positive[:32].mean(0) - negative[:19].mean(0), dim=-1)
+    torch.testing.assert_close(F.normalize(vector.vectors, dim=-1), expected)
+    for layer in range(3):
+        along = [float(x @ expected[layer]) for x in positive[32:, layer]]
+        other = [float(x @ expected[layer]) for x in negative[19:, layer]]
+        share = sum(a > b for a in along for b in other) / (len(along) * len(other))
+        assert float(vector.separation[layer]) == pytest.approx(share)
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    found = mean_activations(model, tokenizer, ["hello the"])
+    ids = torch.tensor([tokenizer.encode("hello the", bos=True)])
+    torch.testing.assert_close(found[0, 1], model.activations(ids, "layers.1.resid_post")[0, 1:].mean(0))
+
+
 def run_script(monkeypatch, tmp_path, positive: str, negative: str, *words: str) -> None:
     (tmp_path / "p.txt").write_text(positive), (tmp_path / "n.txt").write_text(negative)
     paths = ["--positive_path", str(tmp_path / "p.txt"), "--negative_path", str(tmp_path / "n.txt")]
@@ -140,6 +159,38 @@ def test_the_script(tiny_model_dir, tmp_path, monkeypatch, capsys, model):
             run_script(monkeypatch, tmp_path, "a\nb\n", "c\nd\n", *folder, *words)
     with pytest.raises(InputError, match="they must form pairs"):
         run_script(monkeypatch, tmp_path, "a\nb\n", "c\n", *folder)
+
+
+def test_a_template_and_sets_from_the_command_line(tiny_model_dir, tmp_path, monkeypatch, capsys, model):
+    def run(*words: str) -> str:
+        folder = ["--llama_model_dir", str(tiny_model_dir)]
+        monkeypatch.setattr("sys.argv", ["control_vectors.py", *folder, *words])
+        script.main()
+        return capsys.readouterr().out
+
+    words = ["--positive_words", "the", "a", "in", "--negative_words", "aa", "12", "ed"]
+    by_template, by_files = tmp_path / "t.gguf", tmp_path / "f.gguf"
+    assert "3 pairs" in run("--template", "hello {}!", *words, "--output_path", str(by_template))
+    (tmp_path / "p.txt").write_text("hello the!\nhello a!\nhello in!\n")
+    (tmp_path / "n.txt").write_text("hello aa!\nhello 12!\nhello ed!\n\n")
+    files = ["--positive_path", str(tmp_path / "p.txt"), "--negative_path", str(tmp_path / "n.txt")]
+    run(*files, "--output_path", str(by_files))
+    one, other = read_gguf_vectors(by_template, model), read_gguf_vectors(by_files, model)
+    assert all(torch.equal(one[i], other[i]) for i in (1, 2))
+    (tmp_path / "n.txt").write_text("hello aa!\nhello 12!\n")
+    assert "3 and 2 texts" in run(*files, "--method", "sets")
+    for wrong, sentence in {
+        (*files,): "they must form pairs",
+        ("--template", "hello", *words): "has no {}; write it where the word goes",
+        ("--template", "hello {}", *words, *files): "leave --positive_path and --negative_path out",
+        (*words,): "need a --template",
+        ("--positive_path", str(tmp_path / "p.txt")): "Prompts are missing",
+        ("--template", "hello {}", *words[:4]): "--positive_words has 3 prompts, --negative_words 0",
+        ("--template", "{}", *words, "--sae_model_path", "llama_3/tiny_llama/sae.pth"): "has d_model 256, but",
+    }.items():
+        with pytest.raises(InputError) as refused:
+            run(*wrong)
+        assert sentence in str(refused.value)
 
 
 # ---- steering with files

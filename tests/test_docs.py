@@ -98,7 +98,7 @@ def check_command(words: list[str]) -> Path | None:
     script = PROJECT_DIR / rest[0]
     assert script in SCRIPTS, f"there is no script {rest[0]}"
     above = what_stands_above_the_functions(script)
-    parse_constants(above, rest[1:], above.get("_COMMANDS"))  # raises InputError
+    parse_constants(above, rest[1:], above.get("_COMMANDS"), above.get("_ARGUMENT"))  # raises InputError
     return script
 
 

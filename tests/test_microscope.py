@@ -7,25 +7,31 @@ Gradients: finite differences. Then the commands: what they print, and what they
     .venv/bin/python -m pytest tests/test_microscope.py
 """
 
+import base64
 import contextlib
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tiny_model
+from conftest import PROJECT_DIR, write_tiny_model
 from test_llama import NORM_EPS, SHAPES, VOCAB_SIZE, hf_model, meta_state
 
 import llama_3_microscope as script
-from llama_3 import load_model
-from microscope.ablation import Ablation, effect, every_head
-from microscope.attention import head_scores, patterns
-from microscope.attribution import attribution
+from llama_3 import load_model, load_tokenizer
+from llama_3.checkpoint import TINY_LLAMA_DIR
+from microscope.ablation import Ablation, effect, every_head, head_name, parse_heads
+from microscope.attention import head_scores, patterns, repeated_tokens
+from microscope.attention_page import attention_html
+from microscope.attribution import attribution, latents_add, outlook
 from microscope.lens import logit_lens
 from microscope.patching import Contrast, attribution_patch, normalised, patch_heads, patch_map
 from microscope.prompts import Prompt
 from microscope.tensors import all_sites, load_tensors, patches_from, save_tensors, tensors
 from pipeline.errors import InputError
 from sae import SparseAutoencoder
+from serving.steered_model import fetched_reference
 
 SHAPE = SHAPES["3.2-3B"]
 N_LAYERS, N_HEADS, HEAD_DIM = SHAPE["n_layers"], SHAPE["n_heads"], SHAPE["dim"] // SHAPE["n_heads"]
@@ -114,7 +120,7 @@ def test_ablating_heads_equals_weights_of_zero(hf, model):
     found = effect(model, CLEAN, Ablation(heads={1: [0, 4]}))
     close(found.log_p, logits[-1].log_softmax(-1))
     close(found.loss, torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(CLEAN.ids[1:])))
-    for head, each in enumerate(every_head(model, CLEAN, "zero", 1)):
+    for head, each in enumerate(list(every_head(model, CLEAN, "zero"))[1]):
         with without_heads(hf, 1, [head]):
             close(each.log_p, hf_logits(hf, CLEAN)[-1].log_softmax(-1))
 
@@ -252,9 +258,104 @@ def test_saved_tensors_bring_the_clean_answer_back(model, model_dir, tmp_path):
     assert len(all_sites(model.args, [0, 2])) == 26
 
 
+def test_sweeps_that_share_a_prefix_equal_whole_runs(model):
+    """A change at position 4 of 9: keys and values of what stands before are taken over, in several batches of rows."""
+    clean, corrupted = prompt_of(5, 17, 60, 33, 2, 71, 8, 9, 10), prompt_of(5, 17, 60, 33, 41, 71, 8, 9, 10)
+    contrast = Contrast(clean, corrupted, ANSWER, OTHER)
+    ends = contrast.ends(model)
+    sites = ["layers.0.resid_pre", "layers.1.mlp_out", "layers.2.attention_out"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("microscope.sweeps._TOKENS", 11)  # two variants at a time
+        found, heads = patch_map(model, contrast, sites, ends), patch_heads(model, contrast, ends)
+        off = list(every_head(model, clean, "mean"))
+    source = model.activations(clean.batch(model), [*sites, "layers.1.head_out"])
+    for i, site in enumerate(sites):
+        for position in range(9):
+            with model.intervene(site, lambda x, s=site: source[s].clone(), positions=[position]):
+                expected = contrast.difference(model(corrupted.batch(model)))[0]
+            close(found[i, position], normalised(expected, ends))
+    assert found[:, :4].abs().max() == 0 and found[:2, 4].abs().min() > 1e-3
+    for head in range(N_HEADS):
+        with model.intervene("layers.1.head_out", lambda x: source["layers.1.head_out"].clone(), heads=[head]):
+            expected = contrast.difference(model(corrupted.batch(model)))[0]
+        close(heads[1, head], normalised(expected, ends))
+        alone = effect(model, clean, Ablation(heads={2: [head]}, value="mean"))
+        close(off[2][head].log_p, alone.log_p)
+        close(off[2][head].losses, alone.losses)
+
+
+@pytest.mark.parametrize("kind", ["resid_mid", "mlp_out"])
+def test_what_latents_add_to_the_next_token_is_their_part_of_its_logit(model, kind):
+    torch.manual_seed(0)
+    site = f"layers.2.{kind}"
+    sae = SparseAutoencoder(SHAPE["dim"], 80, 5)
+    sae.initialize(torch.randn(SHAPE["dim"]) * 0.1)
+    sae.info["site"] = site
+    ahead = outlook(model, CLEAN.ids, sae)
+    logits = model(CLEAN.batch(model))[0]
+    assert ahead.answers == logits.argmax(-1).tolist()
+    close(ahead.probabilities, logits.softmax(-1).max(-1).values)
+    acts = model.activations(CLEAN.batch(model), [site, "layers.2.resid_post"])
+    for position, answer in enumerate(ahead.answers):
+        values, indices = sae.encode(acts[site][0, position])
+        latents = list(zip(indices.tolist(), values.tolist(), strict=True))
+        found = latents_add(model, sae, latents, answer, ahead.scales[position])
+        last = acts["layers.2.resid_post"][0, position]
+        length = (last.square().mean() + NORM_EPS).sqrt()
+        _, _, std = sae.normalize(acts[site][0, position])
+        for (latent, value), amount in zip(latents, found, strict=True):
+            vector = value * sae.decoder.weight[:, latent] * (std + sae.normalize_eps) / length
+            by_hand = model.output(vector * model.norm.weight)
+            close(amount, by_hand[answer] - by_hand.mean())
+    sae.info["site"] = "layers.2.attention_norm"
+    assert outlook(model, CLEAN.ids, sae) is None and latents_add(model, sae, [], 0, 1.0) == []
+
+
+# ---- known facts, on a real model
+
+SMOLLM2 = fetched_reference()
+needs_smollm2 = pytest.mark.skipif(not SMOLLM2, reason="SmolLM2 is not here: make model fetches it")
+
+
+@pytest.mark.slow
+@needs_smollm2
+def test_induction_heads_copy_in_smollm2():
+    """Olsson et al. 2022: some heads look from a token at what followed it before; without them, less is copied."""
+    model, n = load_model(SMOLLM2), 32
+    tokens = repeated_tokens(list(range(100, 40_000)), n, 0, 1)
+    scores = head_scores(model, tokens, n)
+    order = scores.induction.flatten().argsort(descending=True).tolist()
+    assert scores.induction.max() > 0.6 and scores.induction.median() < 0.05
+    prompt = prompt_of(*tokens)
+    again = lambda *heads: float(effect(model, prompt, Ablation(heads=by_layer(heads))).losses[-n:].mean())
+    by_layer = lambda heads: parse_heads([head_name(i, model.args.n_heads) for i in heads], model)
+    whole = float(effect(model, prompt).losses[-n:].mean())
+    first = float(effect(model, prompt).losses[:n].mean())
+    assert whole < first / 3  # what was read is copied
+    others = torch.randperm(len(order) - 20, generator=torch.Generator().manual_seed(0))[:3]
+    without_induction, without_random = again(*order[:3]), again(*(order[20 + int(i)] for i in others))
+    assert without_induction > whole + 0.3
+    assert abs(without_random - whole) < (without_induction - whole) / 3
+
+
+PEERS = PROJECT_DIR / "data" / "transformer-lens" / "bin" / "python"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PEERS.exists(), reason="no TransformerLens: see benchmarks/requirements-transformer-lens.txt")
+def test_the_same_numbers_as_transformer_lens():
+    """Lens, patterns, ablation, patching, attribution, gradients to 1e-4; the benchmark stops beyond."""
+    folders = ["llama_3/tiny_llama", *([SMOLLM2] if SMOLLM2 else [])]
+    command = [PEERS, "benchmarks/microscope.py", "--rounds", "1", "--prompt_tokens", "6", "--model_dirs", *folders]
+    done = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| patching, resid_pre, logit difference | ") == 2 * len(folders)  # differences, times
+
+
 # ---- commands
 
 TEXT = ["--prompt", "hello a"]
+TINY_SAE = str(Path(TINY_LLAMA_DIR) / "sae.pth")
 
 
 def printed(capsys, *words: str) -> str:
@@ -269,12 +370,14 @@ def printed(capsys, *words: str) -> str:
     [
         ["lens", *TEXT, "--kind", "mlp_out"],
         ["attention", "--repeated_tokens", "6"],
+        ["attention", *TEXT],
         ["attention", *TEXT, "--head", "1.2"],
+        ["ablate", "--all_heads", "--repeated_tokens", "6"],
         ["ablate", *TEXT, "--all_heads", "--value", "mean"],
         ["patch", *TEXT, "--corrupted", "hello the", "--answers", " the", " a"],
         ["attribution", *TEXT],
     ],
-    ids=lambda words: " ".join(words[:1] + words[3:4]),
+    ids=lambda words: " ".join(word for word in words if word[:1] not in "0123456789 "),
 )
 def test_tables_fit_80_columns_and_pictures_appear(words, tiny_model_dir, tmp_path, capsys):
     picture = tmp_path / "picture.png"
@@ -299,14 +402,26 @@ def test_tensors_to_a_file_and_into_a_prompt(tiny_model_dir, tmp_path, capsys):
     "words, sentence",
     [
         (["lens"], "This needs a prompt; give one with --prompt."),
+        (["attention", *TEXT, "--position", "99"], "There is no position 99; this prompt has positions 0 to"),
+        (["attention", "--html_path", "a.html"], "--html_path shows all heads on a prompt"),
+        (
+            ["attention", "--repeated_tokens", "9999"],
+            "Attention patterns of 19,999 tokens (1 x 6 heads) would take 9.6 GB",
+        ),
         (["lens", *TEXT, "--position", "99"], "There is no position 99; this prompt has positions 0 to"),
         (["attention", *TEXT, "--head", "1.6"], "There is no head 1.6; layers have heads 0 to 5."),
         (["attention", *TEXT, "--head", "one"], "'one' is not a head; write LAYER.HEAD"),
+        (["ablate", *TEXT, "--heads", "3.0"], "There is no layer 3; this model has layers 0 to 2."),
+        (["ablate", *TEXT, "--heads", "1.0", "--keep_heads", "1.1"], "Layer 1 is in both --heads and --keep_heads"),
         (["ablate", *TEXT, "--mlp_layers", "3"], "There is no layer 3; this model has layers 0 to 2."),
         (["ablate", *TEXT], "Nothing is switched off"),
         (["patch", *TEXT, "--corrupted", "hello"], "The prompts do not align"),
         (["patch", *TEXT, "--corrupted", "hello a"], "Both prompts are the same"),
+        (["patch", *TEXT], "This needs a prompt; give one with --corrupted."),
+        (["patch", *TEXT, "--corrupted", "hello the", "--answers", "a", "a"], "Both answers are 'a'; name two"),
         (["attribution", *TEXT, "--answers", "xyz"], "The answer 'xyz' is 3 tokens"),
+        (["attribution", *TEXT, "--answers", "x", "y", "z"], "There are 3 answers; give the answer and at most one"),
+        (["attribution", *TEXT, "--sae_model_path", TINY_SAE], f"{TINY_SAE} has d_model 256, but"),
         (["tensors", *TEXT, "--sites", "layers.0.nothing"], "'layers.0.nothing' is not a site"),
         (["patch", *TEXT, "--from_path", "none.safetensors"], "none.safetensors cannot be read"),
     ],
@@ -325,3 +440,40 @@ def test_a_file_of_another_model_and_too_long_a_prompt(model, model_dir, tiny_mo
     monkeypatch.setattr("microscope.prompts.MOST_PATTERN_BYTES", 100)
     with pytest.raises(InputError, match="would take"):
         patterns(model, CLEAN, [0])
+
+
+def test_copying_without_a_head(tiny_model_dir, capsys):
+    """No prompt: losses of the first and the second reading of random tokens."""
+    words = ["ablate", "--heads", "1.2", "--repeated_tokens", "6", "--json", "--llama_model_dir", str(tiny_model_dir)]
+    rows = json.loads(printed(capsys, *words))["rows"]
+    assert [row["model"] for row in rows] == ["whole", "ablated"]
+    model = load_model(str(tiny_model_dir))
+    prompt = script.repeated_prompt(
+        script.Session(model, str(tiny_model_dir), load_tokenizer(str(tiny_model_dir)), 3, None, False), 6, 0
+    )
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(
+            model(prompt.batch(model))[0, :-1], torch.tensor(prompt.ids[1:]), reduction="none"
+        )
+    close(rows[0]["first"], losses[:-6].mean())
+    close(rows[0]["again"], losses[-6:].mean())
+    assert rows[1]["again"] != rows[0]["again"]
+
+
+def test_the_page_of_attention_holds_every_pattern(model, tiny_model_dir, tmp_path, capsys):
+    path = tmp_path / "attention.html"
+    folder = ["--llama_model_dir", str(tiny_model_dir)]
+    printed(capsys, "attention", "--prompt", "a <b> 12", *folder, "--html_path", str(path))
+    page = path.read_text(encoding="utf-8")
+    assert "http" not in page and "<b>" not in page
+    found = patterns(model, CLEAN, [0, 1, 2])
+    page = attention_html(found, ["</script>", *CLEAN.tokens[1:]])
+    data = json.loads(page.partition('type="application/json">')[2].partition("</script>")[0])
+    assert data["tokens"][0] == "</script>" and (data["n_layers"], data["n_heads"]) == (N_LAYERS, N_HEADS)
+    seen = torch.frombuffer(bytearray(base64.b64decode(data["bytes"])), dtype=torch.uint8).view(N_LAYERS * N_HEADS, -1)
+    position, key = 4, 2
+    assert abs(float(seen[7, position * (position + 1) // 2 + key]) / 255 - float(found.flatten(0, 1)[7, 4, 2])) < 0.003
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("microscope.attention_page.MOST_BYTES", 100)
+        with pytest.raises(InputError, match="would take .* shorten the prompt"):
+            attention_html(found, CLEAN.tokens)

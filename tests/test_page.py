@@ -31,17 +31,24 @@ from support.pipeline_runs import as_flags, refusal
 import llama_3_inference_gradio as page_script
 from latents.index import LatentIndex
 from latents.interesting import interesting_latents, latents_to_steer
-from latents.markup import visible
+from latents.markup import visible, visible_token
 from latents.origin import read_info
 from llama_3 import generation, load_model, load_tokenizer
 from llama_3.chat import Message
 from llama_3.checkpoint import TINY_LLAMA_DIR
-from llama_3.generation import stream_chat
+from llama_3.generation import encode_text, stream_chat
+from microscope.ablation import Ablation, ablated, effect, every_head
+from microscope.attention import patterns
+from microscope.attribution import attribution
+from microscope.lens import logit_lens
+from microscope.patching import contrast_of, patch_map
+from microscope.prompts import Prompt, continuation, read_prompt
 from pipeline.errors import InputError
-from sae import load_sae_model
+from sae import SparseAutoencoder, load_sae_model, save_sae
 from serving.local_requests import past_proxies
 from serving.modes import steering_defaults
-from serving.requests import Limits, completions
+from serving.page_html import strongest_html
+from serving.requests import Limits, at_token, completions, look_at
 from serving.steered_model import ModelChoice, Sampling, VectorChoice, fetched_reference, taken_from
 from serving.steering import Steering, highest_activations, make_steering
 
@@ -421,6 +428,106 @@ def test_latents(visit, address, alone):
     window.get_by_text("Steer with this latent").click()
     window.locator(f".slot a[href='#card-{other}']").wait_for()
     field(window, re.compile("Prompts, one per line")).wait_for()
+
+
+@needs_browser
+def test_microscope(visit, address, alone):
+    """Cost first; lens and a cell; attention, a head and a token; every head off, and one; a patch map."""
+    window, model = visit(address), alone.model
+    read = lambda text: read_prompt(model, alone.tokenizer, text)
+    shown = lambda token: visible_token(alone.tokenizer.decode([int(token)]))
+    tab(window, "Microscope")
+    field(window, "Prompt").fill("Open the file <b>")
+    press(window, "Read")
+    prompt, n_layers, n_heads = read("Open the file <b>"), model.args.n_layers, model.args.n_heads
+    n = len(prompt.ids)
+    status(window, f"^{n} tokens. On this machine: lens and attention about .* s; every head switched off about .* s; ")
+    layers = logit_lens(model, prompt, "resid_post", 10)
+    cells = window.locator(".map td").locator("visible=true")
+    playwright.expect(cells).to_have_count(n_layers * n, timeout=SECONDS)
+    expected = [shown(token) for layer in reversed(layers) for token in layer.token_ids[:, 0]]
+    assert cells.all_text_contents() == expected
+    window.locator(f".map a[href='#lens-{2 * n + 1}']").click()
+    window.get_by_role("heading", name="After layer 2, on").wait_for()
+    listed = window.locator(".ranked li").locator("visible=true").all_text_contents()
+    pairs = zip(layers[2].token_ids[1], layers[2].probabilities[1], strict=True)
+    assert listed == [f"{shown(token)}{p:.3f}" for token, p in pairs]
+
+    tab(window, "Attention")
+    frame = window.frame_locator("iframe.microscope")
+    pattern = patterns(model, prompt, [5])[0][3]
+    frame.get_by_role("button", name="Head 5.3", exact=True).click()
+    frame.get_by_role("heading", name="Head 5.3", exact=True).wait_for()
+    for query in (n - 1, 2):
+        frame.locator("#to span").nth(query).click()
+        titles = frame.locator("#to span").evaluate_all("tokens => tokens.map(token => token.title)")
+        found = [float(title.partition(": ")[2]) for title in titles]
+        assert found == pytest.approx(pattern[query].tolist(), abs=0.0071)
+
+    tab(window, "Ablation")
+    press(window, "Switch off every head")
+    status(window, "Click one.$")
+    effects = list(every_head(model, prompt, "zero"))
+    clean = effect(model, prompt)
+    answer = int(clean.log_p.argmax())
+    titles = cells.evaluate_all("cells => cells.map(cell => Number(cell.title.split(': ')[1]))")
+    drops = [float(clean.log_p[answer] - each.log_p[answer]) for layer in reversed(effects) for each in layer]
+    assert titles == pytest.approx(drops, abs=0.0011)
+    window.locator(f".map a[href='#head-{4 * n_heads + 2}']").click()
+    window.get_by_role("heading", name="Without head 4.2", exact=True).wait_for()
+    with ablated(model, Ablation(heads={4: [2]})):
+        written = continuation(model, alone.tokenizer, prompt.ids, 16)
+    assert written.split() == window.locator(".side p", has_text="…").last.text_content().removeprefix("…").split()
+
+    tab(window, "Patching")
+    other = "Open the line <b>"
+    field(window, "Another prompt of as many tokens").fill(other)
+    press(window, "Patch every layer and token")
+    assert error_of(window) == "Both answers are '>'; name two different ones."
+    field(window, "Answer after the prompt").fill(" file")
+    field(window, "Answer after the other").fill(" line")
+    press(window, "Patch every layer and token")
+    status(window, "^Share restored of the logit .* after the other.$")
+    contrast = contrast_of(model, alone.tokenizer, prompt, read(other), [" file", " line"])
+    sites = [f"layers.{i}.resid_pre" for i in range(n_layers)]
+    restored = patch_map(model, contrast, sites, contrast.ends(model)).flip(0).flatten()
+    titles = cells.evaluate_all("cells => cells.map(cell => Number(cell.title.split(': ')[1]))")
+    assert titles == pytest.approx(restored.tolist(), abs=0.0011)
+    field(window, "Another prompt of as many tokens").fill("Open")
+    press(window, "Patch every layer and token")
+    assert error_of(window).startswith("The prompts do not align: ")
+    field(window, "Prompt").fill("file " * 80)
+    press(window, "Read")
+    assert "maps here have at most 64 columns; shorten it" in error_of(window)
+
+
+def test_look_inside_says_what_latents_add_to_the_next_token(tmp_path):
+    """The amounts of a token equal the attribution of the prompt that ends there. The embedded SAE reads what no logit
+    is a sum of, so another stands beside it."""
+    path = str(tmp_path / "sae.pth")
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(256, 300, 8)
+    sae.initialize(torch.randn(256) * 0.1)
+    info = {"site": "layers.5.resid_post", "rope_scaling_factor": 1.0}
+    save_sae(sae, path, info)
+    served = page_script.open_served(
+        ModelChoice(TINY_LLAMA_DIR, sae_model_path=path), Limits(8, 4000, 256), VectorChoice()
+    )
+    opened = served.opened
+    text = "Open the file and read"
+    look = look_at(served, text)
+    ids = encode_text(opened.tokenizer, text)
+    for token in (0, 3):
+        look = at_token(served, look, token)
+        prompt = Prompt(ids[: token + 2], [])
+        answer = int(opened.model(prompt.batch(opened.model))[0, -1].argmax())
+        parts, _ = attribution(opened.model, prompt, answer, None, opened.sae)
+        expected = {name: amount for name, amount in parts if name.startswith("latent")}
+        found = {f"latent {latent}": adds for (latent, _), adds in zip(look.latents[token], look.adds, strict=True)}
+        assert found == pytest.approx(expected, abs=1e-4)
+        listed = strongest_html(served, served.index, look)
+        assert f"{look.adds[0]:+.2f}" in listed and "Next is" in listed
+    assert "Next is" not in strongest_html(served, served.index, look._replace(outlook=None, adds=()))
 
 
 @needs_browser

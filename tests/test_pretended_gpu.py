@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from support.pipeline_runs import SITE, call, some_texts, write_sentences
 from support.pretend_gpu import GpuTensor, pretended_gpu
-from support.sae_runs import assert_similar_run, random_sae, train
+from support.sae_runs import assert_similar_run, random_sae, train, write_batches, write_target_batches
 
 import capture_activations
 import capture_top_activating_sentences
@@ -185,6 +185,18 @@ def test_training_with_the_bfloat16_encoder(made, tmp_path):
     with pretended_gpu():
         gpu = train(made.batches, tmp_path / "gpu", num_epochs=1, encoder_dtype="bfloat16")
     assert_similar_run(cpu, gpu)
+
+
+def test_training_of_the_other_kinds(tmp_path):
+    """BatchTopK with prefixes, of a skip transcoder, whose thresholds are then those of a JumpReLU."""
+    options = {"gate": "batch_topk", "matryoshka": (16, 40), "normalization": "scale", "skip": True, "num_epochs": 1}
+    options["target_data_dir"] = write_target_batches(tmp_path)
+    data = write_batches(tmp_path)
+    cpu = train(data, tmp_path / "cpu", **options)
+    with pretended_gpu() as seen:
+        gpu = train(data, tmp_path / "gpu", **options)
+    assert_similar_run(cpu, gpu)
+    assert seen.n_waits() > 0
 
 
 @pytest.mark.parametrize("encoder_dtype", DTYPES)

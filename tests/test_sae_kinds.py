@@ -5,6 +5,7 @@ files, in the evaluation, in attributions. Steering and top sentences of all kin
 """
 
 import json
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from microscope.attribution import attribution
 from microscope.prompts import Prompt
 from pipeline.errors import InputError
 from sae import Kind, SparseAutoencoder, load_sae_model, save_sae
+from serving import inspection
 from serving.modes import MODES
+from serving.steered_model import ModelChoice, SteeredModel
 from serving.steering import Steering, make_steering, steering_function
 
 D, N, K = 6, 40, 3
@@ -298,6 +301,28 @@ def test_a_transcoder_adds_where_it_writes(model, kind):
             if (mode, keep_error) != ("add", True):
                 with pytest.raises(InputError, match="only added to it; choose mode add"):
                     steering_function(sae, {3: 1.0}, None, mode, keep_error)
+
+
+class NoBos:
+    bos_id = None
+
+
+@pytest.mark.parametrize("gate", ["jumprelu", "relu"])
+def test_a_text_read_in_parts_keeps_any_number_of_latents(model, gate, monkeypatch):
+    """As the server reads: parts that keep different numbers are put together."""
+    sae = make(Kind(gate), TINY_PARAMS["dim"])
+    sae.info["site"] = SITE
+    opened = SteeredModel(ModelChoice(), model, cast(Any, NoBos()), None, sae)
+    ids = SENTENCES[2]
+    monkeypatch.setattr(inspection, "_PART", 3)
+    reading = inspection.kept_latents(opened, ids)
+    with pytest.raises(StopIteration) as end:
+        while True:
+            next(reading)
+    kept = end.value.value
+    with torch.inference_mode():
+        expected = Dense(sae).all_latents(model.activations(torch.tensor([ids]), SITE)[0])
+    np.testing.assert_allclose(dense_of(kept.values, kept.indices).numpy(), expected.numpy(), atol=2e-4)
 
 
 @every_kind

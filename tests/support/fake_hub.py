@@ -1,4 +1,5 @@
-"""A local server that speaks as much of the Hugging Face hub's HTTP protocol as downloading a model or dataset needs.
+"""A local server that speaks as much of the Hugging Face hub's HTTP protocol as downloading a model or dataset needs,
+and as uploading small files to a model repository does.
 
 The hub itself lists a repository's files (with sizes and checksums) and redirects downloads: small files to one of its
 own paths, large ones to a second server, the CDN, at an address that needs no token and accepts none. A dataset is a
@@ -6,6 +7,7 @@ repository whose name here starts with datasets/, as in the hub's addresses. Tes
 in `requests` what was requested and how much was sent.
 """
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -103,6 +105,9 @@ def _handler(hub: FakeHub, answer: Callable) -> type[BaseHTTPRequestHandler]:
         def do_HEAD(self) -> None:
             answer(hub, self)
 
+        def do_POST(self) -> None:
+            _upload(hub, self)
+
         def log_message(self, *args: object) -> None:
             pass
 
@@ -114,7 +119,7 @@ def _reply(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, obje
     for name, value in ({"Content-Length": len(body)} | headers).items():
         handler.send_header(name, str(value))
     handler.end_headers()
-    if handler.command == "GET":
+    if handler.command != "HEAD":
         handler.wfile.write(body)
 
 
@@ -149,6 +154,8 @@ def _hub(hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
     files = repo.commits.get(revision)
     if files is None:
         return _refuse(handler, 404, "RevisionNotFound", f"Invalid rev id: {revision}")
+    if is_info and rest[:1] == ["tree"]:
+        return _reply(handler, 200, {}, _tree(files))
     if is_info:  # public for a gated repository too
         return _reply(handler, 200, {}, _model_info(hub, name, revision, files, "blobs" in parse_qs(url.query)))
     if repo.readers is not None and token not in repo.readers:
@@ -159,7 +166,7 @@ def _hub(hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
         return _refuse(handler, 404, "EntryNotFound", "Entry not found")
     content = files[path]
     if is_cached:
-        return _send(hub, handler, request, path, content)
+        return _send(hub, handler, request, path, content, {"X-Repo-Commit": revision})
     headers = {"X-Repo-Commit": revision, "X-Linked-Size": len(content)}
     if is_large(path):  # the hash offers the xet protocol, which a client need not take
         sha = hashlib.sha256(content).hexdigest()
@@ -168,6 +175,45 @@ def _hub(hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
     location = f"/api/resolve-cache/{kind}/{name.removeprefix('datasets/')}/{revision}/{path}"
     _reply(handler, 307, headers | {"Location": location, "X-Linked-Etag": f'"{git_blob_id(content)}"'})
     return None
+
+
+def _upload(hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
+    """A repository made, how files are to come (all within the commit), and a commit of lines of JSON."""
+    body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+    parts = urlsplit(handler.path).path.strip("/").split("/")
+    hub.requests.append(Request("POST", "/" + "/".join(parts), None))
+    token = (handler.headers.get("Authorization") or "").removeprefix("Bearer ")
+    if token not in hub.tokens:
+        return _refuse(handler, 401, None, "Invalid credentials in Authorization header")
+    answer = lambda value: _reply(handler, 200, {"Content-Type": "application/json"}, json.dumps(value).encode())
+    if parts == ["api", "validate-yaml"]:
+        return answer({"errors": [], "warnings": []})
+    if parts == ["api", "repos", "create"]:
+        asked = json.loads(body)
+        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        hub.repos.setdefault(name, Repo()).commit(hub.repos[name].commits.get(hub.repos[name].main, {}))
+        return answer({"url": f"{hub.url}/{name}", "id": name})
+    name = "/".join(parts[2:4])
+    if parts[4] == "preupload":
+        asked = json.loads(body)["files"]
+        return answer({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]})
+    assert parts[4] == "commit", parts
+    lines = [json.loads(line) for line in body.splitlines()]
+    files = dict(hub.repos[name].commits.get(hub.repos[name].main, {}))
+    for line in lines:
+        if line["key"] == "file":
+            files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+    oid = hub.repos[name].commit(files)
+    return answer({"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/{name}/commit/{oid}"})
+
+
+def _tree(files: dict[str, bytes]) -> bytes:
+    rows = []
+    for path, content in sorted(files.items()):
+        row = {"type": "file", "path": path, "size": len(content), "oid": git_blob_id(content)}
+        sha = hashlib.sha256(content).hexdigest()
+        rows.append(row | ({"lfs": {"oid": sha, "size": len(content), "pointerSize": 1}} if is_large(path) else {}))
+    return json.dumps(rows).encode()
 
 
 def _model_info(hub: FakeHub, name: str, commit: str, files: dict[str, bytes], blobs: bool) -> bytes:
@@ -197,10 +243,18 @@ def _cdn(hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
     return None
 
 
-def _send(hub: FakeHub, handler: BaseHTTPRequestHandler, request: Request, path: str, content: bytes) -> None:
+def _send(
+    hub: FakeHub,
+    handler: BaseHTTPRequestHandler,
+    request: Request,
+    path: str,
+    content: bytes,
+    more: dict[str, object] | None = None,
+) -> None:
     request.path = path
     start = 0
     headers: dict[str, object] = {"Accept-Ranges": "bytes", "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+    headers |= more or {}
     if request.range and not hub.ignore_range:
         start = int(request.range.removeprefix("bytes=").removesuffix("-"))
         if start >= len(content):

@@ -26,9 +26,10 @@ def as_flags(options: dict[str, Any]) -> list[str]:
     return flags
 
 
-def call(script: ModuleType, **options: Any) -> None:
-    """Run a script's main in this process, as `python script.py --name value ...` would."""
-    with mock.patch.object(sys, "argv", [script.__file__, *as_flags(options)]):
+def call(script: ModuleType, command_word: str | None = None, **options: Any) -> None:
+    """Run a script's main in this process, as `python script.py [command] --name value ...` would."""
+    words = [] if command_word is None else [command_word]
+    with mock.patch.object(sys, "argv", [script.__file__, *words, *as_flags(options)]):
         run(script.main)
 
 
