@@ -219,7 +219,7 @@ def naming_stages(sae: Path, activations: Path) -> list[tuple[str, list[str]]]:
         ("Tokens that the latents promote", command("promoted_tokens.py", model_path=sae)),
         (
             "How strongly to steer, and which latents steer well",
-            command("sae_steering.py", model_path=sae, n_concepts=6),
+            command("sae_steering.py", model_path=sae, n_concepts=8),
         ),
     ]
 
