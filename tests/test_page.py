@@ -649,8 +649,8 @@ def test_stop(visit, address):
 
 @needs_browser
 def test_plain_page_with_a_password_behind_a_proxy(visit, tmp_path, monkeypatch):
-    """A model alone: complete and chat, nothing to steer with. Nobody gets in without the password. The proxies, one
-    of them SOCKS, are in nobody's way."""
+    """A model alone: complete, microscope and chat, nothing to steer with. Nobody gets in without the password. The
+    proxies, one of them SOCKS, are in nobody's way."""
     for name, proxy in (("HTTP_PROXY", "http"), ("HTTPS_PROXY", "http"), ("ALL_PROXY", "socks5")):
         monkeypatch.setenv(name, f"{proxy}://127.0.0.1:1")
     folder = write_tiny_model(tmp_path / "model")
@@ -663,7 +663,7 @@ def test_plain_page_with_a_password_behind_a_proxy(visit, tmp_path, monkeypatch)
             if not is_right:
                 window.get_by_text("Incorrect Credentials").wait_for()
         window.get_by_role("tab", name="Complete", exact=True).wait_for()
-        assert window.get_by_role("tab").all_text_contents() == ["Complete", "Chat"]
+        assert window.get_by_role("tab").all_text_contents() == ["Complete", "Microscope", "Chat"]
         assert window.get_by_label("Find a latent to steer with").count() == 0
         model, tokenizer = load_model(folder, packed=True), load_tokenizer(folder)
         options = {"max_new_tokens": 8, "temperature": 0.7, "top_p": 0.95, "seeds": [0]}

@@ -72,7 +72,6 @@ def run(tmp_path_factory) -> Path:
     script("sae_preprocessing.py", input_dir=activations, output_dir=batches, batch_size=64, num_processes=1)
     script(
         "sae_training.py",
-        processes=2,
         data_dir=batches,
         model_save_path=sae,
         checkpoint_dir=run / "checkpoints",

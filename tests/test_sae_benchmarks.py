@@ -3,9 +3,8 @@
 .venv/bin/python -m pytest tests/test_sae_benchmarks.py        the peers' tests skip where those are not installed
 """
 
+import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ sys.path.insert(0, str(PROJECT_DIR / "benchmarks"))
 import sae_quality
 import sae_step
 from sae_step import Measured, Size
+from support.pipeline_runs import call
 
 from sae import SparseAutoencoder
 
@@ -140,26 +140,23 @@ def test_tables():
 
 
 @pytest.mark.slow
-def test_step_benchmark_runs_without_peers(tmp_path):
+def test_step_benchmark_runs_without_peers(tmp_path, monkeypatch, capsys):
+    """With two of the ways that need no peer, each of which is a process of its own."""
+    find, peers = importlib.util.find_spec, {"sparsify", "sae_lens", "dictionary_learning"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name in peers else find(name, *args))
+    own = ["ours, bfloat16 encoder", "the original's way"]
+    ways = {name: entry for name, entry in sae_step.WAYS.items() if entry.package or name in own}
+    monkeypatch.setattr(sae_step, "WAYS", ways)
+    size = {"d_model": 16, "n_latents": 64, "k": 4, "batch_size": 32}
     output = tmp_path / "found.json"
-    hide = "import importlib.util as u, runpy, sys; find = u.find_spec; absent = {'sparsify', 'sae_lens', "
-    hide += "'dictionary_learning'}; u.find_spec = lambda n, *a: None if n in absent else find(n, *a); "
-    hide += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    flags = "--device cpu --d_model 16 --n_latents 64 --k 4 --batch_size 32 --rounds 2 --warm_up 1 --threads 1"
-    flags += " --growth false"
-    script = str(PROJECT_DIR / "benchmarks" / "sae_step.py")
-    command = [sys.executable, "-c", hide, script, *flags.split(), "--output", str(output)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-    assert run.returncode == 0, run.stderr
-    line = next(line for line in run.stdout.splitlines() if line.startswith("Not installed here, so not measured: "))
+    call(sae_step, device="cpu", **size, rounds=2, warm_up=1, threads=1, growth=False, output=output)
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("Not installed here, so not measured: "))
     assert all(peer in line for peer in sae_step._PEERS) and "ours" not in line
     steps = json.loads(output.read_text())["steps"]
-    assert list(steps) == [
-        name for name, entry in sae_step.WAYS.items() if not entry.package and "cpu" in entry.devices
-    ]
+    assert list(steps) == own
     assert all(len(one["seconds"]) == 2 and min(one["seconds"]) > 0 and one["error"] is None for one in steps.values())
-    assert "| ours, bfloat16 encoder |" in run.stdout
+    assert "| ours, bfloat16 encoder |" in out
 
 
 @pytest.mark.slow
