@@ -197,6 +197,7 @@ def sources():
     return corpus.find_sources()
 
 
+@pytest.mark.slow
 def test_the_order_of_files_is_fixed(sources, monkeypatch):
     names = [name for name, _ in sources]
     assert names == sorted(names) and len(set(sources)) == len(sources) > 1000

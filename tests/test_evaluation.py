@@ -370,6 +370,7 @@ def forms() -> dict[str, str]:
     return {measure.key: measure.form for measure in MEASURES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "begin_of_text"), [(2000, False), (7, True)])
 def test_script_takes_the_held_out_sentences(sae_path, sae, info, model, tiny_model_dir, capsys, n, begin_of_text):
     """begin_of_text: also with sentences other than those of the training, which then must be named."""

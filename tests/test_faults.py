@@ -252,6 +252,7 @@ def files_of_at_most(n_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sentences", "capture", "preprocessing, pass 1", "preprocessing, pass 2"])
 def test_a_full_disk_stops_with_a_sentence_and_the_run_continues(
     name, documents, tiny_model_dir, sentences_dir, activations, tmp_path, capsys

@@ -173,6 +173,7 @@ def test_added_tokens_are_their_own_text(tmp_path, token):
     assert b"".join(map(tokenizer.token_bytes, ids)) == f"x{token}y".encode()
 
 
+@pytest.mark.slow
 def test_a_vocabulary_may_be_padded_as_much_as_it_likes(tmp_path, capsys):
     check_logits(write(tmp_path, vocab_size=1400))
     assert "has 258 tokens, its model rows for 1400" in complete(capsys, tmp_path)

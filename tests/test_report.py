@@ -203,6 +203,7 @@ def test_bad_options_and_files_are_refused(sae_path, tmp_path, capsys):
     assert not sae_path.with_suffix(".report.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content", [b'{"step": 1', b"[1, 2]", b"3", b'{"tokens": "x", "hits": [], "train_fvu": 1}', b"\xff", None]
 )

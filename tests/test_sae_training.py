@@ -257,6 +257,7 @@ def test_checkpoints_kept(trained, data):
     assert checkpoints_of(trained) == [f"step-{2 * per_epoch:09d}.0-of-1.pt", f"step-{3 * per_epoch:09d}.0-of-1.pt"]
 
 
+@pytest.mark.slow
 def test_checkpoints_by_time_change_nothing_else(data, trained, tmp_path):
     """One after every step, within the epochs: the newest two are kept, the run is the same to the last bit."""
     path = train(data, tmp_path, checkpoint_minutes=1e-9)
@@ -295,6 +296,7 @@ def test_a_complete_run_is_left_alone(data, trained, capsys):
     assert trained.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_saved_elsewhere_with_all_that_belongs_to_it(data, trained, tmp_path):
     path = tmp_path / "elsewhere" / "again.pth"
     options = {"data_dir": data, "checkpoint_dir": trained.parent / "checkpoints", "model_save_path": path}
@@ -638,6 +640,7 @@ def test_too_little_memory_on_a_device(data, tmp_path, capsys, monkeypatch):
 # ---- figures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("firing", [[0, 5, 100, 2400, 1], [0, 0], [7, 8]])
 def test_figures_are_drawn(trained, tmp_path, firing):
     lines = trained.with_suffix(".metrics.jsonl").read_text().splitlines()

@@ -189,6 +189,7 @@ def succeeded(text: str) -> dict:
     return {"type": "succeeded", "message": message(text)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scorer", ["claude", "direct"])
 def test_through_claude(folder, server, scorer, capsys):
     server.looks_until_ended = 2

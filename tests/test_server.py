@@ -42,6 +42,8 @@ from serving import inspection
 from serving.steered_model import ModelChoice, Sampling, VectorChoice, fetched_reference, strongest_latents
 from serving.steering import Steering
 
+pytestmark = pytest.mark.slow  # a server
+
 SECONDS = 60  # a busy machine is not a failure
 LIMITS = script.Limits(max_rows=4, max_prompt_tokens=200, max_new_tokens=300)
 DEFAULT = {"mode": "clamp", "strength": 1.5, "slider": [-3, 3]}
@@ -790,7 +792,6 @@ def memory_mb() -> float:
     return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-@pytest.mark.slow
 def test_sixty_four_clients_for_a_while(choice):
     """Mixed steering, sampling and lengths; every third client leaves in mid-stream. No answer is lost, mixed or cut
     short, and memory does not grow."""
@@ -889,14 +890,12 @@ def stopped(server, address, stop: signal.Signals) -> int:
     return code
 
 
-@pytest.mark.slow
 def test_ctrl_c_lets_answers_end(choice):
     options = {"llama_model_dir": choice.llama_model_dir, "sae_model_path": choice.sae_model_path}
     with process(**options, max_rows=1) as (server, address):
         assert stopped(server, address, signal.SIGINT) == 0
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
 def test_clients_killed_in_mid_stream_and_sigterm(choice):
     """kill -9 of whole processes that read streams, from which rows are free at once; then the server's own end."""
@@ -925,7 +924,6 @@ def smollm2():
         yield running
 
 
-@pytest.mark.slow
 def test_sixteen_people_steer_smollm2_with_latents_of_their_own(smollm2):
     """Each gets what it would get alone, at the same time."""
     openai = pytest.importorskip("openai", reason="openai is not installed: make install")
@@ -959,7 +957,6 @@ def test_sixteen_people_steer_smollm2_with_latents_of_their_own(smollm2):
     assert len(found) == 16 and len(set(found.values())) > 4
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
 def test_the_examples_of_the_docs(smollm2, capsys):
     """Every one, with fewer tokens."""

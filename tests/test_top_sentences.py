@@ -268,6 +268,7 @@ def test_columns(folder, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_real_activations(tiny_model_dir, tmp_path):
     """After capture_activations.py itself, with random weights: values to float tolerance, texts and tokens exactly."""
     texts = some_texts(60)

@@ -282,6 +282,7 @@ def test_prefixes_reconstruct_by_themselves(data, tmp_path):
     assert left[1] < 0.8 * left[0]
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_same_result(data, trained, tmp_path):
     """BatchTopK chooses among the whole batch."""
     assert_similar_run(train(data, tmp_path, micro_batch_size=20, **everything(data)), trained)
