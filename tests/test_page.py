@@ -617,6 +617,7 @@ def test_wrong_input(visit, address, alone):
         assert error_of(window) == sentence
 
     tab(window, "Look inside")
+    window.locator(".look a").first.wait_for()  # the example, which must not come over what follows
     field(window, "Text").fill("word " * 300)
     press(window, "Look")
     assert "exceed the model's context of 256" in error_of(window)
