@@ -68,7 +68,8 @@ from llama_3.generation import check_context, encode_text
 from llama_3.tokenizer import TextStream
 from pipeline.errors import InputError
 from pipeline.files import sha256
-from serving.prompt_files import Session, add_step, check_prompts, complete_file, read_prompts
+from serving.engine import Engine
+from serving.prompt_files import Session, check_prompts, complete_file, read_prompts
 from serving.requests import prompts_in
 from serving.steered_model import (
     ModelChoice,
@@ -118,26 +119,25 @@ def complete_together(session: Session, texts: list[str], prompts: list[list[int
     """Complete a batch, whose first prompt is number `first`."""
     opened = session.opened
     interventions = {"clean": []} | ({"steered": session.interventions} if session.interventions else {})
-    streams = [opened.generate(prompts, session.sampling, first, each) for each in interventions.values()]
-    tokens: dict[str, list[list[int]]] = {kind: [[] for _ in texts] for kind in interventions}
+    rows = [row for each in interventions.values() for row in opened.rows(prompts, session.sampling, first, each)]
+    added: list[list[int]] = [[] for _ in rows]
+    tokens = {kind: added[i * len(texts) : (i + 1) * len(texts)] for i, kind in enumerate(interventions)}
 
     def completions() -> dict[str, list[str]]:
         return {
-            kind: [opened.text_after(*both) for both in zip(prompts, rows, strict=True)]
-            for kind, rows in tokens.items()
+            kind: [opened.text_after(*both) for both in zip(prompts, column, strict=True)]
+            for kind, column in tokens.items()
         }
 
-    ended: list[int | None] = [None] * len(texts)
     with side_by_side(texts, completions) as refresh:
-        for steps in itertools.zip_longest(*streams, fillvalue=ended):
-            for rows, step in zip(tokens.values(), steps, strict=True):
-                add_step(rows, step)
+        for number, token in session.engine.tokens(rows):
+            added[number].append(token)
             refresh()
     for i, text in enumerate(texts if session.show_latents else ()):
         listed: list[int] = []
-        for kind, rows in tokens.items():
+        for kind, column in tokens.items():
             print(f"latents of {text!r}, {kind}" + (", from the first difference on" if listed else ""))
-            ids = prompts[i] + rows[i]
+            ids = prompts[i] + column[i]
             print_latents(opened, ids, session.show_latents, listed)
             listed = ids
     sys.stdout.flush()
@@ -240,10 +240,10 @@ def print_answer(session: Session, prompt: list[int], number: int) -> list[int]:
     text = TextStream(session.opened.tokenizer, prompt)
     answer: list[int] = []
     try:
-        for (token,) in session.opened.generate([prompt], session.sampling, number, session.interventions):
-            if token is not None:  # always true: the only row continues as long as there are steps
-                answer.append(token)
-                print(visible(text.add(token)), end="", flush=True)
+        rows = session.opened.rows([prompt], session.sampling, number, session.interventions)
+        for _, token in session.engine.tokens(rows):
+            answer.append(token)
+            print(visible(text.add(token)), end="", flush=True)
     except KeyboardInterrupt:
         pass
     print(visible(text.end()))
@@ -366,7 +366,9 @@ def main() -> None:
     interventions = opened.interventions(steering)
     announce(opened, steering)
     sampling = taken_from(vars(config), Sampling)
-    session = Session(opened, steering, interventions, sampling, config.batch_size, config.show_latents)
+    # Texts are completed clean and steered side by side; of a file all may wait.
+    engine = Engine(opened.model, max_rows=(1 if requests else 2) * config.batch_size, max_waiting=len(requests))
+    session = Session(opened, engine, steering, interventions, sampling, config.batch_size, config.show_latents)
     try:
         if requests:
             free = ("input_path", "output_path", "batch_size")  # options that do not affect the completions
@@ -384,6 +386,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UnicodeDecodeError as error:
         raise InputError(f"The input is not {error.encoding}; set the terminal to UTF-8.") from None
+    finally:
+        engine.close()
+        engine.join()
 
 
 if __name__ == "__main__":

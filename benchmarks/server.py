@@ -46,7 +46,7 @@ import httpx
 from embedded.recipe import command
 from latents.index import LatentIndex
 from latents.interesting import latents_to_steer
-from llama_3.generation import encode_text
+from llama_3.generation import encode_text, generate
 from pipeline.errors import Stop
 from pipeline.files import PROJECT_DIR
 from serving.steered_model import ModelChoice, Sampling, SteeredModel, open_model
@@ -112,7 +112,8 @@ def by_turns(opened: SteeredModel, asked: list[dict[str, Any]], n_requests: int)
             prompt = encode_text(opened.tokenizer, body["prompt"])
             sampling = Sampling(body["max_tokens"], body["temperature"], 1.0, body["seed"])
             steering = opened.interventions(Steering({steer["latent"]: steer["strength"]}, steer["mode"]))
-            steps = opened.generate([prompt], sampling, 0, steering)
+            stops = opened.tokenizer.stop_ids
+            steps = generate(opened.model, [prompt], stop_tokens=stops, steering=steering, **sampling.options(1))
             while True:
                 with lock:
                     step = next(steps, None)

@@ -264,6 +264,14 @@ class Engine:
         finally:
             self.cancel(rows)
 
+    def tokens(self, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
+        """`stream` where only tokens are of interest: (row, token). Raises the error of a row that fails."""
+        for number, event in self.stream(rows):
+            if isinstance(event, Token):
+                yield number, event.id
+            elif event.error is not None:
+                raise event.error
+
     @property
     def n_rows(self) -> int:
         """Rows in the cache."""

@@ -1,8 +1,8 @@
-"""Complete a file of prompts into a file of JSON lines, in batches; a killed run continues where it stopped."""
+"""Complete a file of prompts into a file of JSON lines; a killed run continues where it stopped."""
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from pipeline.errors import InputError
 from pipeline.files import atomic_path, locked, sha256
 from pipeline.manifests import begin_or_continue
 from pipeline.progress import progress_bar
+from serving.engine import Engine, Row, Token
 from serving.steered_model import Sampling, SteeredModel, strongest_latents
 from serving.steering import Steering
 
@@ -26,6 +27,7 @@ class Session:
     """A model, and how its user wants prompts completed."""
 
     opened: SteeredModel
+    engine: Engine  # continues all prompts
     steering: Steering
     interventions: Sequence[Intervention]  # `steering` for this model; none where nothing is steered
     sampling: Sampling
@@ -40,13 +42,6 @@ def check_prompts(session: Session, prompts: Sequence[list[int]], names: Iterabl
             check_context(session.opened.model, len(prompt), session.sampling.max_new_tokens)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
-
-
-def add_step(rows: list[list[int]], step: list[int | None]) -> None:
-    """Append a step of `generate` to the tokens of each row."""
-    for row, token in zip(rows, step, strict=True):
-        if token is not None:
-            row.append(token)
 
 
 # ---- requests
@@ -165,36 +160,45 @@ def complete_rows(session: Session, rows: list[dict[str, Any]], prompts: list[li
         path.open("a", encoding="utf-8") as file,
         progress_bar(total=len(rows), initial=n_done, unit="prompt") as bar,
     ):
-        for first in range(n_done, len(rows), session.batch_size):
-            batch = slice(first, first + session.batch_size)
-            results = complete_requests(session, prompts[batch], first)
-            for row, result in zip(rows[batch], results, strict=True):
-                file.write(json.dumps({**row, **result}, ensure_ascii=False) + "\n")
+        for request, result in zip(rows[n_done:], completed(session, prompts[n_done:], n_done), strict=True):
+            file.write(json.dumps({**request, **result}, ensure_ascii=False) + "\n")
             file.flush()
-            bar.update(len(results))
+            bar.update()
 
 
-def complete_requests(session: Session, prompts: list[list[int]], first: int) -> list[dict[str, Any]]:
-    """Complete the requests from number `first` on, and say what is needed to repeat each."""
-    opened, sampling = session.opened, session.sampling
-    completions: list[list[int]] = [[] for _ in prompts]
-    for step in opened.generate(prompts, sampling, first, session.interventions):
-        add_step(completions, step)
-    results = []
-    for prompt, tokens, seed in zip(prompts, completions, sampling.seeds(len(prompts), first), strict=True):
-        result: dict[str, Any] = {
-            "completion": opened.text_after(prompt, tokens),
-            "n_prompt_tokens": len(prompt),
-            "n_tokens": len(tokens),
-            "stopped": len(tokens) < sampling.max_new_tokens,  # by a stop token, not by the limit
-            "seed": seed,
-        }
-        if session.steering.steers:
-            result["steering"] = as_json(session.steering)
-        if session.show_latents:
-            result["latents"] = strongest_latents(opened, prompt + tokens, session.show_latents)
-        results.append(result)
-    return results
+def completed(session: Session, prompts: list[list[int]], first: int) -> Iterator[dict[str, Any]]:
+    """The completion of each request from number `first` on, in their order, with what is needed to repeat it."""
+    rows = session.opened.rows(prompts, session.sampling, first, session.interventions)
+    tokens: list[list[int]] = [[] for _ in rows]
+    stopped: dict[int, bool] = {}  # of those that have ended but wait for an earlier one
+    n_given = 0
+    for number, event in session.engine.stream(rows):
+        if isinstance(event, Token):
+            tokens[number].append(event.id)
+            continue
+        if event.error is not None:
+            raise event.error
+        stopped[number] = event.reason == "stop"
+        while n_given in stopped:
+            yield as_result(session, rows[n_given], tokens[n_given], stopped.pop(n_given))
+            n_given += 1
+
+
+def as_result(session: Session, row: Row, tokens: list[int], stopped: bool) -> dict[str, Any]:
+    """What a request gains. stopped: by a stop token, not by the limit."""
+    opened = session.opened
+    result: dict[str, Any] = {
+        "completion": opened.text_after(row.prompt, tokens),
+        "n_prompt_tokens": len(row.prompt),
+        "n_tokens": len(tokens),
+        "stopped": stopped,
+        "seed": row.seed,
+    }
+    if session.steering.steers:
+        result["steering"] = as_json(session.steering)
+    if session.show_latents:
+        result["latents"] = strongest_latents(opened, [*row.prompt, *tokens], session.show_latents)
+    return result
 
 
 def as_json(steering: Steering) -> dict[str, Any]:

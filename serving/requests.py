@@ -9,7 +9,6 @@ from typing import NamedTuple, TypeVar
 from latents.index import LatentIndex, pieces
 from llama_3.chat import Message, encode_dialogue
 from llama_3.generation import check_context, check_temperature, encode_text
-from llama_3.model import Intervention
 from llama_3.tokenizer import TextStream
 from microscope.attribution import Outlook, latents_add, outlook
 from pipeline.errors import InputError
@@ -89,11 +88,6 @@ def prompts_of(served: Served, text: str) -> list[str]:
 # ---- growing texts
 
 
-def row(served: Served, prompt: Sequence[int], sampling: Sampling, seed: int, steering: Sequence[Intervention]) -> Row:
-    options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed, "steering": steering}
-    return Row(prompt, sampling.max_new_tokens, served.opened.tokenizer.stop_ids, **options)
-
-
 def growing(served: Served, rows: Sequence[Row]) -> Iterator[list[str]]:
     """The texts of all rows, whenever one of them has grown or ended. Raises the error of a row that fails."""
     streams = [TextStream(served.opened.tokenizer, row.prompt) for row in rows]
@@ -143,11 +137,7 @@ def completions(
     if steered := served.opened.interventions(steering):
         interventions["steered"] = steered
     n = len(prompts)
-    rows = [
-        row(served, prompt, sampling, seed, each)
-        for each in interventions.values()
-        for prompt, seed in zip(encoded, sampling.seeds(n), strict=True)
-    ]
+    rows = [row for each in interventions.values() for row in served.opened.rows(encoded, sampling, 0, each)]
     for texts in growing(served, rows):
         yield {kind: texts[i * n : (i + 1) * n] for i, kind in enumerate(interventions)}
 
@@ -182,8 +172,8 @@ def chat(
         del read[:2]
     n_forgotten = len(dialogue) + 1 - len(read)
     prompt = encode_dialogue(tokenizer, [*first, *read], date)
-    (seed,) = sampling.seeds(1, first=len(dialogue) // 2)  # each answer has another
-    rows = [row(served, prompt, sampling, seed, served.opened.interventions(steering))]
+    number = len(dialogue) // 2  # each answer has another seed
+    rows = served.opened.rows([prompt], sampling, number, served.opened.interventions(steering))
     for (text,) in growing(served, rows):
         yield Answer([*dialogue, question, Message("assistant", text)], n_forgotten)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,6 @@ from latents.origin import source_of
 from llama_3 import load_model, load_tokenizer
 from llama_3.chat import usual_date
 from llama_3.checkpoint import TINY_LLAMA_DIR, model_name, preferred_files
-from llama_3.generation import generate
 from llama_3.model import Intervention, Transformer, check_site
 from llama_3.tokenizer import Tokenizer
 from microscope import control
@@ -26,6 +25,7 @@ from pipeline.errors import InputError
 from pipeline.files import PROJECT_DIR
 from pipeline.sae_files import SaeFiles, without_ending
 from sae import SparseAutoencoder, load_sae_model
+from serving.engine import Row
 from serving.modes import UNMEASURED, Defaults, steering_defaults
 from serving.steering import Steering, check_scales, known_highest, make_steering, one_for_each
 
@@ -200,7 +200,7 @@ class SteeredModel:
         return meanings
 
     def interventions(self, steering: Steering) -> list[Intervention]:
-        """`steering` for `generate`; none where nothing is steered. Raises InputError for impossible steering."""
+        """`steering` for a row; none where nothing is steered. Raises InputError for impossible steering."""
         check_scales(steering.control_vectors, self.control_vectors)
         found = [
             each
@@ -211,12 +211,16 @@ class SteeredModel:
             found.append(make_steering(self.need_sae(), steering, self.highest, self.tokenizer.bos_id))
         return found
 
-    def generate(
+    def rows(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, first: int, steering: Sequence[Intervention]
-    ) -> Iterator[list[int | None]]:
-        """`llama_3.generation.generate` for prompts from number `first` on, until the model's own stop tokens."""
-        options = sampling.options(len(prompts), first)
-        return generate(self.model, prompts, stop_tokens=self.tokenizer.stop_ids, steering=steering, **options)
+    ) -> list[Row]:
+        """For the engine: prompts from number `first` on, each with its own seed, until the model's own stop tokens."""
+        stops = self.tokenizer.stop_ids
+        options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "steering": steering}
+        return [
+            Row(prompt, sampling.max_new_tokens, stops, seed=seed, **options)
+            for prompt, seed in zip(prompts, sampling.seeds(len(prompts), first), strict=True)
+        ]
 
     def text_after(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
         """What the tokens add to the prompt's text."""

@@ -4,6 +4,7 @@ and steering with them in the terminal, against the addition written out here.
 .venv/bin/python -m pytest tests/test_control_vectors.py
 """
 
+import contextlib
 import json
 
 import gguf
@@ -31,6 +32,7 @@ from microscope.control import (
 )
 from pipeline.errors import InputError
 from sae import SparseAutoencoder
+from serving.engine import Engine
 from serving.steered_model import ModelChoice, Sampling, VectorChoice, open_model, with_control_vectors
 from serving.steering import Steering
 
@@ -241,12 +243,12 @@ def test_vectors_are_added_after_their_layers_at_every_token(opened, two_vectors
     assert not torch.equal(got[2][0, 0], clean[2][0, 0])  # begin-of-text too, as in llama.cpp
     options = {"max_new_tokens": 8, "temperature": 0.0}
     by_hand = complete(model, opened.tokenizer, ["hello the", "in"], steering=found, **options)
-    rows = opened.generate(
-        [encode_text(opened.tokenizer, t) for t in ("hello the", "in")], Sampling(8, 0, 1, 0), 0, found
-    )
-    tokens = [[step[i] for step in rows if step[i] is not None] for rows in [list(rows)] for i in range(2)]
-    texts = zip(("hello the", "in"), tokens, strict=True)
-    assert [opened.text_after(encode_text(opened.tokenizer, t), row) for t, row in texts] == by_hand
+    prompts = [encode_text(opened.tokenizer, text) for text in ("hello the", "in")]
+    tokens: list[list[int]] = [[], []]
+    with contextlib.closing(Engine(model, max_rows=2, max_waiting=0)) as engine:
+        for number, token in engine.tokens(opened.rows(prompts, Sampling(8, 0, 1, 0), 0, found)):
+            tokens[number].append(token)
+    assert [opened.text_after(*both) for both in zip(prompts, tokens, strict=True)] == by_hand
     assert by_hand != complete(model, opened.tokenizer, ["hello the", "in"], **options)
 
 

@@ -326,6 +326,7 @@ def test_numbers_stay_whole_in_a_narrow_window(monkeypatch, tokenizer, columns, 
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", "25")  # else rich takes a dumb terminal for 80 columns wide
     monkeypatch.setenv("TERM", "dumb")
     sae = SimpleNamespace(n_latents=4096)
     opened = SimpleNamespace(need_sae=lambda: sae, meanings=meanings)
@@ -351,7 +352,7 @@ def test_piped_chat_prints_answers_alone(monkeypatch, capsys, model, tokenizer):
 
 
 def test_a_model_cannot_send_control_characters_to_the_terminal(monkeypatch, capsys):
-    monkeypatch.setattr("serving.steered_model.generate", lambda *a, **o: iter([[b] for b in b"a\x1b[2J\x07\tb\n"]))
+    monkeypatch.setattr("serving.engine.Engine.tokens", lambda *_: iter([(0, byte) for byte in b"a\x1b[2J\x07\tb\n"]))
     monkeypatch.setattr("llama_3.tokenizer.TiktokenTokenizer.decode", lambda self, ids: "".join(map(chr, ids)))
     assert run_piped(monkeypatch, capsys, "x", command="chat") == "a␛[2J␇\tb\n\n"
 
@@ -484,15 +485,15 @@ def test_a_killed_run_continues(tmp_path, monkeypatch, capsys):
     with partial.open("ab") as file:
         file.write('{"prompt": "hälf'.encode()[:-3])
     computed = []
-    complete = prompt_files.complete_requests
+    complete = prompt_files.completed
     monkeypatch.setattr(
         prompt_files,
-        "complete_requests",
+        "completed",
         lambda session, prompts, first: computed.append((first, len(prompts))) or complete(session, prompts, first),
     )
     call(inference, **options, output_path=output, batch_size=4)
     assert output.read_bytes() == whole
-    assert computed[0][0] == done and sum(n for _, n in computed) == 24 - done
+    assert computed == [(done, 24 - done)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
 
 
