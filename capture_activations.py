@@ -9,8 +9,9 @@ Method  each sentence alone, without begin-of-text; the model stops at the deepe
         number of processes. Each dialogue whole, in the model's own chat format, as Li et al. 2025 (arXiv:2506.07691)
         do for instruct models; of the assistant's tokens, or of all, the activations are stored, cut into spans that
         take the place of sentences
-Cost    disk: 2 bytes x d_model per token and site, 1 with --store_dtype int8. Memory per process besides the model: the activations of two
-        windows, 2.8 GB per window and site for the 3B. Rates in docs/benchmarks.md
+Cost    disk: 2 bytes x d_model per token and site; 1.03 with --store_dtype int8 (pipeline/packing.py). Memory per
+        process besides the model: the activations of two windows, 2.8 GB per window and site for the 3B. Rates in
+        docs/benchmarks.md
 
     python capture_activations.py --model_dir llama_3.2-3B --output_dir data/activations
     torchrun --standalone --nproc_per_node=4 capture_activations.py --model_dir llama_3.2-3B

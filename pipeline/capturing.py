@@ -38,7 +38,6 @@ def check_model(args: ModelArgs, model_dir: str, sites: Sequence[str], max_token
         raise InputError(f"--sites: {error}") from None
 
 
-
 def open_sentences(folder: str, num_samples: int, seed: int) -> SentenceDataset:
     """The sentences to capture; prints a note if there are fewer than asked for."""
     sentences = SentenceDataset(folder, num_samples, seed)
@@ -48,7 +47,6 @@ def open_sentences(folder: str, num_samples: int, seed: int) -> SentenceDataset:
     if num_samples > n_in_all and int(os.environ.get("RANK", 0)) == 0:
         print(f"--num_samples asks for {num_samples:,} sentences; {folder} has {n_in_all:,}: capturing all of them.")
     return sentences
-
 
 
 def bos_id_before(tokenizer: Tokenizer, model_dir: str, begin_of_text: bool) -> int | None:
@@ -93,7 +91,7 @@ def describe_source(
 class Window(NamedTuple):
     """A run of consecutive sentences, tokenised: the unit of work and of resuming."""
 
-    number: int  # -1: a sample of all sentences
+    number: int  # -1: a sample of all sentences; -2: a lane of a stream's buffer
     sentence_idx: list[int]  # of the sentences that have tokens, or of the contexts of dialogues
     token_ids: list[list[int]]  # without begin-of-text
     n_empty: int
@@ -102,7 +100,7 @@ class Window(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"acts-{self.number:05d}" if self.number >= 0 else "a sample"
+        return {-1: "a sample", -2: "the stream"}.get(self.number, f"acts-{self.number:05d}")
 
     @property
     def n_tokens(self) -> int:
@@ -143,7 +141,6 @@ def read_window(
         window.sentence_idx.append(i)
         window.token_ids.append(ids[:max_tokens])
     return window._replace(n_empty=n_empty, n_cut=n_cut)
-
 
 
 # ---- the model
@@ -273,4 +270,3 @@ class Capturer:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         print(f"A batch did not fit the GPU's memory; batches now have at most {self.batch_tokens} tokens.", flush=True)
-

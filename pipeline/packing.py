@@ -3,9 +3,9 @@
     rows = pack(x)                # (n, d_model) -> (n, row_bytes) uint8
     x    = unpack(rows, d_model)  # (n, d_model) bfloat16; bfloat16 rows pass through as they are
 
-A packed row holds d_model int8 values, then a bfloat16 scale for each block of 64 of them: value = int8 * scale, scale =
-the block's largest magnitude / 127. With one scale for a whole row, the few large coordinates of a residual stream would
-leave the others few of the 255 steps (Dettmers et al. 2022, arXiv:2208.07339, section 2.1; measured:
+A packed row holds d_model int8 values, then a bfloat16 scale for each block of 64 of them: value = int8 * scale, and
+scale = the block's largest magnitude / 127. With one scale for a whole row, the few large coordinates of a residual
+stream would leave the others few of the 255 steps (Dettmers et al. 2022, arXiv:2208.07339; measured:
 docs/benchmarks.md).
 """
 
