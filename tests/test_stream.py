@@ -82,7 +82,7 @@ def test_lanes_hold_sentences_of_all_lengths():
 class Numbered:
     """A model whose activation is (sentence / 100, sentence % 100, position, 127): packed and unpacked, it is exact."""
 
-    sites = ["layers.0.resid_pre"]
+    sites = ("layers.0.resid_pre",)
     model = SimpleNamespace(args=SimpleNamespace(dim=4))
 
     def window(self, window, on_batch):
@@ -140,8 +140,8 @@ def naive(lengths, n_train, buffer_size, batch_size, seed, n_epochs) -> list[lis
                 rows = [(s, p) for s in lane.tolist() for p in range(lengths[s])]
                 lanes.append([rows[j] for j in np.random.default_rng((seed, epoch, number, i)).permutation(len(rows))])
             take = batch_size // LANES
-            for step in range(min(map(len, lanes)) // take):
-                steps.append([row for lane in lanes for row in lane[step * take : (step + 1) * take]])
+            n_steps = min(map(len, lanes)) // take
+            steps += [[row for lane in lanes for row in lane[i * take : (i + 1) * take]] for i in range(n_steps)]
     return steps
 
 
