@@ -286,7 +286,7 @@ def start_stream(
     n_sites = len(capturer.sites)
     memory = n_sites * row_bytes(stream.args.dim, "int8") * min(options.buffer_size, rows.n_train) // everyone.size
     everyone.print(
-        f"A stream of {rows.n_train:,} activations a pass, and {rows.n_held_out:,} held out, at {n_sites} sites of "
+        f"A stream of {rows.n_train:,} activations a pass, and {rows.n_held_out:,} held out, at {n_sites} site{'s' * (n_sites > 1)} of "
         f"{options.stream}, which reads {stream.sentences.folder}; {gb(memory)} of memory in each of {everyone.size} "
         f"processes for the shuffle buffer, filled {len(rows.fillings)} times a pass."
     )

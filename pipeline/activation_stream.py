@@ -124,17 +124,17 @@ class StreamedRows:
         self.own = range(self.world.rank * n_own, (self.world.rank + 1) * n_own)
         train, held_out = lengths[:first_validation_sentence], lengths[first_validation_sentence:]
         self.fillings = plan_fillings(train, buffer_size, self.rows_per_lane)
-        self.held_out_fillings = [
-            Filling([lane + first_validation_sentence for lane in filling.lanes], filling.n_rows)
+        self.held_out_lanes = [
+            [lane + first_validation_sentence for lane in filling.lanes]
             for filling in plan_fillings(held_out, buffer_size, 1)
         ]
         self.n_train = LANES * sum(filling.n_rows for filling in self.fillings)
-        self.n_held_out = LANES * sum(filling.n_rows for filling in self.held_out_fillings)
+        self.n_held_out = int(held_out.sum())
         self.steps_per_epoch = self.n_train // batch_size
         if not self.steps_per_epoch:
             raise InputError(
-                f"The sentences to train on in {sentences.folder} have {train.sum()} tokens, too few for a step of "
-                f"{batch_size}; give more sentences, or lower --batch_size."
+                f"The sentences to train on in {sentences.folder} have {train.sum()} tokens, too few in fillings of "
+                f"{buffer_size} for steps of {batch_size}; give more, raise --buffer_size or lower --batch_size."
             )
         self.held: tuple[int, int] | None = None  # pass and number of the filling in memory
         self.buffer: dict[str, list[Tensor]] = {}  # site -> of each own lane, packed rows in the order of their use
@@ -164,12 +164,13 @@ class StreamedRows:
     def lane(self, sentence_idx: np.ndarray) -> Window:
         return read_window(self.sentences, self.tokenizer, -2, sentence_idx.tolist(), self.max_tokens)
 
-    def lanes(self, filling: Filling, about: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def lanes(self, lanes: list[np.ndarray], about: str) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """This process's lanes: number, and {site: packed rows}, sentences in order. Each is made when asked for."""
-        lanes = [filling.lanes[i] for i in self.own] if filling.n_rows else []
-        total = sum(map(len, lanes))
-        with progress_bar(total=total, unit="sentence", desc=about, disable=not self.world.is_main, leave=False) as bar:
-            for i, window in zip(self.own, ahead(self.lane, lanes, 1), strict=False):
+        own = [lanes[i] for i in self.own]
+        with progress_bar(
+            total=sum(map(len, own)), unit="sentence", desc=about, disable=not self.world.is_main, leave=False
+        ) as bar:
+            for i, window in zip(self.own, ahead(self.lane, own, 1), strict=True):
                 with torch.no_grad():
                     acts = self.capturer.window(window, lambda n_sentences, n_tokens: add(bar, n_sentences))
                 yield i, acts
@@ -180,7 +181,7 @@ class StreamedRows:
             return True
         filling, self.held = self.fillings[number], None
         self.buffer = {site: [] for site in self.capturer.sites}
-        for i, acts in self.lanes(filling, "filling the buffer"):
+        for i, acts in self.lanes(filling.lanes, "filling the buffer"):
             for site, rows in acts.items():
                 order = np.random.default_rng((self.seed, epoch, number, i)).permutation(len(rows))[: filling.n_rows]
                 self.buffer[site].append(rows[torch.from_numpy(order)])
@@ -219,14 +220,13 @@ class StreamedRows:
 
     def held_out(self, n_rows: int) -> Iterator[Rows]:
         """The held-out rows, n_rows at a time, made anew by the model and divided among the rows of the grid."""
-        for filling in self.held_out_fillings:
-            for _, acts in self.lanes(filling, "held-out activations"):
-                lane = {
-                    site: self.grid.row.all_gather(self._on_device([rows[: filling.n_rows]])).flatten(0, 1)
-                    for site, rows in acts.items()
-                }
-                for parts in zip(*(rows.split(n_rows) for rows in lane.values()), strict=True):
-                    yield dict(zip(lane, parts, strict=True))
+        for lanes in self.held_out_lanes:
+            for _, acts in self.lanes(lanes, "held-out activations"):
+                # A row of the grid sees the lanes of its processes, which differ in length.
+                every = {site: torch.cat(self.grid.row.gather(rows)) for site, rows in acts.items()}
+                n = len(next(iter(every.values())))
+                for start in range(0, n, n_rows):
+                    yield {site: self._on_device([rows[start : start + n_rows]]) for site, rows in every.items()}
 
     def sample(self, n_rows: int) -> Rows:
         """Some rows of every site; none before a filling is in memory."""

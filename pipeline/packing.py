@@ -36,6 +36,8 @@ def empty_rows(n: int, d_model: int, dtype: StoreDtype, pin_memory: bool = False
 
 def pack(x: Tensor, block: int = BLOCK) -> Tensor:
     """(n, d_model), finite, -> (n, row_bytes) uint8, on the same device."""
+    if not len(x):
+        return torch.empty(0, row_bytes(x.shape[1], "int8", block), dtype=torch.uint8, device=x.device)
     return torch.cat([_pack(part, block) for part in x.split(_ROWS)])
 
 
@@ -55,7 +57,8 @@ def unpack(rows: Tensor, d_model: int, block: int = BLOCK) -> Tensor:
         return rows
     out = torch.empty(len(rows), d_model, dtype=torch.bfloat16, device=rows.device)
     for part, to in zip(rows.split(_ROWS), out.split(_ROWS), strict=True):
-        scales = part[:, d_model:].contiguous().view(torch.bfloat16).float()
+        # In memory of their own: within the rows their address may be odd.
+        scales = part[:, d_model:].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).float()
         values = F.pad(part[:, :d_model].view(torch.int8).float(), (0, -d_model % block)).unflatten(1, (-1, block))
         to.copy_((values * scales[:, :, None]).flatten(1)[:, :d_model])
     return out

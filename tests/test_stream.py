@@ -51,6 +51,7 @@ OPTIONS = TRAINING | {
 
 
 @given(st.lists(st.integers(0, 20), max_size=200), st.integers(1, 900), st.integers(1, 4))
+@settings(max_examples=30)
 def test_every_sentence_is_in_one_lane_of_one_filling(lengths, buffer_size, rows_per_lane):
     lengths = np.array(lengths, dtype=np.int32)
     longest = max([0, *lengths.tolist()])
@@ -145,19 +146,19 @@ def naive(lengths, n_train, buffer_size, batch_size, seed, n_epochs) -> list[lis
     return steps
 
 
-@given(st.integers(0, 10**6), st.integers(100, 2000), st.integers(1, 3), st.integers(60, 250))
-@settings(max_examples=12)
+@given(st.integers(0, 10**6), st.integers(700, 2500), st.integers(1, 3), st.integers(90, 160))
+@settings(max_examples=6)
 def test_the_steps_of_a_stream_against_loops(seed, buffer_size, take, n):
     lengths = np.random.default_rng(seed).integers(0, 30, n)
     lengths[::7] = 25
     n_train, batch_size = n - 5, take * LANES
-    expected = naive(lengths, n_train, buffer_size, batch_size, seed, 3)
+    expected = naive(lengths, n_train, buffer_size, batch_size, seed, 2)
     stream = stream_of(lengths, n_train, buffer_size, batch_size, seed)
-    assert stream.steps_per_epoch * 3 == len(expected)
+    assert stream.steps_per_epoch * 2 == len(expected)
     found = rows_of(stream, range(len(expected)))
     assert found == expected
-    for epoch in range(3):
-        rows = [row for step in found[epoch * len(found) // 3 : (epoch + 1) * len(found) // 3] for row in step]
+    for half in (found[: stream.steps_per_epoch], found[stream.steps_per_epoch :]):
+        rows = [row for step in half for row in step]
         assert len(rows) == len(set(rows)) == stream.n_train  # each once in a pass
         assert all(s < n_train and p < lengths[s] for s, p in rows)
     # What is dropped is less than a step and what the lanes differ by, of each filling.
@@ -193,7 +194,7 @@ def test_held_out_sentences_are_others_and_each_row_comes_once():
     rows = [tuple(row) for found in stream.held_out(7) for row in found["layers.0.resid_pre"].tolist()]
     sentences = [round(a) * 100 + round(b) for a, b, *_ in rows]
     assert len(set(rows)) == len(rows) == stream.n_held_out and set(sentences) <= set(range(350, 400))
-    assert len(rows) > 0.8 * LENGTHS[350:].sum() and max(Counter(sentences).values()) <= 40
+    assert Counter(sentences) == {i: n for i, n in enumerate(LENGTHS.tolist()) if i >= 350 and n}
 
 
 def test_stopped_while_the_buffer_fills():
@@ -273,13 +274,13 @@ def all_rows(model_dir: Path, site: str, which: range) -> np.ndarray:
 
 
 def test_quality_is_that_of_the_held_out_sentences(tiny_model_dir, alone):
-    """All but the few rows by which the lanes differ; the SAE reads them at 8 bits."""
+    """Which training reads at 8 bits."""
     x = all_rows(tiny_model_dir, SITE, range(176, 220))
     sae = load_sae_model(alone)
     z = normalize(x, 1e-5)
     z_hat = sae.decode(*sae.encode(torch.from_numpy(x).float())).double().numpy()
     fvu = ((z - z_hat) ** 2).sum() / ((z - z.mean(0)) ** 2).sum()
-    assert metrics_of(alone)[-1]["val_fvu"] == pytest.approx(fvu, rel=0.1)
+    assert metrics_of(alone)[-1]["val_fvu"] == pytest.approx(fvu, rel=0.01)
 
 
 def started(model: Path, sentences: Path, folder: Path) -> tuple[StreamedRows, list, StepOptions, Grid]:
@@ -315,7 +316,8 @@ def test_the_run_is_its_steps_on_the_streams_rows(tiny_model_dir, sentences, alo
     steps = every.abs().amax(1) / 127
     nearest = distances.argmin(1)
     assert (distances.amin(1) <= 0.6 * steps[nearest] * D**0.5 + 0.01 * every[nearest].norm(dim=1)).all()
-    assert len(set(nearest.tolist())) > 0.95 * len(used)  # a few tokens have the same activation
+    n_different = len(used.unique(dim=0))  # the first tokens of many sentences are the same
+    assert n_different > 0.5 * len(used) and len(set(nearest.tolist())) > 0.98 * n_different
 
 
 def test_statistics_are_those_of_the_first_filling(tiny_model_dir, sentences, tmp_path):
@@ -443,7 +445,7 @@ def test_bad_options(tiny_model_dir, sentences, tmp_path, capsys, changed, words
 
 def test_too_few_sentences_for_a_step(tiny_model_dir, sentences, tmp_path, capsys):
     said = refusal(sae_training, capsys, **options_of(tiny_model_dir, sentences, tmp_path, num_samples=20))
-    assert "too few for a step of 64; give more sentences, or lower --batch_size." in said
+    assert "too few in fillings of 1000 for steps of 64; give more, raise --buffer_size or lower --batch" in said
 
 
 def test_options_of_a_stream_without_one(tmp_path, capsys):
