@@ -286,9 +286,9 @@ def start_stream(
     n_sites = len(capturer.sites)
     memory = n_sites * row_bytes(stream.args.dim, "int8") * min(options.buffer_size, rows.n_train) // everyone.size
     everyone.print(
-        f"A stream of {rows.n_train:,} activations a pass, and {rows.n_held_out:,} held out, at {n_sites} site{'s' * (n_sites > 1)} of "
-        f"{options.stream}, which reads {stream.sentences.folder}; {gb(memory)} of memory in each of {everyone.size} "
-        f"processes for the shuffle buffer, filled {len(rows.fillings)} times a pass."
+        f"A stream from {options.stream}, which reads {stream.sentences.folder}: {rows.n_train:,} activations a pass "
+        f"and {rows.n_held_out:,} held out, at {', '.join(capturer.sites)}. The buffer is filled {len(rows.fillings)} "
+        f"times a pass, and takes {gb(memory)} of memory in each of {everyone.size} processes."
     )
     paths = {site: folder / f"statistics-{site}.safetensors" for site in capturer.sites}
     if not everyone.gather(all(path.exists() for path in paths.values()))[0]:
