@@ -232,7 +232,7 @@ class Stream(NamedTuple):
 
     def identity(self) -> dict[str, Any]:
         """The model and the sentences: what a run depends on besides the options."""
-        found = {"model": self.source.model, "dataset": self.source.dataset}
+        found: dict[str, Any] = {"model": self.source.model, "dataset": self.source.dataset}
         if not self.sentences.manifest:  # published sentences, without checksums
             found["sentence_files"] = self.sentences.files_sha256
         return found

@@ -19,7 +19,7 @@ from torch import Tensor
 from pipeline.activation_store import dtype_of, open_shard
 from pipeline.distributed import Grid
 from pipeline.manifests import MANIFEST, verifying
-from pipeline.packing import empty_rows, unpack
+from pipeline.packing import StoreDtype, empty_rows, unpack
 
 STAGE = "sae_preprocessing.py"
 _READERS = 4  # threads that read
@@ -33,7 +33,7 @@ class Batches:
 
     def __init__(self, data_dir: str | Path, manifest: dict[str, Any], batch_size: int, seed: int):
         self.stored, self.d_model = manifest["batch_size"], manifest["d_model"]
-        self.dtype = dtype_of(manifest, Path(data_dir) / MANIFEST)
+        self.dtype: StoreDtype = dtype_of(manifest, Path(data_dir) / MANIFEST)
         self.batch_size, self.seed = batch_size, seed
         self.names = [record["file"] for record in manifest["shards"]]
         self.shards = [open_rows(Path(data_dir) / name).view(torch.uint8).numpy() for name in self.names]

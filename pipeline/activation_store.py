@@ -120,7 +120,7 @@ class ActivationStore:
         self.records = self.manifest["shards"]
         check_files(folder, self.records, CAPTURE_STAGE)
         self.d_model: int = self.manifest["d_model"]
-        self.dtype = dtype_of(self.manifest, self.folder / MANIFEST)
+        self.dtype: StoreDtype = dtype_of(self.manifest, self.folder / MANIFEST)
         self.n_tokens: int = self.manifest["counts"]["tokens"]
         stated = {**self.manifest, "activations": run_checksum(self.records)}  # older manifests do not state it
         self.source = Source.read(stated, self.folder / MANIFEST).with_folder("activations_dir", self.folder)

@@ -35,7 +35,8 @@ from sae_training import learning_rate
 
 D = TINY_PARAMS["dim"]
 SITE, READ, WRITE = "layers.1.resid_post", "layers.1.ffn_norm", "layers.1.mlp_out"
-BATCH, BUFFER, MAX_TOKENS = 64, 1000, 30
+N, N_TRAIN = 130, 104  # sentences
+BATCH, BUFFER, MAX_TOKENS = 64, 800, 30
 OPTIONS = TRAINING | {
     "batch_size": BATCH,
     "num_epochs": 2,
@@ -210,7 +211,7 @@ def test_stopped_while_the_buffer_fills():
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory) -> Path:
-    return write_sentences(tmp_path_factory.mktemp("stream") / "sentences", some_texts(220))
+    return write_sentences(tmp_path_factory.mktemp("stream") / "sentences", some_texts(N))
 
 
 def options_of(model: Path, sentences: Path, folder: Path, *sites: str, **changed) -> dict:
@@ -254,20 +255,20 @@ def test_several_from_one_pass_are_each_what_it_is_alone(tiny_model_dir, sentenc
 def test_what_the_json_states(tiny_model_dir, sentences, alone):
     info = json.loads(alone.with_suffix(".json").read_text())
     assert (info["site"], info["layer"], info["d_model"], info["begin_of_text"]) == (SITE, 1, D, False)
-    assert info["first_validation_sentence"] == 220 - 44 and info["dataset"]["sentences"] == 220
+    assert info["first_validation_sentence"] == N_TRAIN and info["dataset"]["sentences"] == N
     assert "activations_dir" not in info and "activations" not in info
     assert (alone.parent / info["sentences_dir"]).resolve() == sentences.resolve()
     names = sorted(path.name for path in (alone.parent / "checkpoints").iterdir() if path.suffix == ".safetensors")
     assert names == ["sentence_lengths.safetensors", f"statistics-{SITE}.safetensors"]  # and no activations
     lengths = load_file(alone.parent / "checkpoints" / names[0])["lengths"].tolist()
     tokenizer = load_tokenizer(tiny_model_dir)
-    assert lengths == [min(len(tokenizer.encode(text)), MAX_TOKENS) for text in some_texts(220)]
+    assert lengths == [min(len(tokenizer.encode(text)), MAX_TOKENS) for text in some_texts(N)]
 
 
 def all_rows(model_dir: Path, site: str, which: range) -> np.ndarray:
     """Activations of sentences, each alone, in float64."""
     model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
-    texts = some_texts(220)
+    texts = some_texts(N)
     ids = [tokenizer.encode(texts[i])[:MAX_TOKENS] for i in which]
     with torch.inference_mode():
         return torch.cat([model.activations(torch.tensor([i]), site)[0] for i in ids if i]).double().numpy()
@@ -275,7 +276,7 @@ def all_rows(model_dir: Path, site: str, which: range) -> np.ndarray:
 
 def test_quality_is_that_of_the_held_out_sentences(tiny_model_dir, alone):
     """Which training reads at 8 bits."""
-    x = all_rows(tiny_model_dir, SITE, range(176, 220))
+    x = all_rows(tiny_model_dir, SITE, range(N_TRAIN, N))
     sae = load_sae_model(alone)
     z = normalize(x, 1e-5)
     z_hat = sae.decode(*sae.encode(torch.from_numpy(x).float())).double().numpy()
@@ -310,7 +311,7 @@ def test_the_run_is_its_steps_on_the_streams_rows(tiny_model_dir, sentences, alo
     expected = torch.load(alone, weights_only=True)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in step.sae.state_dict().items())
 
-    every = torch.from_numpy(all_rows(tiny_model_dir, SITE, range(176))).float()
+    every = torch.from_numpy(all_rows(tiny_model_dir, SITE, range(N_TRAIN))).float()
     used = torch.cat(seen[: rows.steps_per_epoch]).float()
     distances = torch.cdist(used, every)
     steps = every.abs().amax(1) / 127
@@ -375,7 +376,7 @@ def test_stopped_and_run_again_ends_like_an_unbroken_run(tiny_model_dir, sentenc
 def test_killed_between_the_checkpoints_of_two_saes(tiny_model_dir, sentences, three, tmp_path, capsys):
     """The first has one more: both continue from the last that both have."""
     sites, saved = (SITE, f"{READ}:{WRITE}", f"layers.0.resid_pre:{SITE}"), []
-    options = {"checkpoint_minutes": 1e-9, "keep_checkpoints": 1}
+    options = {"checkpoint_minutes": 1e-9, "keep_checkpoints": 1}  # neither shows in the result
     real = sae_training.Training.save
 
     def interrupted(self, *args):
@@ -388,7 +389,7 @@ def test_killed_between_the_checkpoints_of_two_saes(tiny_model_dir, sentences, t
         patch.setattr(sae_training.Training, "save", interrupted)
         stream(tiny_model_dir, sentences, tmp_path, *sites, **options)
     assert saved[-1] == 4 and len(list((tmp_path / "checkpoints" / SITE).glob("step-000000004*"))) == 1
-    stream(tiny_model_dir, sentences, tmp_path, *sites, **options)
+    stream(tiny_model_dir, sentences, tmp_path, *sites)
     assert capsys.readouterr().out.count("Continuing from step 3 ") == 3
     for folder in (SITE, "layers.1.transcoder", f"layers.0.resid_pre-to-{SITE}"):
         assert_same_run(tmp_path / folder / "sae.pth", three / folder / "sae.pth")
@@ -445,7 +446,7 @@ def test_bad_options(tiny_model_dir, sentences, tmp_path, capsys, changed, words
 
 def test_too_few_sentences_for_a_step(tiny_model_dir, sentences, tmp_path, capsys):
     said = refusal(sae_training, capsys, **options_of(tiny_model_dir, sentences, tmp_path, num_samples=20))
-    assert "too few in fillings of 1000 for steps of 64; give more, raise --buffer_size or lower --batch" in said
+    assert "too few in fillings of 800 for steps of 64; give more, raise --buffer_size or lower --batch" in said
 
 
 def test_options_of_a_stream_without_one(tmp_path, capsys):
@@ -456,4 +457,4 @@ def test_options_of_a_stream_without_one(tmp_path, capsys):
 def test_another_buffer_is_another_run(tiny_model_dir, sentences, three, capsys):
     sites = (SITE, f"{READ}:{WRITE}", f"layers.0.resid_pre:{SITE}")
     options = options_of(tiny_model_dir, sentences, three, *sites, buffer_size=999)
-    assert "was begun with buffer_size = 1000, but now it is 999" in refusal(sae_training, capsys, **options)
+    assert "was begun with buffer_size = 800, but now it is 999" in refusal(sae_training, capsys, **options)
