@@ -9,8 +9,9 @@ Method  each sentence alone, without begin-of-text; the model stops at the deepe
         number of processes. Each dialogue whole, in the model's own chat format, as Li et al. 2025 (arXiv:2506.07691)
         do for instruct models; of the assistant's tokens, or of all, the activations are stored, cut into spans that
         take the place of sentences
-Cost    disk: 2 bytes x d_model per token and site. Memory per process besides the model: the activations of two
-        windows, 2.8 GB per window and site for the 3B. Rates in docs/benchmarks.md
+Cost    disk: 2 bytes x d_model per token and site; 1.03 with --store_dtype int8 (pipeline/packing.py). Memory per
+        process besides the model: the activations of two windows, 2.8 GB per window and site for the 3B. Rates in
+        docs/benchmarks.md
 
     python capture_activations.py --model_dir llama_3.2-3B --output_dir data/activations
     torchrun --standalone --nproc_per_node=4 capture_activations.py --model_dir llama_3.2-3B
@@ -33,7 +34,8 @@ NUM_SAMPLES: CountOrZero = 25_000_000  # sentences, or dialogues, from the start
 SITES: tuple[str, ...] = ("layers.22.attention_norm",)  # where to capture; several share one pass
 MAX_TOKENS: Count = 192  # longer sentences are cut to this length, longer spans of dialogues into several
 BEGIN_OF_TEXT = False  # put begin-of-text before each sentence (its own activation is never stored)
-DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # for the computation; activations are stored as bfloat16
+DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # for the computation
+STORE_DTYPE: Literal["bfloat16", "int8"] = "bfloat16"  # of the stored activations; int8 halves the disk
 BATCH_TOKENS: Count = 4096  # tokens per forward pass, including about 2 % padding; a CPU is fastest at 1024
 WINDOW_SENTENCES: Count = 16_384  # sentences, or spans, worked on together, at most; more: less padding, more memory
 SHARD_GB: Size = 1.0  # size of a shard
@@ -48,13 +50,10 @@ _READERS = 4  # threads that tokenise a window each, ahead of the model
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
 
-import contextlib
 import dataclasses
-import itertools
-import os
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -68,76 +67,31 @@ from llama_3 import load_model, load_tokenizer
 from llama_3.chat import Message, check_chat, usual_date
 from llama_3.checkpoint import checkpoint_identity
 from llama_3.loading import read_params
-from llama_3.model import ModelArgs, Transformer, check_site
-from llama_3.padding import make_batches
+from llama_3.model import ModelArgs
 from llama_3.tokenizer import Tokenizer
 from pipeline.activation_store import CAPTURE_STAGE, run_checksum, write_activations
+from pipeline.capturing import (
+    Capturer,
+    Window,
+    bos_id_before,
+    check_model,
+    describe_source,
+    open_sentences,
+    read_window,
+)
 from pipeline.dialogues import Cutter, DialogueSpans, read_dialogues, write_spans
 from pipeline.distributed import World, world
 from pipeline.documents import document_files, local_identity
-from pipeline.errors import InputError, Stop
+from pipeline.errors import InputError
 from pipeline.files import locked, read_json, remove_leftovers, require_disk, write_json
 from pipeline.manifests import MANIFEST, complete_already, write_manifest
+from pipeline.packing import row_bytes
 from pipeline.progress import duration, gb, progress_bar
 from pipeline.sentences import SentenceDataset
 from pipeline.source import Source
 from pipeline.workers import ahead
 
 # ---- reading sentences
-
-
-class Window(NamedTuple):
-    """A run of consecutive sentences, tokenised: the unit of work and of resuming."""
-
-    number: int  # -1: a sample of all sentences
-    sentence_idx: list[int]  # of the sentences that have tokens, or of the contexts of dialogues
-    token_ids: list[list[int]]  # without begin-of-text
-    n_empty: int
-    n_cut: int
-    spans: Mapping[int, range] | None = None  # of dialogues: index of a span -> the rows to store; None: every row
-
-    @property
-    def name(self) -> str:
-        return f"acts-{self.number:05d}" if self.number >= 0 else "a sample"
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(map(len, self.token_ids))
-
-    def offsets(self) -> Tensor:
-        """(n_sentences + 1,): the tokens of sentence i are offsets[i] to offsets[i + 1]."""
-        return torch.tensor([0, *map(len, self.token_ids)]).cumsum(0)
-
-    def first(self, n: int) -> "Window":
-        return self._replace(sentence_idx=self.sentence_idx[:n], token_ids=self.token_ids[:n])
-
-    def stored(self, acts: Tensor) -> tuple[Tensor, list[int], list[list[int]]]:
-        """(activations, sentence_idx, token_ids) of what is stored. acts: (n_tokens, d_model), of all tokens."""
-        if self.spans is None:
-            return acts, self.sentence_idx, self.token_ids
-        token_ids = [token for ids in self.token_ids for token in ids]
-        rows = torch.tensor([row for span in self.spans.values() for row in span], dtype=torch.int64)
-        return acts[rows], list(self.spans), [token_ids[span.start : span.stop] for span in self.spans.values()]
-
-
-def read_window(
-    sentences: SentenceDataset,
-    tokenizer: Tokenizer,
-    number: int,
-    indices: Sequence[int],
-    max_tokens: int,
-) -> Window:
-    window = Window(number, [], [], 0, 0)
-    n_empty = n_cut = 0
-    for i in indices:
-        ids = tokenizer.encode(sentences[i])
-        if not ids:
-            n_empty += 1
-            continue
-        n_cut += len(ids) > max_tokens
-        window.sentence_idx.append(i)
-        window.token_ids.append(ids[:max_tokens])
-    return window._replace(n_empty=n_empty, n_cut=n_cut)
 
 
 def window_size(n_sentences: int, at_most: int) -> int:
@@ -228,127 +182,6 @@ class DialogueWindows(NamedTuple):
         return {name: of_all[name] for name in ("dialogues", "empty_dialogues", "cut_dialogues")}
 
 
-# ---- the model
-
-
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on `device`; a GPU copies it from pinned memory while this thread goes on."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-class Batch(NamedTuple):
-    """Sentences on their way through the model."""
-
-    n_sentences: int
-    rows: Tensor  # (n_tokens,) int64, the rows of the window's activations that it fills
-    acts: dict[str, Tensor]  # site -> (n_tokens, d_model) bfloat16, on the CPU
-    finite: dict[str, Tensor]  # site -> (n_tokens,) bool
-    arrived: torch.cuda.Event | None  # fires when the copies have arrived; None on a CPU
-
-
-class Capturer:
-    """Runs a model over windows; a GPU computes one batch ahead of the one being copied back.
-
-    A batch that does not fit the GPU's memory is halved, and so are the batches after it.
-    """
-
-    def __init__(self, model: Transformer, sites: list[str], batch_tokens: int, bos_id: int | None):
-        self.model, self.sites, self.batch_tokens, self.bos_id = model, sites, batch_tokens, bos_id
-        self.skip = 0 if bos_id is None else 1  # positions before a sentence
-
-    def window(
-        self, window: Window, on_batch: Callable[[int, int], None] = lambda n_sentences, n_tokens: None
-    ) -> dict[str, Tensor]:
-        """{site: (n_tokens, d_model) bfloat16}, sentences in the window's order. Raises InputError for NaN."""
-        shape = (window.n_tokens, self.model.args.dim)
-        acts = {site: torch.empty(shape, dtype=torch.bfloat16) for site in self.sites}
-        running = None
-        for started in self.batches(window):
-            if running:
-                self.collect(running, window, acts)
-                on_batch(running.n_sentences, len(running.rows))
-            running = started
-        if running:
-            self.collect(running, window, acts)
-            on_batch(running.n_sentences, len(running.rows))
-        return acts
-
-    def batches(self, window: Window) -> Iterator[Batch]:
-        """Start the window's batches, one at a time, on demand."""
-        lengths, offsets = [len(ids) + self.skip for ids in window.token_ids], window.offsets()
-        ids = torch.from_numpy(np.fromiter(itertools.chain.from_iterable(window.token_ids), np.int64))
-        left = make_batches(lengths, self.batch_tokens)
-        while left:
-            started = None
-            with contextlib.suppress(torch.OutOfMemoryError):
-                started = self.start(left[0], ids, offsets)
-            if started:  # outside the block: the exception keeps the failed batch in memory
-                yield started
-                left = left[1:]
-            else:
-                self.shrink(len(left[0]), lengths[left[0][0]])
-                remaining = [i for batch in left for i in batch]
-                again = make_batches([lengths[i] for i in remaining], self.batch_tokens)
-                left = [[remaining[j] for j in batch] for batch in again]
-
-    def start(self, members: list[int], ids: Tensor, offsets: Tensor) -> Batch:
-        """Start a batch of the window's sentences `members`, longest first. Raises torch.OutOfMemoryError.
-
-        ids: (n_tokens,) the window's tokens; offsets: those of `Window.offsets`.
-        """
-        device = self.model.device
-        numbers = torch.tensor(members)
-        first, lengths = offsets[numbers], offsets.diff()[numbers]
-        place = torch.arange(-self.skip, int(lengths[0]))  # in the sentence; -1 is begin-of-text
-        real = (place >= 0) & (place < lengths[:, None])  # (n_sentences, seq)
-        rows = (first[:, None] + place)[real]
-        tokens = torch.zeros(real.shape, dtype=torch.long)
-        tokens[real] = ids[rows]
-        if self.bos_id is not None:
-            tokens[:, 0] = self.bos_id
-        not_padding = on_device(real.flatten().nonzero().squeeze(1), device)
-        acts, finite = {}, {}
-        for site, x in self.model.activations(on_device(tokens, device), self.sites).items():
-            x = x.flatten(0, 1)[not_padding].to(torch.bfloat16)
-            # On a GPU this copies into pinned memory while this thread goes on.
-            finite[site] = torch.isfinite(x).all(1).to("cpu", non_blocking=True)
-            acts[site] = x.to("cpu", non_blocking=True)
-        arrived = None
-        if device.type == "cuda":
-            arrived = torch.cuda.Event()
-            arrived.record()
-        return Batch(len(members), rows, acts, finite, arrived)
-
-    def collect(self, batch: Batch, window: Window, acts: dict[str, Tensor]) -> None:
-        """Wait for a batch and copy it into the window's activations. Raises InputError for NaN."""
-        if batch.arrived:
-            batch.arrived.synchronize()
-        for site in self.sites:
-            if not batch.finite[site].all():
-                bad = int(batch.rows[(~batch.finite[site]).nonzero()[0, 0]])
-                offsets = window.offsets()
-                i = int(torch.searchsorted(offsets, bad, right=True)) - 1
-                read = "sentence" if window.spans is None else "dialogue"
-                raise InputError(
-                    f"The model gives NaN or infinity at {site} for {read} {window.sentence_idx[i]}, token "
-                    f"{bad - int(offsets[i])} (of {window.name}); check the checkpoint, or use --dtype float32."
-                )
-            # numpy copies each row in one piece, torch number by number.
-            acts[site].view(torch.int16).numpy()[batch.rows.numpy()] = batch.acts[site].view(torch.int16).numpy()
-
-    def shrink(self, n_sentences: int, longest: int) -> None:
-        """Halve the batches after one of n_sentences did not fit. Raises Stop if it was a single sentence."""
-        if n_sentences == 1:
-            raise Stop(
-                f"A sentence of {longest} tokens does not fit the memory of {self.model.device}; lower --max_tokens, "
-                "or of dialogues --max_dialogue_tokens, or use a GPU with more memory."
-            )
-        self.batch_tokens = n_sentences * longest // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        print(f"A batch did not fit the GPU's memory; batches now have at most {self.batch_tokens} tokens.", flush=True)
-
-
 def measure_rate(capturer: Capturer, sample: Window) -> float:
     """Tokens per second of this process."""
     few = sample.first(64 if capturer.model.device.type == "cpu" else 512)
@@ -419,36 +252,6 @@ def capture_windows(
 # ---- the stage
 
 
-def check_model(args: ModelArgs, model_dir: str, sites: Sequence[str], max_tokens: int) -> dict[str, int]:
-    """{site: layer}, in order, without duplicates. Raises InputError for what the model does not support."""
-    if max_tokens > args.max_seq_len:
-        raise InputError(
-            f"--max_tokens {max_tokens} exceeds the context of {model_dir}, {args.max_seq_len} tokens; lower it."
-        )
-    try:
-        return {site: check_site(site, args.n_layers) for site in sites}
-    except ValueError as error:
-        raise InputError(f"--sites: {error}") from None
-
-
-def check_begin_of_text(config: Namespace, tokenizer: Tokenizer) -> None:
-    if config.begin_of_text and config.dialogues:
-        raise InputError("A dialogue begins as the model's chat format says; leave out --begin_of_text.")
-    if config.begin_of_text and tokenizer.bos_id is None:
-        raise InputError(f"The tokenizer of {config.model_dir} has no begin-of-text; leave out --begin_of_text.")
-
-
-def open_sentences(folder: str, num_samples: int, seed: int) -> SentenceDataset:
-    """The sentences to capture; prints a note if there are fewer than asked for."""
-    sentences = SentenceDataset(folder, num_samples, seed)
-    n_in_all = len(sentences.order)
-    if not n_in_all:
-        raise InputError(f"There are no sentences in {folder}; give another folder.")
-    if num_samples > n_in_all and int(os.environ.get("RANK", 0)) == 0:
-        print(f"--num_samples asks for {num_samples:,} sentences; {folder} has {n_in_all:,}: capturing all of them.")
-    return sentences
-
-
 def open_dialogues(
     config: Namespace, args: ModelArgs, tokenizer: Tokenizer, dialogues: list[list[Message]], w: World
 ) -> DialogueWindows:
@@ -470,30 +273,6 @@ def open_dialogues(
     w.barrier()
     spans = DialogueSpans(folder)
     return DialogueWindows(spans, tokenizer, window_size(len(spans), config.window_sentences), config.max_tokens)
-
-
-def describe_source(
-    model_dir: str, args: ModelArgs, windows: Windows | DialogueWindows, seed: int, begin_of_text: bool
-) -> Source:
-    """Where the activations of every site come from."""
-    sentences = windows.sentences
-    source = Source(
-        file=model_dir,
-        model=checkpoint_identity(model_dir),
-        documents=sentences.documents(),
-        dataset={
-            "sentences": len(sentences),
-            "sentences_in_all": len(sentences.order),
-            "seed": seed,
-            "shards": sentences.shard_checksums(),
-        },
-        d_model=args.dim,
-        begin_of_text=begin_of_text,
-        bos_id=windows.tokenizer.bos_id,
-        max_tokens=windows.max_tokens,
-        rope_scaling_factor=args.rope_scaling_factor,
-    )
-    return source.with_folder("model_dir", model_dir).with_folder("sentences_dir", sentences.path)
 
 
 def begin_sites(output_dir: Path, sites: Iterable[str], decides: dict[str, Any], bytes_per_site: float) -> list[str]:
@@ -550,7 +329,7 @@ def finish_site(
         decides={**decides, "site": source.site},
         config=options,
         **source.as_json(folder / MANIFEST),
-        dtype="bfloat16",
+        dtype=options["store_dtype"],
         counts=counts,
         shards=shards,
     )
@@ -563,7 +342,9 @@ def main() -> None:
     args = read_params(config.model_dir, config.rope_scaling_factor)
     layers = check_model(args, config.model_dir, config.sites, config.max_tokens)
     tokenizer = load_tokenizer(config.model_dir)
-    check_begin_of_text(config, tokenizer)
+    if config.begin_of_text and config.dialogues:
+        raise InputError("A dialogue begins as the model's chat format says; leave out --begin_of_text.")
+    bos_id = bos_id_before(tokenizer, config.model_dir, config.begin_of_text)
     windows, dialogues = None, []
     if config.dialogues:
         check_chat(tokenizer)
@@ -578,19 +359,20 @@ def main() -> None:
 
     with world() as w, locked(output_dir, w.rank, w.barrier), torch.inference_mode():
         windows = windows or open_dialogues(config, args, tokenizer, dialogues, w)
-        source = describe_source(config.model_dir, args, windows, config.seed, config.begin_of_text)
+        read = windows.sentences, config.seed, config.max_tokens, tokenizer.bos_id, config.begin_of_text
+        source = describe_source(config.model_dir, args, *read)
         decides = {name: getattr(config, name) for name in _DECIDING}
+        decides |= {"store_dtype": config.store_dtype} if config.store_dtype != "bfloat16" else {}
         decides["window_sentences"] = windows.window_sentences
         decides |= {name: getattr(source, name) for name in ("model", "dataset", "rope_scaling_factor")}
         if not windows.sentences.manifest:  # published sentences, without checksums
             decides["sentence_files"] = windows.sentences.files_sha256
         sample, n_read, n_stored = windows.sample()
-        bytes_per_site = 2 * args.dim * n_stored
+        bytes_per_site = row_bytes(args.dim, config.store_dtype) * n_stored
         sites = w.gather(begin_sites(output_dir, layers, decides, bytes_per_site) if w.is_main else [])[0]
         if not sites:
             return
-        bos_id = tokenizer.bos_id if config.begin_of_text else None
-        capturer = Capturer(model.to(w.device), sites, config.batch_tokens, bos_id)
+        capturer = Capturer(model.to(w.device), sites, config.batch_tokens, bos_id, config.store_dtype)
         rate = w.size * measure_rate(capturer, sample)
         w.print(
             f"Reading {len(windows.sentences):,} {windows.unit}, about {n_read:,} tokens, from "

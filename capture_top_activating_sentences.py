@@ -74,6 +74,7 @@ from pipeline.distributed import World, world
 from pipeline.errors import InputError
 from pipeline.files import atomic_path, locked, require_disk, sha256
 from pipeline.manifests import MANIFEST
+from pipeline.packing import unpack
 from pipeline.progress import gb, progress_bar
 from pipeline.sae_files import SaeFiles
 from pipeline.sentences import SentenceDataset
@@ -93,10 +94,10 @@ class Entries(NamedTuple):
 
 
 def encode_entries(sae: SparseAutoencoder, acts: Tensor, chunk: int) -> Entries:
-    """Encode raw activations (n_tokens, d_model). Entries per token, only values above zero, on the SAE's device."""
+    """Encode the rows of a shard. Entries per token, only values above zero, on the SAE's device."""
     rows, latents, values = [], [], []
     for start in range(0, len(acts), chunk):
-        kept, indices = sae.encode(acts[start : start + chunk].to(sae.b_pre.device))
+        kept, indices = sae.encode(unpack(acts[start : start + chunk].to(sae.b_pre.device), sae.d_model))
         token, slot = (kept > 0).nonzero(as_tuple=True)
         rows.append(token + start)
         latents.append(indices[token, slot])

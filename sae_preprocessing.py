@@ -8,7 +8,8 @@ Method  split by sentence, then one uniformly random order over all tokens of a 
         hypergeometric), then each shard's rows are permuted on their way out and again on their way in. Mean and
         variance by Welford's algorithm, merged as in Chan, Golub and LeVeque 1983. Checksums are compared before a
         shard is used
-Cost    as much disk as the activations, twice that while it runs; memory: two shards per process
+Cost    as much disk as the activations, twice that while it runs; memory: two shards per process. Activations stored as
+        int8 stay packed (pipeline/packing.py) on their way
 
     python sae_preprocessing.py --input_dir data/activations/layers.22.attention_norm --output_dir data/batches
 """
@@ -57,39 +58,10 @@ from pipeline.activation_store import ActivationStore, Shard, open_shard, write_
 from pipeline.errors import InputError
 from pipeline.files import remove_leftovers, require_writable, sha256
 from pipeline.manifests import MANIFEST, output_folder, write_manifest
+from pipeline.packing import row_bytes, unpack
 from pipeline.progress import gb, progress_bar
-from pipeline.statistics import ActivationStatistics, write_statistics
+from pipeline.statistics import ActivationStatistics, Statistics, normalize, write_statistics
 from pipeline.workers import Workers
-
-
-class Statistics(NamedTuple):
-    """Count, and per dimension mean and sum of squared distances from it, (d_model,) float64."""
-
-    count: int
-    mean: np.ndarray
-    m2: np.ndarray
-
-    @classmethod
-    def of(cls, x: np.ndarray) -> "Statistics":
-        mean = x.mean(0) if len(x) else np.zeros(x.shape[1])
-        distance = x - mean
-        return cls(len(x), mean, np.einsum("ij,ij->j", distance, distance))
-
-    def merge(self, other: "Statistics") -> "Statistics":
-        count = self.count + other.count
-        if count == 0:
-            return self
-        delta = other.mean - self.mean
-        mean = self.mean + delta * (other.count / count)
-        return Statistics(count, mean, self.m2 + other.m2 + delta**2 * (self.count * other.count / count))
-
-
-def normalize(x: np.ndarray, eps: float) -> np.ndarray:
-    """The SAE's input: each row minus its mean, over its standard deviation (n - 1) plus eps."""
-    z = x - x.mean(1, keepdims=True)
-    std = np.sqrt(np.einsum("ij,ij->i", z, z) / (x.shape[1] - 1))
-    z /= std[:, None] + eps
-    return z
 
 
 def geometric_median(x: np.ndarray, n_steps: int = 200) -> np.ndarray:
@@ -295,11 +267,11 @@ def take_statistics(store: ActivationStore, i: int, shard: Shard, n_train: int, 
     for first, last, is_train in ((0, n_train, True), (n_train, len(shard.acts), False)):
         for start in range(first, last, step):
             chunk = shard.acts[start : min(start + step, last)]
-            x = chunk.double().numpy()
+            x = unpack(chunk, store.d_model).double().numpy()
             with np.errstate(invalid="ignore"):
                 raw = Statistics.of(x)
             if not np.isfinite(raw.mean).all():
-                row = start + int((~torch.isfinite(chunk)).any(1).nonzero()[0, 0])
+                row = start + int((~np.isfinite(x)).any(1).nonzero()[0][0])
                 sentence = int(shard.sentence_idx[int(torch.searchsorted(shard.offsets, row, right=True)) - 1])
                 raise InputError(
                     f"{store.folder / store.records[i]['file']} holds NaN or infinity in sentence {sentence}; capture "
@@ -348,19 +320,19 @@ def gather_jobs(plan: Plan, splits: dict[str, Split]) -> Iterator[tuple[Plan, st
 def shuffle(plan: Plan, store: ActivationStore, splits: dict[str, Split], n_workers: int) -> dict[str, list[dict]]:
     """Run both passes, or what is left of them. Returns the records of each split's shards."""
     records: dict[str, list[dict]] = {split: [] for split in _SPLITS}
-    row_bytes = 2 * store.d_model
+    n_bytes = row_bytes(store.d_model, store.dtype)
     plan.scratch_dir.mkdir(exist_ok=True)
     remove_leftovers(plan.scratch_dir)
-    total = 2 * row_bytes * store.n_tokens
+    total = 2 * n_bytes * store.n_tokens
     with (
         Workers(n_workers) as workers,
         progress_bar(total=total, unit="B", unit_scale=True, desc="shuffle") as bar,
     ):
         for i, _ in enumerate(workers.map(scatter_shard, ((plan, i) for i in range(len(store.records))))):
-            bar.update(row_bytes * store.records[i]["n_tokens"])
+            bar.update(n_bytes * store.records[i]["n_tokens"])
         for record in workers.map(gather_shard, gather_jobs(plan, splits)):
             records[record["file"].split("-")[0]].append(record)
-            bar.update(row_bytes * record["n_rows"])
+            bar.update(n_bytes * record["n_rows"])
     return records
 
 
@@ -386,20 +358,13 @@ def merge_statistics(plan: Plan, n_rows: list[int], b_pre_start: str, first_shar
         for name in ("raw", "normalized"):
             part = Statistics(count, file.get_tensor(f"{name}_mean").numpy(), file.get_tensor(f"{name}_m2").numpy())
             merged[name] = merged[name].merge(part) if name in merged else part
-    raw, normalized = merged["raw"], merged["normalized"]
-    b_pre = normalized.mean
-    if b_pre_start == "median":
-        # Rows are in random order, so the first ones are a sample.
-        acts = open_shard(plan.output_dir / first_shard, _STAGE).get_slice("acts")[:_MEDIAN_ROWS]
-        b_pre = geometric_median(normalize(acts.double().numpy(), plan.eps))
-    return ActivationStatistics(
-        count=raw.count,
-        mean_raw=torch.from_numpy(raw.mean),
-        var_raw=torch.from_numpy(raw.m2 / raw.count),
-        mean_normalized=torch.from_numpy(normalized.mean),
-        var_normalized=torch.from_numpy(normalized.m2 / normalized.count),
-        b_pre=torch.from_numpy(b_pre.copy()),
-    )
+    statistics = ActivationStatistics.of(merged["raw"], merged["normalized"])
+    if b_pre_start == "mean":
+        return statistics
+    # Rows are in random order, so the first ones are a sample.
+    rows = open_shard(plan.output_dir / first_shard, _STAGE).get_slice("acts")[:_MEDIAN_ROWS]
+    sample = unpack(rows, len(statistics.b_pre)).double().numpy()
+    return statistics._replace(b_pre=torch.from_numpy(geometric_median(normalize(sample, plan.eps))))
 
 
 def order_checksum(plan: Plan, store: ActivationStore, splits: dict[str, Split]) -> str:
@@ -432,7 +397,7 @@ def finish(
         decides=decides,
         config=options,
         **store.source.as_json(plan.output_dir / MANIFEST),
-        dtype="bfloat16",
+        dtype=store.dtype,
         first_validation_sentence=plan.first_validation_sentence,
         normalize_eps=plan.eps,
         batch_size=options["batch_size"],
@@ -453,7 +418,8 @@ def main() -> None:
     store = ActivationStore(config.input_dir)
     n_sentences = store.source.need("dataset")["sentences"]
     first_validation_sentence = n_sentences - round(config.validation_fraction * n_sentences)
-    batch_bytes = 2 * store.d_model * config.batch_size
+    n_bytes = row_bytes(store.d_model, store.dtype)
+    batch_bytes = n_bytes * config.batch_size
     rows_per_shard = max(1, int(config.shard_gb * 1e9 / batch_bytes)) * config.batch_size
     splits = plan_splits(store, first_validation_sentence, config.batch_size, rows_per_shard, config.seed)
     check_variety(store)
@@ -462,17 +428,17 @@ def main() -> None:
     require_writable(mean_path)
     plan = Plan(config.input_dir, output_dir, first_validation_sentence, config.normalize_eps, config.seed)
     n_jobs = max(len(store.records), sum(split.n_outputs for split in splits.values()))
-    largest = max(*(r["bytes"] for r in store.records), 2 * store.d_model * rows_per_shard)
+    largest = max(*(r["bytes"] for r in store.records), n_bytes * rows_per_shard)
     n_workers = min(config.num_processes or os.cpu_count() or 1, n_jobs)
     n_workers = processes_that_fit(n_workers, config.memory_gb, largest)
     decides = {name: getattr(config, name) for name in _DECIDING}
     decides |= {"shuffle": _SHUFFLE, "activations": [record["sha256"] for record in store.records]}
-    n_bytes = 2 * store.d_model * store.n_tokens
+    in_all = n_bytes * store.n_tokens
     print(
-        f"Reading {store.n_tokens:,} activations, {gb(n_bytes)}, from {config.input_dir}; writing as much to "
+        f"Reading {store.n_tokens:,} activations, {gb(in_all)}, from {config.input_dir}; writing as much to "
         f"{output_dir}, twice that while it runs."
     )
-    with output_folder(output_dir, _STAGE, decides, 2 * n_bytes) as complete:
+    with output_folder(output_dir, _STAGE, decides, 2 * in_all) as complete:
         if not complete:
             records = shuffle(plan, store, splits, n_workers)
             statistics = merge_statistics(plan, splits["train"].n_rows, config.b_pre_start, records["train"][0]["file"])

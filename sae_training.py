@@ -1,19 +1,24 @@
-"""Train a sparse autoencoder, or a transcoder, on shuffled batches of activations.
+"""Train a sparse autoencoder, or a transcoder, on shuffled batches of activations; or several, as a model makes them.
 
-Reads   DATA_DIR (sae_preprocessing.py); for a transcoder also TARGET_DATA_DIR, the same tokens at another site
+Reads   DATA_DIR (sae_preprocessing.py); for a transcoder also TARGET_DATA_DIR, the same tokens at another site.
+        With --stream MODEL instead the sentences in SENTENCES_DIR: no activation is on disk
 Writes  MODEL_SAVE_PATH: the SAE NAME.pth with NAME.json, NAME.metrics.jsonl, NAME.curves.png and NAME.frequencies.png
-        beside it; CHECKPOINT_DIR: checkpoints to resume from (several nodes must all see it)
+        beside it; CHECKPOINT_DIR: checkpoints to resume from (several nodes must all see it). Of several SAEs each has
+        a folder: FOLDER/SITE/NAME.pth, CHECKPOINT_DIR/SITE
 Method  Gao et al. 2024, arXiv:2406.04093; docs/method.md; departures from the original: docs/differences.md.
         GATE batch_topk: Bussmann et al. 2024, arXiv:2412.06410. MATRYOSHKA: Bussmann et al. 2025, arXiv:2503.17547.
         Transcoders: Dunefsky et al. 2024, arXiv:2406.11944, with SKIP Paulo et al. 2025, arXiv:2501.18823.
         The processes form a grid: LATENT_PARALLEL neighbours share one SAE, each holding a slice of its latents, and
         see the same activations; the groups of neighbours divide the batch. The step (autoencoder/step.py) does all
         its communication before it changes anything, so a process that is stopped, or on CPUs left alone, can still
-        save the previous step
+        save the previous step. A stream (pipeline/activation_stream.py): the model fills a buffer, which is shuffled
+        and used up; all SITES from one pass of the model
 Cost    disk: a checkpoint is three times the size of the SAE; rates in docs/benchmarks.md; many GPUs: docs/scaling.md
 
     python sae_training.py --data_dir data/batches --model_save_path data/sae.pth
     torchrun --standalone --nproc_per_node=8 sae_training.py --data_dir data/batches --model_save_path data/sae.pth
+    python sae_training.py --stream models/smollm2-135M-Instruct-Q4_1 --num_epochs 1 \\
+        --sites layers.10.resid_post layers.15.ffn_norm:layers.15.mlp_out --model_save_path data/saes/sae.pth
 """
 
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -31,11 +36,23 @@ from pipeline.options import (
 )
 from pipeline.run import exit_at_once, run
 
-DATA_DIR = "data/batches"  # shuffled batches
+DATA_DIR: str | None = None  # shuffled batches; data/batches when not given
 B_PRE_PATH: str | None = None  # statistics file with the initial b_pre; DATA_DIR's own when not given
 MODEL_SAVE_PATH = "data/sae.pth"  # where to write the trained SAE
 MODEL_LOAD_PATH: str | None = None  # an SAE to start from instead of a fresh one
 CHECKPOINT_DIR = "data/checkpoints"  # folder for checkpoints
+
+STREAM: str | None = None  # a Llama folder: train on activations as this model makes them, in place of DATA_DIR
+SITES: tuple[str, ...] = ("layers.22.attention_norm",)  # of a stream: an SAE for each; READ:WRITE for a transcoder
+BUFFER_SIZE: Count = 2_000_000  # of a stream: activations in the shuffle buffer, per site, over all processes
+SENTENCES_DIR = "data/sentences"  # of a stream: folder of sentences
+NUM_SAMPLES: CountOrZero = 25_000_000  # of a stream: sentences from the start of the seeded order; 0 for all
+VALIDATION_FRACTION: ShareBelowOne = 0.05  # of a stream: share of the sentences held out, from the end of that order
+MAX_TOKENS: Count = 192  # of a stream: longer sentences are cut to this length
+BEGIN_OF_TEXT = False  # of a stream: put begin-of-text before each sentence (it is never trained on)
+DTYPE: Literal["bfloat16", "float32"] = "bfloat16"  # of a stream: for the model's computation
+BATCH_TOKENS: Count = 4096  # of a stream: tokens per forward pass of the model; a CPU is fastest at 1024
+ROPE_SCALING_FACTOR: Positive | None = None  # of a stream: overrides the checkpoint's
 
 N_LATENTS: Count = 2**16  # dictionary size
 K: Count = 64  # latents kept per activation
@@ -74,16 +91,31 @@ EXPLOSION_FACTOR: Positive = 10.0  # a main loss above this many times its runni
 WANDB: Literal["auto", "online", "offline", "off"] = "auto"  # W&B; auto: online with an API key, else offline
 
 _STAGE = "sae_training.py"
-_BATCHES_STAGE = "sae_preprocessing.py"
+_DATA_DIR = "data/batches"
+_OF_FILES = ("data_dir", "target_data_dir", "b_pre_path", "model_load_path")  # options that contradict --stream
+_OF_STREAMS = [  # options that mean nothing without it
+    *("sites", "buffer_size", "sentences_dir", "num_samples", "validation_fraction", "max_tokens", "begin_of_text"),
+    *("dtype", "batch_tokens", "rope_scaling_factor"),
+]
 _NOT_IN_THE_RESULT = [  # options that may change when a run is continued
-    *("data_dir", "model_save_path", "checkpoint_dir", "b_pre_path", "latent_parallel", "micro_batch_size", "wandb"),
+    *(
+        "data_dir",
+        "stream",
+        "sentences_dir",
+        "model_save_path",
+        "checkpoint_dir",
+        "b_pre_path",
+        "latent_parallel",
+        "micro_batch_size",
+        "wandb",
+    ),
     *("logs_per_epoch", "checkpoints_per_epoch", "checkpoint_minutes", "keep_checkpoints", "replica_check_steps"),
     "explosion_factor",
 ]
 _SINCE = {"gate": "topk", "matryoshka": None, "normalization": "layer_norm", "target_data_dir": None, "skip": False}
+_SINCE |= {name: globals()[name.upper()] for name in _OF_STREAMS if name not in _NOT_IN_THE_RESULT}
 _THRESHOLD_STEPS = 64  # batches over which the threshold of BatchTopK is averaged
 _OUTLIERS, _SAMPLE = 3.0, 2**15  # root mean square over median length, of this many activations
-_NO_VARIANCE = 1e-9  # share of the mean square; anything less is rounding
 _SMALL_LOSS = 1e-3  # share of the variance; a loss that stays below it is no explosion, however small it was before
 _LOSS_MEMORY = 0.98  # decay of the loss's running mean: about 50 steps
 
@@ -99,48 +131,53 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from autoencoder.checkpoints import Slice, checkpoint_files, delete_checkpoints, load_checkpoint, whole_checkpoints
+from autoencoder.checkpoints import (
+    Slice,
+    checkpoint_files,
+    delete_checkpoints,
+    load_checkpoint,
+    steps_of,
+    whole_checkpoints,
+)
 from autoencoder.curves import WandbMode, plot_curves, plot_frequencies, start_wandb
+from autoencoder.inputs import (
+    NO_VARIANCE,
+    Data,
+    KindOptions,
+    Place,
+    StreamOptions,
+    check_batches,
+    check_stream,
+    open_data,
+    open_stream,
+    start_stream,
+)
 from autoencoder.step import Agreed, Pending, Step, StepOptions
-from pipeline.activation_batches import Batches, Reader, open_rows
+from pipeline.activation_batches import Rows, StoredRows
+from pipeline.activation_stream import StreamedRows
 from pipeline.distributed import make_grid, noted_signals, world
 from pipeline.errors import InputError, Stop
-from pipeline.files import locked, require_disk, require_writable
-from pipeline.manifests import (
-    MANIFEST,
-    begin_or_continue,
-    check_files,
-    git_commit,
-    read_manifest,
-    verifying,
-    write_manifest,
-)
+from pipeline.files import locked, remove_leftovers, require_disk, require_writable
+from pipeline.manifests import begin_or_continue, git_commit, write_manifest
 from pipeline.progress import gb, progress_bar
 from pipeline.sae_files import SaeFiles
-from pipeline.source import Source
-from pipeline.statistics import ActivationStatistics, read_statistics
-from sae import Kind, Normalization, SparseAutoencoder, load_sae_model, rows_at_once, save_sae, save_tensors
+from sae import Kind, SparseAutoencoder, load_sae_model, rows_at_once, save_sae, save_tensors
 
 
 class RunOptions(NamedTuple):
     """The options of a run by name, except those of its step (autoencoder.step.StepOptions)."""
 
-    data_dir: str
     model_save_path: str
     checkpoint_dir: str
     n_latents: int
     k: int
-    gate: str
     matryoshka: tuple[int, ...] | None
-    normalization: Normalization
-    target_data_dir: str | None
-    skip: bool
     num_epochs: int
     early_stop_epochs: int | None
     learning_rate: float
@@ -155,114 +192,34 @@ class RunOptions(NamedTuple):
     explosion_factor: float
 
 
-# ---- inputs
+# ---- options
 
 
-class Data(NamedTuple):
-    """What sae_preprocessing.py wrote to DATA_DIR, and for a transcoder to TARGET_DATA_DIR."""
-
-    manifest: dict[str, Any]
-    b_pre: Tensor  # (d_model), the mean of what is reconstructed, normalised
-    variance: float  # of what is reconstructed, normalised, per coordinate
-    kind: Kind  # of the SAE that these data and the options make
-    target: dict[str, Any] | None = None  # the manifest of TARGET_DATA_DIR
-
-
-def all_shards(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    return manifest["shards"] + manifest["validation_shards"]
+def refuse_contradictions(config: dict[str, Any]) -> None:
+    """Raise InputError for options of batches together with --stream, or of a stream without it."""
+    if config["stream"]:
+        if given := next((name for name in _OF_FILES if config[name]), None):
+            raise InputError(f"--{given} and --stream contradict each other; leave one of them out.")
+        return
+    for name in _OF_STREAMS:
+        if config[name] != globals()[name.upper()]:
+            raise InputError(f"--{name} is for a stream; name its model with --stream, or leave --{name} out.")
 
 
-def open_data(
-    data_dir: str,
-    b_pre_path: str | None,
-    gate: str = "topk",
-    normalization: Normalization = "layer_norm",
-    target_dir: str | None = None,
-    skip: bool = False,
-) -> Data:
-    """Raises InputError for data that cannot be trained on, or that do not belong together."""
-    manifest = read_manifest(data_dir, _BATCHES_STAGE)
-    check_files(data_dir, all_shards(manifest), _BATCHES_STAGE)
-    target = open_target(target_dir, data_dir, manifest) if target_dir else None
-    if skip and target is None:
-        raise InputError("--skip is for a transcoder; name the batches of the site it writes with --target_data_dir.")
-
-    read = statistics_of(data_dir, manifest, None if target else b_pre_path)
-    written = statistics_of(target_dir, target, b_pre_path) if target_dir and target else read  # what is reconstructed
-    kind = Kind(
-        gate="jumprelu" if gate == "batch_topk" else "topk",
-        normalization=normalization,
-        scale=unit_scale(read) if normalization == "scale" else 1.0,
-        centred=target is None,
-        target_site=target["site"] if target else None,
-        target_scale=unit_scale(written) if target and normalization != "none" else 1.0,
-        skip=skip,
-    )
-    if target is None and kind.normalization == "layer_norm":
-        b_pre, mean, var = written.b_pre, written.mean_normalized, written.var_normalized
-    else:
-        factor = kind.target_scale if target else kind.scale
-        mean, var = written.mean_raw * factor, written.var_raw * factor**2
-        b_pre = mean
-    if float(var.mean()) <= _NO_VARIANCE * float(mean.square().mean()):
-        raise InputError(
-            f"All {written.count:,} activations to train on in {target_dir or data_dir} are alike once normalised: "
-            "there is nothing to learn; capture other sentences, or another site."
-        )
-    return Data(manifest, b_pre.float(), float(var.mean()), kind, target)
-
-
-def statistics_of(folder: str, manifest: dict[str, Any], path: str | None) -> ActivationStatistics:
-    """Those at `path` if given, else the folder's own."""
-    return read_statistics(Path(path or Path(folder) / manifest["statistics"]))
-
-
-def unit_scale(statistics: ActivationStatistics) -> float:
-    """The factor that makes the mean squared length of activations d_model."""
-    square = float((statistics.mean_raw.square() + statistics.var_raw).mean())
-    return square**-0.5 if square > 0 else 1.0
-
-
-def open_target(target_dir: str, data_dir: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a transcoder's target. Raises InputError unless its rows are of the same tokens as data_dir's."""
-    target = read_manifest(target_dir, _BATCHES_STAGE)
-    check_files(target_dir, all_shards(target), _BATCHES_STAGE)
-    if manifest.get("order") is None or manifest.get("order") != target.get("order"):
-        raise InputError(
-            f"{target_dir} and {data_dir} do not hold the same tokens in the same order; capture both sites in one run "
-            "and run sae_preprocessing.py on each with the same options."
-        )
-    if target["site"] == manifest["site"]:
-        raise InputError(f"{target_dir} and {data_dir} are both of {target['site']}; name another site's batches.")
-    return target
-
-
-def check_options(options: RunOptions, batch_size: int, manifest: dict[str, Any], n_processes: int) -> None:
-    """Raise InputError for options that do not fit one another, the data or the number of processes."""
+def check_options(options: RunOptions, n_processes: int) -> None:
+    """Raise InputError for options that do not fit one another or the number of processes."""
     nested = [*(options.matryoshka or ()), options.n_latents]
     if any(smaller >= larger for smaller, larger in itertools.pairwise(nested)):
         raise InputError(
             f"--matryoshka {' '.join(map(str, nested[:-1]))} must ascend and stay below --n_latents "
             f"{options.n_latents}; correct it."
         )
-    width, data_dir = options.latent_parallel, options.data_dir
+    width = options.latent_parallel
     if n_processes % width or options.n_latents % width:
         raise InputError(
             f"--latent_parallel {width} must divide the {n_processes} processes and --n_latents {options.n_latents}; "
             "choose another."
         )
-    if batch_size % manifest["batch_size"] or batch_size % n_processes:
-        raise InputError(
-            f"--batch_size {batch_size} must be a multiple of the stored batches of {manifest['batch_size']} in "
-            f"{data_dir} and of the {n_processes} processes that divide it; choose another."
-        )
-    if batch_size > manifest["counts"]["train"]:
-        raise InputError(
-            f"{data_dir} has {manifest['counts']['train']} activations to train on, fewer than --batch_size "
-            f"{batch_size}; capture more or lower it."
-        )
-    if options.early_stop_epochs and not manifest["validation_shards"]:
-        raise InputError(f"{data_dir} has no held-out activations for --early_stop_epochs; leave that option out.")
 
 
 def slices_by_default(n_latents: int, n_processes: int) -> int:
@@ -272,11 +229,10 @@ def slices_by_default(n_latents: int, n_processes: int) -> int:
     return math.gcd(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), n_processes, n_latents)
 
 
-def empty_sae(options: RunOptions, data: Data) -> SparseAutoencoder:
+def empty_sae(options: RunOptions, d_model: int, eps: float, kind: Kind) -> SparseAutoencoder:
     """The whole SAE, its weights uninitialised. Raises InputError for an impossible k or size."""
-    d_model, eps = data.manifest["d_model"], data.manifest["normalize_eps"]
     try:
-        return SparseAutoencoder(d_model, options.n_latents, options.k, eps, kind=data.kind)
+        return SparseAutoencoder(d_model, options.n_latents, options.k, eps, kind=kind)
     except ValueError as error:
         raise InputError(f"{error}; correct --k or --n_latents.") from None
     except RuntimeError as error:  # how torch reports a lack of memory
@@ -285,12 +241,17 @@ def empty_sae(options: RunOptions, data: Data) -> SparseAutoencoder:
         ) from None
 
 
+def steps_to_continue_from(each_options: Sequence[RunOptions]) -> set[int]:
+    """The steps of which every SAE has a checkpoint."""
+    return set.intersection(*(steps_of(Path(options.checkpoint_dir)) for options in each_options))
+
+
 def starting_sae(
-    options: RunOptions, data: Data, load_path: str | None, seed: int, orthogonal: bool
+    options: RunOptions, data: Data, load_path: str | None, seed: int, orthogonal: bool, continues: bool
 ) -> SparseAutoencoder:
-    """The whole SAE as training begins; uninitialised if there is a checkpoint to load weights from."""
-    sae = empty_sae(options, data)
-    if whole_checkpoints(Path(options.checkpoint_dir)):
+    """The whole SAE as training begins; uninitialised if its weights come from a checkpoint."""
+    sae = empty_sae(options, data.source.need("d_model"), data.normalize_eps, data.kind)
+    if continues:
         return sae
     if not load_path:
         sae.initialize(data.b_pre, torch.Generator().manual_seed(seed), orthogonal)
@@ -349,12 +310,10 @@ class TrainingProgress:
 
 
 class Training:
-    """A run: its step, its data, its progress, and the files it writes."""
+    """The training of one SAE: its step, its data, its progress, the files it writes. Several share their `rows`."""
 
-    def __init__(self, options: RunOptions, step: Step, batches: Batches, data: Data, targets: Batches | None = None):
-        """targets: of a transcoder, the rows to reconstruct."""
-        self.options, self.step, self.data = options, step, data
-        self.batches, self.targets = batches, targets
+    def __init__(self, options: RunOptions, step: Step, rows: StoredRows | StreamedRows, data: Data):
+        self.options, self.step, self.rows, self.data = options, step, rows, data
         self.world = step.world
         self.batch_size = step.options.batch_size
         self.folder = Path(options.checkpoint_dir)
@@ -363,8 +322,8 @@ class Training:
             for name in ("metrics.jsonl", "curves.png", "frequencies.png")
         )
         self.progress = TrainingProgress()
-        self.n_steps = batches.steps_per_epoch * options.num_epochs
-        self.checkpoint_every = math.ceil(batches.steps_per_epoch / options.checkpoints_per_epoch)
+        self.n_steps = rows.steps_per_epoch * options.num_epochs
+        self.checkpoint_every = math.ceil(rows.steps_per_epoch / options.checkpoints_per_epoch)
         self.saved_at = time.monotonic()  # when the last checkpoint was written, or the run started
 
     @property
@@ -373,11 +332,16 @@ class Training:
         share = self.batch_size // self.step.data.size
         return min(self.step.options.micro_batch_size or share, share)
 
+    def own(self, found: Rows) -> tuple[Tensor, Tensor | None]:
+        """What this SAE reads, and a transcoder's target."""
+        target_site = self.data.place.target_site
+        return found[self.data.place.site], None if target_site is None else found[target_site]
+
     def epoch_ends(self) -> bool:
-        return self.progress.step % self.batches.steps_per_epoch == 0
+        return self.progress.step % self.rows.steps_per_epoch == 0
 
     def checkpoint_due(self) -> bool:
-        return self.progress.step % self.batches.steps_per_epoch % self.checkpoint_every == 0
+        return self.progress.step % self.rows.steps_per_epoch % self.checkpoint_every == 0
 
     def checkpoint_overdue(self) -> bool:
         """By this process's clock; in `Step.agree` that of the main one decides for all."""
@@ -400,12 +364,10 @@ class Training:
         if exploded:
             factor = self.options.explosion_factor
             loss = f"{agreed.main:.4g}, more than {factor:g} times its running mean {mean:.4g},"
-        rows = self.batches.stored_batches(*divmod(progress.step, self.batches.steps_per_epoch))
-        shards = sorted({self.batches.names[shard] for shard, _ in rows})
         good = whole_checkpoints(self.folder)
         raise Stop(
-            f"The loss is {loss} at step {progress.step + 1} (activations of {', '.join(shards)} in "
-            f"{self.options.data_dir}); the last good checkpoint is {good[-1][0] if good else 'none'}: look at these "
+            f"The loss is {loss} at step {progress.step + 1} (activations of {self.rows.origin(progress.step)}, at "
+            f"{self.data.place.site}); the last good checkpoint is {good[-1][0] if good else 'none'}: look at these "
             "activations, or start over in another --checkpoint_dir with a lower --learning_rate or a --grad_clip."
         )
 
@@ -426,60 +388,22 @@ class Training:
 
     # ---- validation and metrics
 
-    def validate(self) -> Validation | None:
-        """Measure the SAE on all held-out activations, divided among the data ranks; None if there are none or they
-        are all alike."""
-        step, device = self.step, self.world.device
-        d = step.sae.d_model
-        n_rows = step.options.micro_batch_size or self.batch_size // step.data.size
-        # Sums of z, z^2 and both squared errors, and the count; firings apart, because each slice has only its own.
-        sums, l0 = (torch.zeros(n, dtype=torch.float64, device=device) for n in (2 * d + 3, 1))
-        dead, chunk = step.dead(), 0
-        with torch.no_grad():
-            for record in self.data.manifest["validation_shards"]:
-                path = Path(self.options.data_dir) / record["file"]
-                rows_of = lambda path: torch.from_numpy(open_rows(path)).view(torch.bfloat16).split(n_rows)
-                target_dir = self.options.target_data_dir
-                targets = rows_of(Path(target_dir) / record["file"]) if target_dir else ()
-                for rows, target in itertools.zip_longest(rows_of(path), targets):
-                    chunk += 1
-                    if chunk % step.data.size != step.data.rank:
-                        continue
-                    z, _, _ = step.sae.normalize(rows.to(device))
-                    y = None if target is None else step.sae.normalize_target(target.to(device))
-                    parts = step.losses(z, dead, torch.float32, y)
-                    l0 += parts.fired.sum()
-                    z = (z if y is None else y).double()
-                    counted = torch.stack([parts.whole, parts.aux, z.new_tensor(len(z))])
-                    sums += torch.cat([z.sum(0), z.square().sum(0), counted])
-        step.data.all_reduce(sums)
-        self.world.all_reduce(l0)
-        total, squares, (main, aux, count) = sums[:d], sums[d : 2 * d], sums[2 * d :].tolist()
-        if count == 0:
-            return None
-        variance = float((squares - total.square() / count).sum())
-        if variance <= _NO_VARIANCE * float(squares.sum()):
-            return None
-        loss = (main + step.options.aux_loss_coeff * aux) / (count * d)
-        return Validation(main / (count * d), aux / (count * d), loss, main / variance, float(l0) / count)
-
     def set_threshold(self) -> None:
         """After BatchTopK: one threshold for all latents, which on average keeps as many as it did.
 
         The mean, over batches of the training activations, of the least pre-activation kept (arXiv:2412.06410, section
         3). All processes must call this.
         """
-        step, batches = self.step, self.batches
+        step = self.step
         if step.sae.threshold is None:
             return
-        least = [
-            step.least_kept(batches.read(0, i, self.world.rank, self.world.size).to(self.world.device))
-            for i in range(min(_THRESHOLD_STEPS, batches.steps_per_epoch))
-        ]
+        least = [step.least_kept(self.own(found)[0]) for found in self.rows.some_steps(_THRESHOLD_STEPS)]
         step.sae.threshold.fill_(torch.stack(least).double().mean())
 
-    def measure(self, agreed: Agreed, rate: float, since: TrainingProgress) -> dict[str, float]:
-        """A line of metrics.jsonl, with validation at the end of an epoch. since: progress at the previous line."""
+    def measure(
+        self, agreed: Agreed, rate: float, since: TrainingProgress, quality: Validation | None
+    ) -> dict[str, float]:
+        """A line of metrics.jsonl. since: progress at the previous line; quality: at the end of an epoch."""
         progress = self.progress
         seconds = progress.seconds - since.seconds
         values = {
@@ -493,9 +417,7 @@ class Training:
             "acts_per_s": (progress.step - since.step) * self.batch_size / seconds,
             "data_wait_frac": (progress.waited - since.waited) / seconds,
         }
-        if self.epoch_ends():
-            self.set_threshold()
-        if self.epoch_ends() and (quality := self.validate()):
+        if quality:
             values |= quality._asdict()
             progress.val_fvus.append(quality.val_fvu)
         return values
@@ -542,21 +464,6 @@ class Training:
             )
         save_tensors(path, {"progress": dataclasses.asdict(self.progress), **step.state()})
 
-    @contextlib.contextmanager
-    def saved_when_left_alone(self) -> Iterator[None]:
-        """Wrap code that waits for other processes and changes nothing: if one of them is gone, save the state."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise Stop(
-                f"{self.world.device} has too little memory for {self.rows_at_once} activations at a time; give a "
-                "smaller --micro_batch_size, or a larger --latent_parallel."
-            ) from error
-        except RuntimeError:
-            if self.world.size > 1:
-                self.save(whoever_comes_first=True)
-            raise
-
     def check_data(self, verified: Callable[[], None]) -> None:
         """Raise InputError on every process if any of them found an altered shard."""
         found = None
@@ -593,7 +500,7 @@ class Training:
             self.draw(torch.cat([part for part in firing if part is not None]))
 
     def write_checkpoint(self) -> list[Tensor | None]:
-        """Write a checkpoint, delete older ones. All processes must call this.
+        """Write a checkpoint. All processes must call this.
 
         Alone, for one between two epochs' checkpoints, it does not wait for the shards' checksums, as on a signal, nor
         is the counter `firing` reset: when it happens must not show in what the run writes in the end. Returns each
@@ -603,15 +510,19 @@ class Training:
         self.save()
         # gather doubles as a barrier: all have written.
         firing = self.world.gather(self.step.firing.cpu() if self.step.data.is_main else None)
-        if self.world.is_main:
-            delete_checkpoints(self.folder, self.options.keep_checkpoints)
         self.saved_at = time.monotonic()
         return firing
 
-    def resume(self) -> None:
-        """Continue from the newest complete checkpoint, if any, and cut metrics.jsonl back to it."""
+    def delete_older_checkpoints(self) -> None:
+        """Once those of all SAEs are written."""
         if self.world.is_main:
-            delete_checkpoints(self.folder, self.options.keep_checkpoints)  # incomplete ones too
+            delete_checkpoints(self.folder, self.options.keep_checkpoints)
+
+    def resume(self, steps: set[int]) -> None:
+        """Continue from the newest checkpoint of one of these steps, if any, and cut metrics.jsonl back to it."""
+        if self.world.is_main:
+            delete_checkpoints(self.folder, self.options.keep_checkpoints, steps)  # incomplete ones too
+            remove_leftovers(self.folder)
         found = self.world.gather(whole_checkpoints(self.folder))[0]
         if found:
             state = load_checkpoint(found[-1], self.step.slices.rank, self.step.slices.size)
@@ -623,177 +534,274 @@ class Training:
             self.metrics_path.write_text("".join(line + "\n" for line in self.progress.metrics), encoding="utf-8")
 
 
-def train(training: Training, verified: Callable[[], None], report: Callable[[dict[str, float], int], None]) -> int:
+class HeldOutSums:
+    """Sums over this process's held-out activations, for the quality of one SAE."""
+
+    def __init__(self, training: Training):
+        self.training, self.step = training, training.step
+        self.d_model, self.dead = self.step.sae.d_model, self.step.dead()
+        # Of z, z^2 and both squared errors, and the count; firings apart, because each slice has only its own.
+        shapes, device = (2 * self.d_model + 3, 1), training.world.device
+        self.sums, self.l0 = (torch.zeros(n, dtype=torch.float64, device=device) for n in shapes)
+
+    def add(self, found: Rows) -> None:
+        step = self.step
+        rows, target = self.training.own(found)
+        z, _, _ = step.sae.normalize(rows)
+        y = None if target is None else step.sae.normalize_target(target)
+        parts = step.losses(z, self.dead, torch.float32, y)
+        self.l0 += parts.fired.sum()
+        z = (z if y is None else y).double()
+        counted = torch.stack([parts.whole, parts.aux, z.new_tensor(len(z))])
+        self.sums += torch.cat([z.sum(0), z.square().sum(0), counted])
+
+    def quality(self) -> Validation | None:
+        """Over all processes; None if there are no held-out activations or they are all alike."""
+        step, d = self.step, self.d_model
+        step.data.all_reduce(self.sums)
+        step.world.all_reduce(self.l0)
+        total, squares, (main, aux, count) = self.sums[:d], self.sums[d : 2 * d], self.sums[2 * d :].tolist()
+        if count == 0:
+            return None
+        variance = float((squares - total.square() / count).sum())
+        if variance <= NO_VARIANCE * float(squares.sum()):
+            return None
+        loss = (main + step.options.aux_loss_coeff * aux) / (count * d)
+        return Validation(main / (count * d), aux / (count * d), loss, main / variance, float(self.l0) / count)
+
+
+def validate(trainings: Sequence[Training]) -> list[Validation | None]:
+    """The quality of all SAEs on all held-out activations. All processes must call this."""
+    first = trainings[0]
+    n_rows = first.step.options.micro_batch_size or first.batch_size // first.step.data.size
+    sums = [HeldOutSums(training) for training in trainings]
+    with torch.no_grad():
+        for found in first.rows.held_out(n_rows):
+            for each in sums:
+                each.add(found)
+    return [each.quality() for each in sums]
+
+
+def train(
+    trainings: Sequence[Training],
+    verified: Callable[[], None],
+    report: Callable[[Training, dict[str, float]], None],
+) -> int:
     """Train to the end and return 0; on a signal, save the last finished step and return the signal's number.
 
-    verified: waits for the shards' checksums, may raise InputError. report: called with each line's values and step.
+    Several SAEs take each step together: no SAE changes before the gradients of all are there, so that all can always
+    be saved as they were after the same step. verified: waits for the shards' checksums, may raise InputError. report:
+    called with each line's values.
     """
-    options, step, progress, batches = training.options, training.step, training.progress, training.batches
-    log_every = max(1, batches.steps_per_epoch // options.logs_per_epoch)
-    place = range(progress.step, training.n_steps), step.world.rank, step.world.size, step.world.device
+    first = trainings[0]
+    options, progress, rows, everyone = first.options, first.progress, first.rows, first.world
+    log_every = max(1, rows.steps_per_epoch // options.logs_per_epoch)
     with (
         noted_signals() as stop_signal,
-        Reader(batches, *place) as reader,
-        Reader(training.targets, *place) if training.targets else contextlib.nullcontext() as target_reader,
+        rows.reading(range(progress.step, first.n_steps), lambda: stop_signal.number > 0) as following,
         progress_bar(
-            total=training.n_steps * training.batch_size,
-            initial=progress.step * training.batch_size,
+            total=first.n_steps * first.batch_size,
+            initial=progress.step * first.batch_size,
             unit="act",
             unit_scale=True,
-            desc="SAE",
-            disable=not step.world.is_main,
+            desc="SAE" if len(trainings) == 1 else f"{len(trainings)} SAEs",
+            disable=not everyone.is_main,
         ) as bar,
     ):
-        logged = dataclasses.replace(progress)
-        while training.goes_on():
+        logged = [dataclasses.replace(training.progress) for training in trainings]
+        while any(training.goes_on() for training in trainings):
             started = time.perf_counter()
-            x, waited = reader.next()
-            y, waited_for_y = target_reader.next() if target_reader else (None, 0.0)
-            with training.saved_when_left_alone():
-                pending = step.gradients(x, y)
-                agreed = step.agree(pending, stop_signal.number, training.checkpoint_overdue())
-            if agreed.stop:
-                training.save()
+            pending, agreed = [], []
+            with saved_when_left_alone(trainings):
+                found = following()
+                waited = time.perf_counter() - started
+                if found is not None:
+                    pending = [training.step.gradients(*training.own(found)) for training in trainings]
+                    overdue = first.checkpoint_overdue()
+                    agreed = [
+                        t.step.agree(p, stop_signal.number, overdue) for t, p in zip(trainings, pending, strict=True)
+                    ]
+            if found is None or any(each.stop for each in agreed):
+                for training in trainings:
+                    training.save()
                 return stop_signal.number or signal.SIGTERM
-            training.check_loss(agreed)
-            rate = training.apply(pending, agreed)
-            progress.seconds += time.perf_counter() - started
-            progress.waited += waited + waited_for_y
-            bar.update(training.batch_size)
+            for training, each in zip(trainings, agreed, strict=True):
+                training.check_loss(each)
+            rates = [t.apply(p, each) for t, p, each in zip(trainings, pending, agreed, strict=True)]
+            seconds = time.perf_counter() - started
+            for training in trainings:
+                training.progress.seconds += seconds
+                training.progress.waited += waited
+            bar.update(first.batch_size)
 
-            if progress.step % log_every == 0 or training.checkpoint_due():
-                values = training.measure(agreed, rate, logged)
-                training.log(values)
-                report(values, progress.step)
-                logged = dataclasses.replace(progress)
-                state = "loss {train_total:.4f}, FVU {train_fvu:.3f}, dead {dead_frac:.1%}".format(**values)
+            if progress.step % log_every == 0 or first.checkpoint_due():
+                qualities: list[Validation | None] = [None] * len(trainings)
+                if first.epoch_ends():
+                    for training in trainings:
+                        training.set_threshold()
+                    qualities = validate(trainings)
+                lines = [
+                    training.measure(*line)
+                    for training, *line in zip(trainings, agreed, rates, logged, qualities, strict=True)
+                ]
+                for training, values in zip(trainings, lines, strict=True):
+                    training.log(values)
+                    report(training, values)
+                logged = [dataclasses.replace(training.progress) for training in trainings]
+                state = "loss {train_total:.4f}, FVU {train_fvu:.3f}, dead {dead_frac:.1%}".format(**lines[0])
                 bar.set_postfix_str(state, refresh=False)
-            with training.saved_when_left_alone():
-                if training.checkpoint_due():
-                    training.checkpoint(verified)
-                elif agreed.save:
-                    training.write_checkpoint()
+            with saved_when_left_alone(trainings):
+                if first.checkpoint_due() or agreed[0].save:
+                    for training in trainings:
+                        if first.checkpoint_due():
+                            training.checkpoint(verified)
+                        else:
+                            training.write_checkpoint()
+                    for training in trainings:
+                        training.delete_older_checkpoints()
                 elif progress.step % options.replica_check_steps == 0:
-                    training.check_replicas()
+                    for training in trainings:
+                        training.check_replicas()
     return 0
+
+
+@contextlib.contextmanager
+def saved_when_left_alone(trainings: Sequence[Training]) -> Iterator[None]:
+    """Wrap code that waits for other processes and changes nothing: if one of them is gone, save the state."""
+    first = trainings[0]
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise Stop(
+            f"{first.world.device} has too little memory for {first.rows_at_once} activations at a time; give a "
+            "smaller --micro_batch_size, or a larger --latent_parallel."
+        ) from error
+    except RuntimeError:
+        if first.world.size > 1:
+            for training in trainings:
+                training.save(whoever_comes_first=True)
+        raise
 
 
 # ---- main
 
 
-def longest_over_typical(options: RunOptions, batches: Batches) -> float:
-    """Root mean square over median of the length of activations, those read or those written, whichever is larger."""
-    folders = filter(None, (options.data_dir, options.target_data_dir))
-    ratios = []
-    for folder in folders:
-        rows = torch.from_numpy(open_rows(Path(folder) / batches.names[0])[:_SAMPLE]).view(torch.bfloat16)
-        lengths = rows.float().norm(dim=1)
+def longest_over_typical(rows: Rows) -> float:
+    """Root mean square over median of the length of activations, of the site where it is largest."""
+    ratios = [0.0]
+    for acts in rows.values():
+        lengths = acts.float().norm(dim=1)
         ratios.append(float(lengths.square().mean().sqrt() / lengths.median().clamp(min=1e-30)))
     return max(ratios)
 
 
-def announce(training: Training) -> None:
+def sae_bytes(training: Training) -> int:
+    options, d_model = training.options, training.step.sae.d_model
+    return 4 * (2 * options.n_latents * d_model + options.n_latents + d_model + training.data.kind.skip * d_model**2)
+
+
+def announce(trainings: Sequence[Training]) -> None:
     """Print what will be read, written, held in memory and sent. Raises Stop if the disk is too small."""
-    options, step, manifest = training.options, training.step, training.data.manifest
-    d_model, kind = manifest["d_model"], training.data.kind
-    what = ("Matryoshka, " if options.matryoshka else "") + kind.in_words.replace("JumpReLU", "BatchTopK")
-    to = f" and of {kind.target_site} from {options.target_data_dir}" if kind.target_site else ""
-    sae_bytes = 4 * (2 * options.n_latents * d_model + options.n_latents + d_model + options.skip * d_model**2)
-    present = sum(path.stat().st_size for path in checkpoint_files(training.folder))
-    require_disk(training.folder, 3 * sae_bytes * (options.keep_checkpoints + 1) + sae_bytes - present)
-    n_slice, n_rows = step.sae.n_latents, training.rows_at_once
-    block = 4 * n_slice * min(n_rows, rows_at_once(4 * n_slice, step.world.device))
-    # Weights, two moments, gradients; with micro-batches also one micro-batch's gradients.
-    copies = 4 if n_rows == training.batch_size // step.data.size else 5
-    memory = copies * sae_bytes // step.slices.size + block + n_rows * (24 * d_model + 80 * min(options.k, n_slice))
-    print(
-        f"{what}: reading {manifest['counts']['train']:,} activations of {manifest['site']} from "
-        f"{options.data_dir}{to}; "
-        f"writing {options.model_save_path} ({gb(sae_bytes)}) and checkpoints ({gb(3 * sae_bytes)} each) to "
-        f"{training.folder}; {training.n_steps:,} steps of {training.batch_size} on {step.world.size} x "
-        f"{step.world.device.type}, about {gb(memory)} of memory each for the weights, their gradients and moments, "
-        f"and {n_rows} activations.",
-        flush=True,
-    )
-    if options.warmup_steps >= training.n_steps:
+    first = trainings[0]
+    options, step = first.options, first.step
+    present = sum(path.stat().st_size for each in trainings for path in checkpoint_files(each.folder))
+    on_disk = sum(map(sae_bytes, trainings)) * (3 * (options.keep_checkpoints + 1) + 1)
+    require_disk(first.folder, on_disk - present)
+    for training in trainings:
+        announce_one(training)
+    if options.warmup_steps >= first.n_steps:
         print(
-            f"Note: --warmup_steps {options.warmup_steps:,} is at least the run's {training.n_steps:,} steps: the "
+            f"Note: --warmup_steps {options.warmup_steps:,} is at least the run's {first.n_steps:,} steps: the "
             f"run ends while the learning rate is still rising to {options.learning_rate:g}.",
             flush=True,
         )
-    if kind.normalization != "layer_norm" and (ratio := longest_over_typical(options, training.batches)) > _OUTLIERS:
+    sample = first.rows.sample(_SAMPLE) if first.data.kind.normalization != "layer_norm" else {}
+    if (ratio := longest_over_typical(sample)) > _OUTLIERS:
         print(
             f"Note: without a normalisation by activation the few longest activations decide what is learned: their "
             f"root mean square length is {ratio:.0f} times the median. Of sentences it is usually the first token: "
             "capture them with --begin_of_text.",
             flush=True,
         )
-    if step.options.dead_after_tokens <= training.batch_size:
+    if step.options.dead_after_tokens <= first.batch_size:
         print(
             f"Note: --dead_after_tokens {step.options.dead_after_tokens:,} is no more than a step's "
-            f"{training.batch_size:,} activations: a latent counts as dead after one silent step.",
+            f"{first.batch_size:,} activations: a latent counts as dead after one silent step.",
             flush=True,
         )
     if step.world.size > 1:
         data, latents = map(gb, step.bytes_sent())
         print(
-            f"Per step, each process sends {data} of gradients and {latents} between slices of the latents.", flush=True
+            f"Per step, each process sends {data} of gradients and {latents} between slices of the latents"
+            f"{'' if len(trainings) == 1 else ', for each SAE'}.",
+            flush=True,
         )
 
 
-def train_until_stopped(training: Training, wandb_mode: WandbMode, config: dict[str, Any]) -> None:
+def announce_one(training: Training) -> None:
+    options, step, kind = training.options, training.step, training.data.kind
+    what = ("Matryoshka, " if options.matryoshka else "") + kind.in_words.replace("JumpReLU", "BatchTopK")
+    n_bytes = sae_bytes(training)
+    n_slice, n_rows = step.sae.n_latents, training.rows_at_once
+    block = 4 * n_slice * min(n_rows, rows_at_once(4 * n_slice, step.world.device))
+    # Weights, two moments, gradients; with micro-batches also one micro-batch's gradients.
+    copies = 4 if n_rows == training.batch_size // step.data.size else 5
+    memory = copies * n_bytes // step.slices.size + block
+    memory += n_rows * (24 * step.sae.d_model + 80 * min(options.k, n_slice))
+    print(
+        f"{what}: reading {training.data.told}; "
+        f"writing {options.model_save_path} ({gb(n_bytes)}) and checkpoints ({gb(3 * n_bytes)} each) to "
+        f"{training.folder}; {training.n_steps:,} steps of {training.batch_size} on {step.world.size} x "
+        f"{step.world.device.type}, about {gb(memory)} of memory each for the weights, their gradients and moments, "
+        f"and {n_rows} activations.",
+        flush=True,
+    )
+
+
+def train_until_stopped(
+    trainings: Sequence[Training], wandb_mode: WandbMode, folder: Path, config: dict[str, Any]
+) -> None:
     """Train to the end, logging to W&B if it is on. After a signal the process exits here."""
-    everyone, progress = training.world, training.progress
-    wandb_run = start_wandb(wandb_mode, training.folder, config, progress.wandb_id) if everyone.is_main else None
-    progress.wandb_id = everyone.gather(wandb_run.id if wandb_run else progress.wandb_id)[0]
+    first = trainings[0]
+    everyone = first.world
+    wandb_run = start_wandb(wandb_mode, folder, config, first.progress.wandb_id) if everyone.is_main else None
+    wandb_id = everyone.gather(wandb_run.id if wandb_run else first.progress.wandb_id)[0]
+    for training in trainings:
+        training.progress.wandb_id = wandb_id
 
-    def report(values: dict[str, float], step: int) -> None:
+    def report(training: Training, values: dict[str, float]) -> None:
         if wandb_run:
-            wandb_run.log(values, step=step)
+            prefix = "" if len(trainings) == 1 else f"{training.data.place.folder}/"
+            wandb_run.log({prefix + name: value for name, value in values.items()}, step=training.progress.step)
 
-    folders = [(training.options.data_dir, training.data.manifest)]
-    if training.options.target_data_dir and training.data.target:
-        folders.append((training.options.target_data_dir, training.data.target))
-    with contextlib.ExitStack() as stack:
-        waits = [
-            stack.enter_context(verifying(folder, all_shards(its)[everyone.rank :: everyone.size], _BATCHES_STAGE))
-            for folder, its in folders
-        ]
-
-        def verified() -> None:
-            for wait in waits:
-                wait()
-
-        number = train(training, verified, report)
+    with first.rows.verifying() as verified:
+        number = train(trainings, verified, report)
     if wandb_run:
         wandb_run.finish(exit_code=1 if number else 0)
     if number:
         if everyone.is_main:
             print(
-                f"\nStopped by {signal.Signals(number).name} after step {progress.step}, which is saved; run the same "
-                "command again to continue.",
+                f"\nStopped by {signal.Signals(number).name} after step {first.progress.step}, which is saved; run the "
+                "same command again to continue.",
                 file=sys.stderr,
                 flush=True,
             )
         exit_at_once(128 + number)
 
 
-def finish(training: Training, config: dict[str, Any], decides: dict[str, Any]) -> None:
+def finish(training: Training, config: dict[str, Any]) -> None:
     """Write the SAE, its JSON and figures from the last checkpoint."""
-    options, progress, manifest = training.options, training.progress, training.data.manifest
+    options, progress, data = training.options, training.progress, training.data
     state = load_checkpoint(whole_checkpoints(training.folder)[-1], 0, 1)
-    sae = empty_sae(options, training.data)
+    sae = empty_sae(options, data.source.need("d_model"), data.normalize_eps, data.kind)
     sae.load_state_dict(state["sae"])
     training.draw(state["counters"]["firing"])
     last, tokens = json.loads(progress.metrics[-1]), progress.step * training.batch_size
     quality = {name: last.get(name) for name in (*Validation._fields, "dead_frac")}
     cost = {"tokens": tokens, "seconds": progress.seconds, "acts_per_s": tokens / progress.seconds}
-    source = Source.read(manifest, Path(options.data_dir) / MANIFEST)
-    if "activations_dir" not in source.folders:  # batches of an older version
-        source = source.with_folder("activations_dir", manifest["input_dir"])
     info = {
-        **source.as_json(SaeFiles(options.model_save_path).json),
-        "first_validation_sentence": manifest["first_validation_sentence"],
+        **data.source.as_json(SaeFiles(options.model_save_path).json),
+        "first_validation_sentence": data.first_validation_sentence,
         "normalization": sae.kind.normalization,
         **({"matryoshka": list(options.matryoshka)} if options.matryoshka else {}),
         "tokens_trained": tokens,
@@ -802,7 +810,6 @@ def finish(training: Training, config: dict[str, Any], decides: dict[str, Any]) 
         "git_commit": git_commit(),
     }
     save_sae(sae, options.model_save_path, info)
-    write_manifest(training.folder, _STAGE, complete=True, decides=decides, config=config)
     held_out = "val_fvu" in last and f"FVU {last['val_fvu']:.4f}, L0 {last['val_l0']:.1f} on held-out activations, "
     print(
         f"{held_out or ''}{last['dead_frac']:.1%} dead latents; {cost['acts_per_s']:,.0f} activations/s, "
@@ -811,51 +818,86 @@ def finish(training: Training, config: dict[str, Any], decides: dict[str, Any]) 
     )
 
 
-_T = TypeVar("_T", RunOptions, StepOptions)
+_T = TypeVar("_T", RunOptions, StepOptions, KindOptions, StreamOptions)
 
 
 def options_of(kind: type[_T], config: dict[str, Any]) -> _T:
     return kind(**{name: config[name] for name in kind._fields})
 
 
+def options_of_each(options: RunOptions, places: Sequence[Place]) -> list[RunOptions]:
+    """Those of every SAE: of several each has a folder."""
+    if len(places) == 1:
+        return [options]
+    path, checkpoints = Path(options.model_save_path), Path(options.checkpoint_dir)
+    return [
+        options._replace(model_save_path=str(path.parent / name / path.name), checkpoint_dir=str(checkpoints / name))
+        for name in (place.folder for place in places)
+    ]
+
+
 def main() -> None:
     config = vars(parse_constants(globals()))
     n_processes = int(os.environ.get("WORLD_SIZE", 1))
     config["latent_parallel"] = config["latent_parallel"] or slices_by_default(config["n_latents"], n_processes)
-    options, step_options = options_of(RunOptions, config), options_of(StepOptions, config)
-    kind = options.gate, options.normalization, options.target_data_dir, options.skip
-    data = open_data(options.data_dir, config["b_pre_path"], *kind)
-    check_options(options, step_options.batch_size, data.manifest, n_processes)
-    if int(os.environ.get("RANK", 0)) == 0:
-        require_writable(options.model_save_path, SaeFiles(options.model_save_path).json)
-    torch.backends.cuda.matmul.allow_tf32 = config["allow_tf32"]
+    config["sites"] = tuple(config["sites"])
+    options, step_options, kind = (options_of(each, config) for each in (RunOptions, StepOptions, KindOptions))
+    refuse_contradictions(config)
+    check_options(options, n_processes)
     decides = {name: value for name, value in config.items() if name not in _NOT_IN_THE_RESULT}
     # None, so that runs begun before these options existed can continue.
     decides |= {name: None for name, default in _SINCE.items() if decides[name] == default}
-    decides["batches"] = [shard["sha256"] for shard in data.manifest["shards"]]
-    if data.target:
-        decides |= {"target_data_dir": None, "targets": [shard["sha256"] for shard in data.target["shards"]]}
-    sae = starting_sae(options, data, config["model_load_path"], config["seed"], config["orthogonal_start"])
+    seed, fit = config["seed"], (step_options.batch_size, n_processes, options.early_stop_epochs is not None)
+    stream, folders, datas, saes = None, {}, [], []
+    if config["stream"]:
+        stream = open_stream(options_of(StreamOptions, config), kind.skip)
+        check_stream(stream, *fit)
+        empty_sae(options, stream.args.dim, 0.0, Kind())  # refuses what does not fit now, not after the first filling
+        places, decides = stream.places, decides | stream.identity()
+    else:
+        data, folders = open_data(
+            config["data_dir"] or _DATA_DIR, config["b_pre_path"], config["target_data_dir"], kind
+        )
+        check_batches(folders, *fit)
+        places, datas = [data.place], [data]
+        begun = bool(steps_to_continue_from([options]))
+        saes = [starting_sae(options, data, config["model_load_path"], seed, config["orthogonal_start"], begun)]
+        checksums = [[shard["sha256"] for shard in its["shards"]] for _, its in folders.values()]
+        decides |= {"target_data_dir": None, **dict(zip(("batches", "targets"), checksums, strict=False))}
+    each_options = options_of_each(options, places)
+    if int(os.environ.get("RANK", 0)) == 0:
+        for each in each_options:
+            require_writable(each.model_save_path, SaeFiles(each.model_save_path).json)
+    torch.backends.cuda.matmul.allow_tf32 = config["allow_tf32"]
 
     folder = Path(options.checkpoint_dir)
     with world() as everyone, locked(folder, everyone.rank, everyone.barrier):
         done = begin_or_continue(folder, _STAGE, decides) if everyone.is_main else False
-        if everyone.gather(done)[0] and Path(options.model_save_path).exists():
+        if everyone.gather(done)[0] and all(Path(each.model_save_path).exists() for each in each_options):
             everyone.print(f"{options.model_save_path} is already complete.")
             return
-        step = Step(sae, step_options, make_grid(everyone, options.latent_parallel))
-        order = step_options.batch_size, config["seed"]
-        batches = Batches(options.data_dir, data.manifest, *order)
-        to = options.target_data_dir
-        targets = Batches(to, data.target, *order) if to and data.target else None
-        training = Training(options, step, batches, data, targets)
+        grid = make_grid(everyone, options.latent_parallel)
+        if stream:
+            rows, datas = start_stream(stream, kind, step_options.batch_size, seed, folder, grid)
+            begin = None, seed, config["orthogonal_start"], bool(steps_to_continue_from(each_options))
+            saes = [starting_sae(each, data, *begin) for each, data in zip(each_options, datas, strict=True)]
+        else:
+            rows = StoredRows(folders, step_options.batch_size, seed, grid)
+        trainings = [
+            Training(each, Step(sae, step_options, grid), rows, data)
+            for each, sae, data in zip(each_options, saes, datas, strict=True)
+        ]
         if everyone.is_main:
-            announce(training)
-        training.resume()
-        if training.goes_on():
-            train_until_stopped(training, config["wandb"], config)
+            announce(trainings)
+        steps = everyone.gather(steps_to_continue_from(each_options))[0]
+        for training in trainings:
+            training.resume(steps)
+        if any(training.goes_on() for training in trainings):
+            train_until_stopped(trainings, config["wandb"], folder, config)
         if everyone.is_main:
-            finish(training, config, decides)
+            for training in trainings:
+                finish(training, config)
+            write_manifest(folder, _STAGE, complete=True, decides=decides, config=config)
 
 
 if __name__ == "__main__":

@@ -46,10 +46,18 @@ def whole_checkpoints(folder: Path) -> list[list[Path]]:
     return [[slices[s] for s in checkpoint] for checkpoint in checkpoints if slices.keys() >= set(checkpoint)]
 
 
-def delete_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints; incomplete ones go too."""
-    kept = {path for paths in whole_checkpoints(folder)[-keep:] for path in paths}
-    for path in checkpoint_files(folder).keys() - kept:
+def steps_of(folder: Path) -> set[int]:
+    """The steps of the complete checkpoints."""
+    files = checkpoint_files(folder)
+    return {files[paths[0]].step for paths in whole_checkpoints(folder)}
+
+
+def delete_checkpoints(folder: Path, keep: int, steps: set[int] | None = None) -> None:
+    """Delete all but the newest `keep` complete checkpoints, of these steps if given; incomplete ones go too."""
+    files = checkpoint_files(folder)
+    good = [paths for paths in whole_checkpoints(folder) if steps is None or files[paths[0]].step in steps]
+    kept = {path for paths in good[-keep:] for path in paths}
+    for path in files.keys() - kept:
         path.unlink()
 
 

@@ -2,7 +2,8 @@
 
 One folder per site holds safetensors shards and a manifest.json. A shard holds whole sentences, in order:
 
-    acts          (n_tokens, d_model) bfloat16   a row per token
+    acts          (n_tokens, d_model) bfloat16   a row per token; of a store of dtype int8: rows of bytes,
+                                                 (n_tokens, row_bytes) uint8, see pipeline/packing.py
     token_ids     (n_tokens,) int32
     sentence_idx  (n_sentences,) int64           index into the sentence dataset's seeded order, ascending
     offsets       (n_sentences + 1,) int64       sentence s has the rows offsets[s] to offsets[s + 1]
@@ -23,6 +24,7 @@ from pipeline.dialogues import CAPTURE_STAGE
 from pipeline.errors import InputError
 from pipeline.files import atomic_path, sha256, utf8_path
 from pipeline.manifests import MANIFEST, check_files, check_sum, read_manifest
+from pipeline.packing import StoreDtype, row_bytes, unpack
 from pipeline.source import Source
 
 
@@ -43,8 +45,15 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
             raise OSError(str(error)) from error
 
 
+def dtype_of(manifest: dict[str, Any], path: Path) -> StoreDtype:
+    """How a folder's activations are stored. Raises InputError for a way that this code does not know."""
+    if (dtype := manifest.get("dtype", "bfloat16")) not in StoreDtype.__args__:
+        raise InputError(f"{path} says that activations are stored as {dtype}; use newer code to read them.")
+    return dtype
+
+
 class Shard(NamedTuple):
-    """One shard's tensors; `acts` is memory-mapped."""
+    """One shard's tensors; `acts` is memory-mapped, and as it is stored: `unpack` it before use."""
 
     acts: Tensor
     token_ids: Tensor
@@ -57,10 +66,10 @@ def write_activations(
 ) -> list[dict[str, Any]]:
     """Write sentences to NAME-00.safetensors, NAME-01.safetensors, ... of about shard_bytes; returns their records.
 
-    acts: (n_tokens, d_model) bfloat16, the sentences' tokens one after the other. A shard has as many whole sentences
-    as fit, at least one.
+    acts: a row per token, bfloat16 or packed, the sentences' tokens one after the other. A shard has as many whole
+    sentences as fit, at least one.
     """
-    rows_per_shard = shard_bytes // (2 * acts.shape[1])
+    rows_per_shard = shard_bytes // (acts.shape[1] * acts.itemsize)
     records: list[dict[str, Any]] = []
     first = row = 0
     while first < len(sentence_idx):
@@ -111,6 +120,7 @@ class ActivationStore:
         self.records = self.manifest["shards"]
         check_files(folder, self.records, CAPTURE_STAGE)
         self.d_model: int = self.manifest["d_model"]
+        self.dtype: StoreDtype = dtype_of(self.manifest, self.folder / MANIFEST)
         self.n_tokens: int = self.manifest["counts"]["tokens"]
         stated = {**self.manifest, "activations": run_checksum(self.records)}  # older manifests do not state it
         self.source = Source.read(stated, self.folder / MANIFEST).with_folder("activations_dir", self.folder)
@@ -132,10 +142,11 @@ class ActivationStore:
             shard = Shard(*(self._file(i).get_tensor(name) for name in Shard._fields))
         except SafetensorError as error:
             raise InputError(f"{path} is damaged ({error}); capture it again.") from None
-        if shard.acts.shape != (self.records[i]["n_tokens"], self.d_model):
+        expected = self.records[i]["n_tokens"], row_bytes(self.d_model, self.dtype)
+        if (len(shard.acts), shard.acts.shape[1] * shard.acts.itemsize) != expected:
             raise InputError(
                 f"{path} holds activations of shape {tuple(shard.acts.shape)}, but the manifest says "
-                f"{(self.records[i]['n_tokens'], self.d_model)}; capture into an empty folder again."
+                f"{(expected[0], self.d_model)} as {self.dtype}; capture into an empty folder again."
             )
         offsets = shard.offsets
         whole = len(offsets) == len(shard.sentence_idx) + 1 and offsets[0] == 0 and offsets[-1] == len(shard.acts)
@@ -158,4 +169,4 @@ class ActivationStore:
         if row == len(sentences) or int(sentences[row]) != sentence_idx:
             return None
         start, end = file.get_tensor("offsets")[row : row + 2].tolist()
-        return file.get_slice("acts")[start:end], file.get_slice("token_ids")[start:end]
+        return unpack(file.get_slice("acts")[start:end], self.d_model), file.get_slice("token_ids")[start:end]

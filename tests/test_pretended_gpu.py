@@ -5,6 +5,7 @@ Each test runs a stage on the CPU and then on the pretended GPU, from the same i
     .venv/bin/python -m pytest tests/test_pretended_gpu.py
 """
 
+import contextlib
 import json
 import shutil
 import threading
@@ -17,7 +18,15 @@ import torch
 import torch.nn.functional as F
 from support.pipeline_runs import SITE, call, some_texts, write_sentences
 from support.pretend_gpu import GpuTensor, pretended_gpu
-from support.sae_runs import assert_similar_run, random_sae, train, write_batches, write_target_batches
+from support.sae_runs import (
+    TRAINING,
+    assert_similar_run,
+    places,
+    random_sae,
+    train,
+    write_batches,
+    write_target_batches,
+)
 
 import capture_activations
 import capture_top_activating_sentences
@@ -25,6 +34,7 @@ import llama_3_inference
 import promoted_tokens
 import sae_evaluation
 import sae_preprocessing
+import sae_training
 import sample_dialogues
 from autoencoder.step import Step, StepOptions
 from latents.index import LatentIndex
@@ -172,6 +182,30 @@ def test_capture(made, tmp_path, dtype):
         torch.testing.assert_close(two.acts, one.acts, **close)
     # Once model and RoPE table are there, nothing waits for the GPU but the copies back, which have an event.
     assert all("model.to(w.device)" in line or "rope_frequencies(args).to(device)" in line for line in seen.waits)
+
+
+def test_training_on_a_stream(made, tmp_path):
+    """Of an SAE and a transcoder; and from batches at 8 bits a value, unpacked on the GPU."""
+    sites = ("layers.1.resid_post", "layers.1.ffn_norm:layers.1.mlp_out")
+    options = {"stream": made.model, "sentences_dir": made.sentences, "sites": sites, "max_tokens": 30}
+    options |= {"dtype": "float32", "batch_tokens": 200, "buffer_size": 1500}
+    options |= TRAINING | {"batch_size": 64, "num_epochs": 1}
+    packed = made.capture | {"store_dtype": "int8"}
+    saes = [
+        Path(SITE) / "sae.pth",
+        *(Path(name) / "sae.pth" for name in ("layers.1.resid_post", "layers.1.transcoder")),
+    ]
+    for name, device in (("cpu", contextlib.nullcontext()), ("gpu", pretended_gpu())):
+        with device as seen, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sae_training.Training, "draw", lambda *args: None)
+            call(sae_training, **options, **places(tmp_path / name))
+            call(capture_activations, **packed, output_dir=tmp_path / name / "acts")
+            folders = {"input_dir": tmp_path / name / "acts" / SITE, "output_dir": tmp_path / name / "batches"}
+            call(sae_preprocessing, **folders, batch_size=32, num_processes=1)
+            train(tmp_path / name / "batches", tmp_path / name / SITE, num_epochs=1)
+            assert seen is None or seen.n_waits() > 0
+    for sae in saes:
+        assert_similar_run(tmp_path / "cpu" / sae, tmp_path / "gpu" / sae)
 
 
 def test_training(made, tmp_path):

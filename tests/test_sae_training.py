@@ -42,6 +42,7 @@ import sae as sae_module
 import sae_training
 from autoencoder.checkpoints import delete_checkpoints, whole_checkpoints
 from autoencoder.curves import plot_curves, plot_frequencies
+from autoencoder.inputs import open_data
 from autoencoder.step import Step, StepOptions
 from pipeline.activation_batches import Batches, Reader
 from pipeline.distributed import ALONE, Grid, World, make_grid
@@ -106,8 +107,7 @@ def test_reader_gives_the_steps_in_order(data):
     per_epoch = batches.steps_per_epoch
     with Reader(batches, range(7, per_epoch + 9), 1, 2, torch.device("cpu")) as reader:
         for step in range(7, per_epoch + 9):
-            rows, waited = reader.next()
-            assert torch.equal(rows, batches.read(*divmod(step, per_epoch), 1, 2)) and waited >= 0
+            assert torch.equal(reader.next(), batches.read(*divmod(step, per_epoch), 1, 2))
 
 
 # ---- schedule and metrics
@@ -410,12 +410,12 @@ def test_steps_are_those_of_adamw(data, tmp_path, monkeypatch):
 
 def test_the_step_by_itself_does_what_the_run_does(data, trained):
     """As benchmarks call it, equal to the last bit."""
-    source = sae_training.open_data(str(data), None)
+    source, folders = open_data(str(data))
     sae = SparseAutoencoder(D, N_LATENTS, K)
     sae.initialize(source.b_pre, torch.Generator().manual_seed(TRAINING["seed"]))
     options = StepOptions(**{name: value for name, value in TRAINING.items() if name in StepOptions._fields})
     step = Step(sae, options, make_grid(ALONE, 1))
-    batches = Batches(data, source.manifest, BATCH, TRAINING["seed"])
+    batches = Batches(*folders[source.place.site], BATCH, TRAINING["seed"])
     n_steps = batches.steps_per_epoch * TRAINING["num_epochs"]
     for n_before in range(n_steps):
         pending = step.gradients(batches.read(*divmod(n_before, batches.steps_per_epoch), 0, 1))
