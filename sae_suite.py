@@ -165,7 +165,7 @@ def check_trained(members: Sequence[Member], config: Namespace, n_sentences: int
         if not member.is_trained:
             continue
         info = read_json(member.files.json, "remove its folder.")
-        then = {**info.get("config", {}), **info, "sentences": info.get("dataset", {}).get("sentences")}
+        then = {**info, **info.get("config", {}), "sentences": info.get("dataset", {}).get("sentences")}
         now = {name: getattr(config, name) for name in _TRAINING}
         now |= {"site": member.reads, "sentences": n_sentences, "begin_of_text": config.begin_of_text}
         now |= {"target_site": member.writes} if member.writes else {}
@@ -320,9 +320,8 @@ def rate_of_training(d_model: int, config: Namespace, device: str, n_threads: in
     torch.set_num_threads(n_threads)
     sae = SparseAutoencoder(d_model, config.n_latents, config.k)
     sae.initialize(torch.zeros(d_model))
-    step = Step(
-        sae, StepOptions(config.batch_size, config.k_aux), make_grid(ALONE._replace(device=torch.device(device)), 1)
-    )
+    alone = ALONE._replace(device=torch.device(device))
+    step = Step(sae, StepOptions(config.batch_size, config.k_aux), make_grid(alone, 1))
     x = torch.randn(config.batch_size, d_model).to(device)
     seconds = []
     for n_before in range(1 + _MEASURED_STEPS):

@@ -40,7 +40,7 @@ from sae_suite import Crew, Stage
 NAMES = ["layers.0.transcoder", "layers.1.transcoder", "layers.2.resid_post"]
 SITES = ["layers.[01].transcoder", "layers.2.resid_*t"]
 SIZES = {"n_latents": 48, "k": 4, "k_aux": 8, "num_epochs": 2, "batch_size": 64, "num_samples": 400}
-OTHERS = {"num_evaluated": 20, "report_latents": 5, "side_by_side": 1}
+OTHERS = {"num_evaluated": 20, "report_latents": 5, "side_by_side": 2}  # so that each stage has one core
 STAGES = [
     "sae_evaluation",
     "capture_top_activating_sentences",
@@ -90,7 +90,8 @@ def in_process(words: list[str]) -> str:
 
 
 def stages_here(patch: pytest.MonkeyPatch) -> list[str]:
-    """Stages run in this process; what was run is listed: "capture_activations", "layers.0.transcoder sae_training"."""
+    """Stages run in this process, and their figures, which take most of their time, are left empty. What was run is
+    listed: "capture_activations", "layers.0.transcoder sae_training"."""
     done: list[str] = []
 
     def run(crew: Crew, stage: Stage, log: Path, slot: dict[str, str]) -> None:
@@ -99,6 +100,7 @@ def stages_here(patch: pytest.MonkeyPatch) -> list[str]:
     patch.setattr(sae_suite, "ThreadPoolExecutor", AtOnce)
     patch.setattr(sae_suite, "run_command", lambda words: done.append(in_process(words)))
     patch.setattr(Crew, "run", run)
+    patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: Path(path).write_bytes(b"\x89PNG"))
     return done
 
 
@@ -162,7 +164,14 @@ def test_the_table_holds_what_the_files_beside_the_saes_say(made):
         assert f"| {quality['fvu']:.4f} |" in line and f"| {row['score']:.3f} |" in line
     info = read_json(made.dir / NAMES[0] / "sae.json", "")
     assert (info["site"], info["target_site"]) == ("layers.0.ffn_norm", "layers.0.mlp_out")
-    assert (made.dir / "suite.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_over_depth(made, tmp_path):
+    rows = read_json(made.dir / "suite.json", "")["saes"]
+    sae_suite.draw(tmp_path / "all.png", rows)
+    sae_suite.draw(tmp_path / "nothing.png", [{"kind": "resid_post", "layer": 0, "n_latents": 48}])
+    for name in ("all", "nothing"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_index_leads_to_every_report(made):
@@ -189,23 +198,24 @@ def test_without_sites_what_is_missing_is_made(made, copy, ran):
 
 
 def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same(made, tmp_path, monkeypatch, ran):
-    run = Crew.run
+    run, options = Crew.run, {**inputs(made.folder, sites=NAMES[1:]), "suite_dir": tmp_path / "suite"}
 
     def stopped(crew, stage, log, slot):
-        if "sae_training.py" in stage.words and log.parent.name == NAMES[1]:
+        if "sae_training.py" in stage.words and log.parent.name == NAMES[2]:
             raise KeyboardInterrupt
         run(crew, stage, log, slot)
 
     monkeypatch.setattr(Crew, "run", stopped)
     with pytest.raises(SystemExit) as exit_:
-        call(sae_suite, **inputs(made.folder), suite_dir=tmp_path / "suite")
+        call(sae_suite, **options)
     assert exit_.value.code == 130
     n_before = len(ran)
     monkeypatch.setattr(Crew, "run", run)
-    call(sae_suite, **inputs(made.folder), suite_dir=tmp_path / "suite")
-    repeated = ["capture_activations", *(f"{NAMES[1]} sae_preprocessing",) * 2]  # which say that they are complete
-    assert ran[n_before:] == [*repeated, *made.ran[made.ran.index(f"{NAMES[1]} sae_training") :]]
-    assert read_json(tmp_path / "suite" / "suite.json", "") == read_json(made.dir / "suite.json", "")
+    call(sae_suite, **options)
+    repeated = ["capture_activations", f"{NAMES[2]} sae_preprocessing"]  # which say that they are complete
+    assert ran[n_before:] == [*repeated, *made.ran[made.ran.index(f"{NAMES[2]} sae_training") :]]
+    found, expected = (read_json(folder / "suite.json", "")["saes"] for folder in (tmp_path / "suite", made.dir))
+    assert found == expected[1:]
 
 
 def test_a_broken_site_does_not_stop_the_others(made, copy, ran, capsys):
