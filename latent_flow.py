@@ -163,6 +163,7 @@ def compare(before: Encoded, after: Encoded, n_kept: int, least_firings: int) ->
     cosine = torch.stack([(directions * others[place]).sum(1) for place in places.t()], 1)
     nearest = torch.cat([(part @ others.t()).argmax(1) for part in directions.split(1024)])
     mutual = (found.best_before[places] == torch.arange(n)[:, None]) & (found.latents >= 0)
+    mutual[:, 1:] = False
     counts = firings(before.tokens, n), firings(after.tokens, n_after)
     columns = (*counts, found.latents, found.both, found.phi, cosine, mutual, nearest, chance)
     return Step(before.named, after.named, len(before.tokens), *(column.numpy() for column in columns))

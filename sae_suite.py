@@ -464,8 +464,8 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     for axis, column in zip(axes, drawn, strict=True):
         for kind in dict.fromkeys(row["kind"] for row in rows):
             found = [(r["layer"], r[column.key]) for r in rows if r["kind"] == kind and r.get(column.key) is not None]
-            if found:
-                axis.plot(*zip(*found, strict=True), marker="o", markersize=4, label=kind)
+            layers, values = zip(*found, strict=True) if found else ((), ())
+            axis.plot(layers, values, marker="o", markersize=4, label=kind)  # even nothing takes its colour
         low, high = axis.get_ylim()
         least, most = column.bounds
         axis.set_ylim(low if least is None else min(least, low), high if most is None else max(most, high))

@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latents import coactivation
@@ -33,6 +33,7 @@ def as_tokens(fired: np.ndarray) -> torch.Tensor:
     return torch.tensor(np.array([np.pad(row, (width - len(row), 0), constant_values=-1) for row in rows])).int()
 
 
+@settings(max_examples=40)
 @given(what_fired(), st.sampled_from([1, 7, 2**21]))
 def test_counts_equal_dense_counting(fired, at_once):
     before, after = fired
@@ -45,6 +46,7 @@ def test_counts_equal_dense_counting(fired, at_once):
     assert (counts == before.T.astype(int) @ after.astype(int)).all()
 
 
+@settings(max_examples=40)
 @given(what_fired())
 def test_phi_is_the_correlation(fired):
     before, after = fired
@@ -56,6 +58,7 @@ def test_phi_is_the_correlation(fired):
         assert float(found[a, b]) == pytest.approx(expected, abs=1e-9)
 
 
+@settings(max_examples=40)
 @given(what_fired(), st.integers(1, 4), st.integers(1, 6), st.sampled_from([1, 20, 2**21]))
 def test_the_best_pairs(fired, n_kept, least, at_once):
     before, after = fired
