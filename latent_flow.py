@@ -7,9 +7,9 @@ Method  both SAEs encode the same TOKENS captured tokens; firings and common fir
         compared by phi, the correlation of firing: P(next | latent) alone favours latents that always fire, pointwise
         mutual information those that hardly do. Chance: the same with the next SAE's tokens moved by half of all. Two
         latents are partners where each is the other's best and phi is at least LEAST_PHI; partner after partner is a
-        chain: the same meaning followed through depth. The cosine of their directions, which say where in the residual
-        stream the latents write, is measured beside it and decides nothing. Counts between neighbouring layers:
-        Balcells et al. 2024, arXiv:2410.08869; directions followed by cosine: Laptev et al. 2025, arXiv:2502.03032
+        chain: the same meaning followed through depth. The cosines of what partners read (encoder) and write (decoder)
+        are measured beside it and decide nothing. Counts between neighbouring layers: Balcells et al. 2024,
+        arXiv:2410.08869; decoder directions followed by cosine: Laptev et al. 2025, arXiv:2502.03032
 Cost    encodes TOKENS tokens per SAE, 10 s for 2,048 latents on a core; memory: 4 bytes x k per token, twice
 
     python latent_flow.py --suite_dir data/suite
@@ -27,7 +27,8 @@ KEPT: Count = 5  # latents of the next SAE kept per latent
 LEAST_PHI: Share = 0.5  # of partners
 
 _CHAINS, _PREDICTIONS = 20, 15  # shown
-_RARE = 0.02  # share of tokens; what fires more often is no prediction
+_RARE = 0.02  # share of tokens; a latent that fires more often is not worth predicting
+_OFTEN = 100  # firings of a latent that predicts, so that its probability means something
 _OTHER_DIRECTION = 0.2  # cosine below which two latents write different things
 _ENCODED_AT_ONCE = 4096  # tokens
 _NAME_LENGTH = 28  # characters, in the picture
@@ -79,11 +80,12 @@ class Encoded(NamedTuple):
 
     named: Named
     tokens: Tensor  # (n_tokens, width) int32, the latents of each token, -1 where fewer fired; on the CPU
-    directions: Tensor  # (n_latents, d_model), of unit length
+    reads: Tensor  # (n_latents, d_model), what its encoder reads, of unit length
+    writes: Tensor  # likewise, its directions
 
     @property
     def n_latents(self) -> int:
-        return len(self.directions)
+        return len(self.reads)
 
 
 def encode(member: Member, store: ActivationStore, n_tokens: int, device: str) -> Encoded:
@@ -104,8 +106,8 @@ def encode(member: Member, store: ActivationStore, n_tokens: int, device: str) -
         if left == 0:
             break
     names = {latent: meaning.text for latent, meaning in best_meanings(member.files.path, sae.n_latents, []).items()}
-    directions = F.normalize(sae.decoder.weight.t().float(), dim=1).cpu()
-    return Encoded(Named(member, names), stacked(parts), directions)
+    reads, writes = (F.normalize(it.float(), dim=1).cpu() for it in (sae.encoder.weight, sae.decoder.weight.t()))
+    return Encoded(Named(member, names), stacked(parts), reads, writes)
 
 
 def open_stores(members: Sequence[Member]) -> list[ActivationStore]:
@@ -142,9 +144,11 @@ class Step(NamedTuple):
     latents: np.ndarray  # (n_latents, kept), of `after`, highest phi first; -1: no further one
     both: np.ndarray
     phi: np.ndarray
-    cosine: np.ndarray
     mutual: np.ndarray  # (n_latents, kept) bool
-    nearest: np.ndarray  # the latent of `after` with the highest cosine
+    read_cosine: np.ndarray
+    read_nearest: np.ndarray  # the latent of `after` with the highest cosine of what it reads
+    cosine: np.ndarray  # of what they write
+    nearest: np.ndarray
     chance: np.ndarray  # the highest phi where there is nothing in common
 
     def partners(self, least_phi: float) -> dict[int, int]:
@@ -158,18 +162,23 @@ def compare(before: Encoded, after: Encoded, n_kept: int, least_firings: int) ->
     found = associate(before.tokens, after.tokens, n, n_after, n_kept, least_firings)
     moved = after.tokens.roll(len(after.tokens) // 2, 0)
     chance = associate(before.tokens, moved, n, n_after, 1, least_firings).phi[:, 0]
-    directions, others = before.directions, after.directions
     places = found.latents.clamp(min=0)
-    cosine = torch.stack([(directions * others[place]).sum(1) for place in places.t()], 1)
-    nearest = torch.cat([(part @ others.t()).argmax(1) for part in directions.split(1024)])
+    reads = cosines(before.reads, after.reads, places)
+    writes = cosines(before.writes, after.writes, places)
     mutual = (found.best_before[places] == torch.arange(n)[:, None]) & (found.latents >= 0)
     mutual[:, 1:] = False
     counts = firings(before.tokens, n), firings(after.tokens, n_after)
-    columns = (*counts, found.latents, found.both, found.phi, cosine, mutual, nearest, chance)
+    columns = (*counts, found.latents, found.both, found.phi, mutual, *reads, *writes, chance)
     return Step(before.named, after.named, len(before.tokens), *(column.numpy() for column in columns))
 
 
-def write_flow(step: Step) -> Path:
+def cosines(directions: Tensor, others: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each direction with others[places], (n_latents, kept); and which of the others is nearest, (n_latents,)."""
+    cosine = torch.stack([(directions * others[place]).sum(1) for place in places.t()], 1)
+    return cosine, torch.cat([(part @ others.t()).argmax(1) for part in directions.split(1024)])
+
+
+def write_flow(step: Step) -> None:
     """NAME.flow.parquet beside the first of the two SAEs."""
     latent, rank = np.nonzero(step.latents >= 0)
     after = step.latents[latent, rank]
@@ -184,12 +193,13 @@ def write_flow(step: Step) -> Path:
         "both": both,
         "probability": both / np.maximum(step.fired[latent], 1),
         "phi": step.phi[latent, rank],
+        "read_cosine": step.read_cosine[latent, rank],
         "cosine": step.cosine[latent, rank],
         "mutual": step.mutual[latent, rank],
     }
-    path = step.before.member.files.beside(FLOW.suffix)
-    FLOW.write(path, {name: pa.array(column, FLOW.schema.field(name).type) for name, column in columns.items()})
-    return path
+    types = {field.name: field.type for field in FLOW.schema}
+    arrays = {name: pa.array(column, types[name]) for name, column in columns.items()}
+    FLOW.write(step.before.member.files.beside(FLOW.suffix), arrays)
 
 
 # ---- through all of them
@@ -222,7 +232,7 @@ def chains_of(partners: Sequence[dict[int, int]]) -> list[Chain]:
 
 
 class Prediction(NamedTuple):
-    """A latent that says more often than not that a rare one of the next SAE fires, which writes something else."""
+    """A latent that says that a rare one of the next SAE fires, which has another name and writes something else."""
 
     step: Step
     latent: int
@@ -242,16 +252,17 @@ class Prediction(NamedTuple):
 
 
 def predictions_of(step: Step) -> list[Prediction]:
-    """Most certain first."""
-    found = []
-    for latent, rank in zip(*np.nonzero(step.latents >= 0), strict=True):
-        after = int(step.latents[latent, rank])
-        base, cosine = step.after_fired[after] / step.n_tokens, float(step.cosine[latent, rank])
-        if base <= _RARE and cosine < _OTHER_DIRECTION:
-            probability = float(step.both[latent, rank] / step.fired[latent])
-            firings_ = int(step.fired[latent])
-            found.append(Prediction(step, int(latent), after, probability, float(base), cosine, firings_))
-    return sorted(found, key=lambda it: (-it.probability, it.latent, it.after))
+    """The surest of each latent that fires often."""
+    found: dict[int, Prediction] = {}
+    for latent, rank in np.argwhere((step.latents >= 0) & (step.fired >= _OFTEN)[:, None]).tolist():
+        after, cosine = int(step.latents[latent, rank]), float(step.cosine[latent, rank])
+        names = {step.before.name(latent), step.after.name(after)}
+        base, n = step.after_fired[after] / step.n_tokens, int(step.fired[latent])
+        if base <= _RARE and cosine < _OTHER_DIRECTION and len(names - {_NO_NAME}) == 2:
+            probability = step.both[latent, rank] / n
+            if latent not in found or probability > found[latent].probability:
+                found[latent] = Prediction(step, latent, after, probability, base, cosine, n)
+    return list(found.values())
 
 
 # ---- tables
@@ -270,22 +281,28 @@ class Row(NamedTuple):
     partners: float  # share of them
     phi: float  # median of the best
     chance: float  # 99th percentile of the best where there is nothing in common
-    cosine: float  # median of the partners'; nan where there are none
-    nearest: float  # share of partners that are also nearest in direction
+    read_cosine: float  # median of the partners'; nan where there are none
+    read_nearest: float  # share of partners that are also nearest in what they read
+    cosine: float  # the same of what they write
+    nearest: float
 
 
 def row_of(step: Step, least_firings: int, least_phi: float) -> Row:
     often = step.fired >= least_firings
-    partners = step.partners(least_phi)
-    of_partners = np.array(list(partners), dtype=np.int64)
+    partners = np.array(list(step.partners(least_phi)), dtype=np.int64)
+    median = lambda values: float(np.median(values)) if len(values) else float("nan")
+    share = lambda values: float(np.mean(values)) if len(values) else float("nan")
+    after = step.latents[partners, 0]
     return Row(
         f"{step.before.member.layer} → {step.after.member.layer}",
         int(often.sum()),
         len(partners) / max(1, int(often.sum())),
-        float(np.median(step.phi[often, 0])) if often.any() else float("nan"),
+        median(step.phi[often, 0]),
         float(np.quantile(step.chance[often], 0.99)) if often.any() else float("nan"),
-        float(np.median(step.cosine[of_partners, 0])) if partners else float("nan"),
-        float((step.nearest[of_partners] == step.latents[of_partners, 0]).mean()) if partners else float("nan"),
+        median(step.read_cosine[partners, 0]),
+        share(step.read_nearest[partners] == after),
+        median(step.cosine[partners, 0]),
+        share(step.nearest[partners] == after),
     )
 
 
@@ -304,12 +321,12 @@ def tables(kind: str, every: Sequence[Named], steps: Sequence[Step], rows: Seque
             f"Counted on {steps[0].n_tokens:,} tokens. Partners: each is the other's best by phi. Chance: the best phi "
             "that 99 % of the latents stay below where there is nothing in common.",
             "",
-            "| layers | latents | with a partner | best phi, median | chance | cosine of partners, median | partners "
-            "that are nearest in direction |",
-            "|---|---|---|---|---|---|---|",
+            "| layers | latents | with a partner | best phi, median | chance | partners read: cosine, median | … nearest "
+            "| partners write: cosine, median | … nearest |",
+            "|---|---|---|---|---|---|---|---|---|",
             *(
                 f"| {row.names} | {row.compared:,} | {row.partners:.1%} | {row.phi:.2f} | {row.chance:.2f} | "
-                f"{row.cosine:.2f} | {row.nearest:.0%} |"
+                f"{row.read_cosine:.2f} | {row.read_nearest:.0%} | {row.cosine:.2f} | {row.nearest:.0%} |"
                 for row in rows
             ),
             "",
@@ -320,7 +337,7 @@ def tables(kind: str, every: Sequence[Named], steps: Sequence[Step], rows: Seque
             *chain_lines,
             "",
             f"Predictions: where the first fires, the second, on at most {_RARE:.0%} of all tokens, does so in the "
-            f"next SAE, and their directions differ (cosine below {_OTHER_DIRECTION}).",
+            f"next SAE, has another name and writes something else (cosine below {_OTHER_DIRECTION}).",
             "",
             "| SAE | latent | of the next | probability | on all tokens | cosine | firings |",
             "|---|---|---|---|---|---|---|",
@@ -339,11 +356,13 @@ def draw(path: Path, kind: str, every: Sequence[Named], rows: Sequence[Row], cha
     figure.suptitle(f"{kind}: latents of neighbouring SAEs that fire on the same tokens")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.25])
     layers = [one.member.layer for one in every]
-    shares, cosines = left.subplots(2, 1, sharex=True)
+    shares, directions = left.subplots(2, 1, sharex=True)
     draw_lines(shares, layers[:-1], rows, {"with a partner": "partners", "best phi, median": "phi", "chance": "chance"})
     shares.set_title("share of the latents with a partner, and phi")
-    draw_lines(cosines, layers[:-1], rows, {"cosine, median": "cosine", "nearest in direction": "nearest"})
-    cosines.set(title="directions of partners", xlabel="layer of the first of the two")
+    fields = {"cosine of what they read, median": "read_cosine", "… nearest of all": "read_nearest"}
+    fields |= {"cosine of what they write, median": "cosine", "… nearest of all ": "nearest"}
+    draw_lines(directions, layers[:-1], rows, fields)
+    directions.set(title="directions of partners", xlabel="layer of the first of the two", ylim=(-0.1, 1))
     draw_chains(right.subplots(), every, [chain for chain in chains if chain.names(every)][:_CHAINS])
     save_figure(figure, path)
 
@@ -353,6 +372,7 @@ def draw_lines(axis: "Axes", layers: list[int], rows: Sequence[Row], lines: dict
         style = ":" if field == "chance" else "-"
         axis.plot(layers, [getattr(row, field) for row in rows], style, marker="o", markersize=4, label=label)
     axis.set_ylim(0, 1)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
 

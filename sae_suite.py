@@ -55,8 +55,8 @@ _TRAINING = (  # options of sae_training.py
 _CAPTURE = ("num_samples", "begin_of_text", "dtype", "batch_tokens", "window_sentences")  # of capture_activations.py
 _SAMPLE = 500  # sentences that tell how many tokens there are
 _MEASURED_STEPS = 3  # training steps that tell how long training takes
-_NAMES_S = 0.012  # seconds per latent of top sentences, names and scores on one core; measured with SmolLM2
-_STAGE_S = 3.0  # seconds that a process takes to start and load
+_NAMES_S = 0.008  # seconds per latent of top sentences, names, scores and report on one core, measured with SmolLM2
+_STAGE_S = 2.5  # seconds that a process takes to start and load
 _PREPROCESSING_RATE = 0.1e9  # bytes per second and core; docs/benchmarks.md
 _GOOD = 0.7  # detection score of a good name
 _NAMES_SHOWN = 4  # of each SAE in the index
@@ -469,6 +469,8 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         low, high = axis.get_ylim()
         least, most = column.bounds
         axis.set_ylim(low if least is None else min(least, low), high if most is None else max(most, high))
+        axis.margins(y=0.1)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set(title=column.about, xlabel="layer")
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)

@@ -31,6 +31,7 @@ import os
 import subprocess
 import sys
 from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,67 +40,85 @@ from pipeline.distributed import ALONE, make_grid
 from sae import SparseAutoencoder
 
 
-def steps(d_model: int, n_latents: int, k: int, batch_size: int) -> "tuple[Step, torch.Tensor]":
-    generator = torch.Generator().manual_seed(0)
-    sae = SparseAutoencoder(d_model, n_latents, k)
-    sae.initialize(torch.zeros(d_model), generator)
-    x = torch.randn(batch_size, d_model, generator=generator).bfloat16()
-    return Step(sae, StepOptions(batch_size, 256), make_grid(ALONE, 1)), x
+class Shape(NamedTuple):
+    d_model: int
+    n_latents: int
+    k: int
+    batch_size: int
 
 
-def take(step: Step, x: torch.Tensor, n: int) -> None:
-    for n_before in range(n):
-        pending = step.gradients(x)
-        step.apply(pending, step.agree(pending), 5e-5, n_before)
+class One:
+    """An SAE in training, on random activations."""
+
+    def __init__(self, shape: Shape):
+        generator = torch.Generator().manual_seed(0)
+        self.sae = SparseAutoencoder(shape.d_model, shape.n_latents, shape.k)
+        self.sae.initialize(torch.zeros(shape.d_model), generator)
+        self.x = torch.randn(shape.batch_size, shape.d_model, generator=generator)
+        self.trained = Step(self.sae, StepOptions(shape.batch_size, 256), make_grid(ALONE, 1))
+
+    def steps(self, n: int) -> None:
+        for n_before in range(n):
+            pending = self.trained.gradients(self.x)
+            self.trained.apply(pending, self.trained.agree(pending), 5e-5, n_before)
+
+    @torch.no_grad()
+    def products(self, n: int) -> None:
+        for _ in range(n):
+            torch.nn.functional.linear(self.x, self.sae.encoder.weight, self.sae.encoder.bias)
 
 
-def beside(shape: tuple[int, int, int, int], n_steps: int, barrier, seconds) -> None:
-    """A process of the side-by-side way: seconds of each round, from the common start to its own end."""
+def beside(shape: Shape, n_steps: int, barrier: Any, seconds: Any) -> None:
+    """A process with an SAE of its own: seconds of steps, then of products, whenever all are told to start."""
     torch.set_num_threads(1)
-    step, x = steps(*shape)
-    take(step, x, 2)
+    one = One(shape)
+    one.steps(2)
     while True:
-        barrier.wait()
-        took, _ = timed(take, step, x, n_steps)
-        seconds.put(took)
+        for work in (one.steps, one.products):
+            barrier.wait()
+            seconds.put(timed(work, n_steps)[0])
 
 
-def measure(shape: tuple[int, int, int, int], n_steps: int, rounds: int, n: int) -> tuple[dict[str, float], float]:
-    """Activations per second of each way, and the spread of its rounds. n: cores, and SAEs side by side."""
+@torch.no_grad()
+def batched(x: torch.Tensor, weights: torch.Tensor, biases: torch.Tensor, n: int) -> None:
+    for _ in range(n):
+        torch.baddbmm(biases, x, weights.transpose(1, 2))
+
+
+def measure(shape: Shape, n_steps: int, rounds: int, n: int) -> tuple[dict[str, float], float]:
+    """Activations per second of each way, over n SAEs on n cores, and the spread of the rounds."""
     context = multiprocessing.get_context("spawn")
     barrier, queue = context.Barrier(n + 1), context.Queue()
     workers = [context.Process(target=beside, args=(shape, n_steps, barrier, queue), daemon=True) for _ in range(n)]
     for worker in workers:
         worker.start()
     torch.set_num_threads(n)
-    step, x = steps(*shape)
-    take(step, x, 2)
-    one, many = "one after the other, all cores", "side by side, a core each"
-    seconds: dict[str, list[float]] = {one: [], many: []}
-    for _ in range(rounds):
-        took, _ = timed(take, step, x, n_steps)
-        seconds[one].append(n * took)  # n SAEs, one after the other
+    every = [One(shape) for _ in range(n)]
+    for one in every:
+        one.steps(2)
+    x = torch.stack([one.x for one in every])
+    weights = torch.stack([one.sae.encoder.weight.detach() for one in every])
+    biases = torch.stack([one.sae.encoder.bias.detach() for one in every])[:, None]
+    batched(x, weights, biases, 2)
+
+    def together() -> float:
         barrier.wait()
-        seconds[many].append(max(queue.get() for _ in range(n)))
+        return max(queue.get() for _ in range(n))
+
+    seconds: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        ways = {
+            "step, one after the other": sum(timed(one.steps, n_steps)[0] for one in every),
+            "step, side by side": together(),
+            "product, one after the other": sum(timed(one.products, n_steps)[0] for one in every),
+            "product, side by side": together(),
+            "product, torch.baddbmm": timed(batched, x, weights, biases, n_steps)[0],
+        }
+        for way, took in ways.items():
+            seconds.setdefault(way, []).append(took)
     for worker in workers:
         worker.terminate()
-    return median_rates(n * n_steps * shape[3], seconds), spread(seconds)
-
-
-def products(shape: tuple[int, int, int, int], rounds: int, n: int) -> dict[str, float]:
-    """Activations per second of the encoder's product of n SAEs, with all cores."""
-    d_model, n_latents, _, batch_size = shape
-    x, w, b = torch.randn(n, batch_size, d_model), torch.randn(n, n_latents, d_model), torch.randn(n, 1, n_latents)
-    ways = {
-        "product, one after the other": lambda: [torch.addmm(b[i], x[i], w[i].t()) for i in range(n)],
-        "product, torch.baddbmm": lambda: torch.baddbmm(b, x, w.transpose(1, 2)),
-    }
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for i in range(1 + 5 * rounds):
-        for way, multiply in ways.items():
-            took, _ = timed(multiply)
-            seconds[way] += [took] if i else []
-    return median_rates(n * batch_size, seconds)
+    return median_rates(n * n_steps * shape.batch_size, seconds), spread(seconds)
 
 
 def main() -> None:
@@ -112,9 +131,9 @@ def main() -> None:
     print("|---" * (1 + len(config.n_latents)) + "|")
     columns, spreads = [], []
     for n_latents in config.n_latents:
-        shape = config.d_model, n_latents, config.k, config.batch_size
+        shape = Shape(config.d_model, n_latents, config.k, config.batch_size)
         rates, widest = measure(shape, config.steps, config.rounds, n)
-        columns.append(rates | products(shape, config.rounds, n))
+        columns.append(rates)
         spreads.append(widest)
     for way in columns[0]:
         print(f"| {way} | " + " | ".join(f"{column[way]:,.0f}" for column in columns) + " |")

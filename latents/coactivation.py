@@ -26,7 +26,8 @@ FLOW = Table(
             "both": pa.int64(),
             "probability": pa.float32(),  # that next_latent fires where the latent does
             "phi": pa.float32(),
-            "cosine": pa.float32(),  # of their directions
+            "read_cosine": pa.float32(),  # of what their encoders read
+            "cosine": pa.float32(),  # of their directions, which they write
             "mutual": pa.bool_(),  # each is the other's highest phi
         }
     ),

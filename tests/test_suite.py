@@ -419,10 +419,10 @@ def test_flow_equals_naive_dense_counting(made, flow):
     for a, b in np.argwhere(both):
         if n_before[a] >= 5 and n_after[b] >= 5 and n_before[a] < flow.tokens > n_after[b]:
             phi[a, b] = max(0, np.corrcoef(before[:, a], after[:, b])[0, 1])
-    directions = [load_sae_model(made.dir / name / "sae.pth").decoder.weight.numpy() for name in NAMES[:2]]
-    cosine = (directions[0] / np.linalg.norm(directions[0], axis=0)).T @ (
-        directions[1] / np.linalg.norm(directions[1], axis=0)
-    )
+    saes = [load_sae_model(made.dir / name / "sae.pth") for name in NAMES[:2]]
+    unit = lambda directions: directions / np.linalg.norm(directions, axis=0)
+    cosine = unit(saes[0].decoder.weight.numpy()).T @ unit(saes[1].decoder.weight.numpy())
+    read = unit(saes[0].encoder.weight.numpy().T).T @ unit(saes[1].encoder.weight.numpy().T)
     expected = []
     for a in range(48):
         order = sorted((b for b in range(48) if phi[a, b] > 0), key=lambda b: (-round(phi[a, b], 9), b))
@@ -434,7 +434,8 @@ def test_flow_equals_naive_dense_counting(made, flow):
         assert row["probability"] == pytest.approx(both[a, b] / n_before[a])
         assert row["phi"] == pytest.approx(phi[a, b], abs=1e-6)
         assert row["cosine"] == pytest.approx(cosine[a, b], abs=1e-5)
-        assert row["mutual"] == (phi[a].argmax() == b and phi[:, b].argmax() == a)
+        assert row["read_cosine"] == pytest.approx(read[a, b], abs=1e-5)
+        assert row["mutual"] == (row["rank"] == 0 and phi[:, b].argmax() == a)
         assert row["next_sae"] == NAMES[1]
     assert any(row["mutual"] for row in flow.rows)
 
