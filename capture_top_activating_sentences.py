@@ -39,22 +39,21 @@ SEED: Seed = 0  # seed of the samples
 
 _SILENT_TRIES = 8  # sentences tried per silent one wanted
 _MEASURED_TOKENS = 1024  # that say how many latents fire on one
-_COUNTED_AT_ONCE = 2**21  # pairs of latents: their counts fit a cache
 _SAVE_S = 60  # seconds between saves of the progress
 
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from latents.coactivation import firings, pair_counts, stacked
 from latents.tables import (
     AGGREGATIONS,
     EXAMPLES,
@@ -376,12 +375,6 @@ class Samples:
         self.tokens = stacked([self.tokens, tokens[chosen].cpu()])
 
 
-def stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Rows of latents one below the other, filled up with -1 to the width of the widest."""
-    width = max(part.shape[1] for part in parts)
-    return torch.cat([F.pad(part, (0, width - part.shape[1]), value=-1) for part in parts])
-
-
 class Drawn(NamedTuple):
     """The samples of all processes, on the CPU."""
 
@@ -427,24 +420,12 @@ def cofiring(tokens: Tensor, n_latents: int, n_kept: int) -> tuple[Tensor, Tenso
     tokens: (n_tokens, k) latents of each token, -1 where fewer fired. An index of 0 means no companion; ties go to the
     lower latent. Pairs are counted for a block of latents at a time, which bounds memory.
     """
-    token, slot = (tokens >= 0).nonzero(as_tuple=True)
-    latent = tokens[token, slot].long()
-    order = latent.argsort(stable=True)
-    fired = latent.bincount(minlength=n_latents)
-    ends = fired.cumsum(0)
+    fired = firings(tokens, n_latents)
     n_kept = min(n_kept, n_latents - 1)
     companions = torch.zeros(n_latents, n_kept, dtype=torch.int64)
     index = torch.zeros(n_latents, n_kept, dtype=torch.float64)
-    height = max(1, _COUNTED_AT_ONCE // (n_latents + 1))
-    for first in range(0, n_latents, height):
-        last = min(first + height, n_latents)
-        both = torch.zeros((last - first) * (n_latents + 1), dtype=torch.int64)
-        own = order[ends[first] - fired[first] : ends[last - 1]]
-        for part in own.split(max(1, _COUNTED_AT_ONCE // tokens.shape[1])):
-            # Column 0 collects the -1 of tokens on which fewer fired.
-            pairs = (latent[part] - first)[:, None] * (n_latents + 1) + tokens[token[part]] + 1
-            both += pairs.flatten().bincount(minlength=len(both))
-        both = both.view(last - first, n_latents + 1)[:, 1:]
+    for first, both in pair_counts(tokens, tokens, n_latents, n_latents):
+        last = first + len(both)
         both[torch.arange(last - first), torch.arange(first, last)] = 0
         jaccard = both / (fired[first:last, None] + fired - both).clamp(min=1).double()
         # Integers that sort by index, then by latent: topk does not define the order of ties.

@@ -24,7 +24,6 @@ _CURVE_POINTS = 400  # points drawn per training curve
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
 
-import base64
 import html
 import json
 import math
@@ -35,11 +34,12 @@ from typing import NamedTuple
 import numpy as np
 
 from autoencoder.measures import MEASURES
-from latents.cards import CARD_CSS, Card, card_html
+from latents.cards import Card, card_html
 from latents.index import LatentIndex
 from latents.markup import mark_differences
+from latents.pages import page_html, picture, read_part, write_text
 from pipeline.errors import InputError
-from pipeline.files import PROJECT_DIR, atomic_path, require_writable
+from pipeline.files import require_writable
 from pipeline.progress import gb, progress_bar
 from pipeline.sae_files import SaeFiles
 from sae import kind_of
@@ -180,14 +180,6 @@ def evaluation_section(json_path: Path, png_path: Path) -> str:
     )
 
 
-def picture(path: Path, about: str) -> str:
-    """A PNG inside the page; nothing where there is none."""
-    if not path.is_file():
-        return ""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<div class=plot><img alt="{about}" src="data:image/png;base64,{data}"></div>'
-
-
 def strength_section(index: LatentIndex, png_path: Path) -> str:
     """How strongly to steer, from NAME.json's entry `steering` and NAME.steering.png."""
     if "steering" not in index.info:
@@ -289,20 +281,6 @@ class Pages(NamedTuple):
         }
 
 
-def page_html(title: str, parts: Sequence[str], script: str = "") -> str:
-    style = CARD_CSS + read_part("report.css")
-    return (
-        '<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{style}</style></head>\n<body><main>"
-        + "\n".join(parts)
-        + f"</main>{f'<script>{script}</script>' if script else ''}</body></html>\n"
-    )
-
-
-def read_part(name: str) -> str:
-    return (PROJECT_DIR / "latents" / name).read_text(encoding="utf-8")
-
-
 def cards_html(cards: Sequence[Card], addresses: dict[int, str]) -> str:
     shown = (f"<div id=latent-{card.latent}>{card_html(card, addresses.get)}</div>" for card in cards)
     return f"<div class=cards>{''.join(shown)}</div>"
@@ -313,11 +291,6 @@ def read_cards(index: LatentIndex, latents: list[int], n_sentences: int) -> list
     bar = progress_bar(sorted(latents), unit="latent", desc="cards")
     cards = {latent: index.card(latent, n_sentences) for latent in bar}
     return [cards[latent] for latent in latents]
-
-
-def write_text(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may not be UTF-8
 
 
 def write_pages(where: Pages, name: str) -> list[Path]:

@@ -81,7 +81,7 @@ def check_command(words: list[str]) -> Path | None:
     program = program.rpartition("/")[2]
     if program == "make":
         targets = [word for word in rest if not _ASSIGNMENT.fullmatch(word)]
-        known = re.findall(r"^(\w+):", (PROJECT_DIR / "Makefile").read_text(encoding="utf-8"), re.M)
+        known = re.findall(r"^([\w-]+):", (PROJECT_DIR / "Makefile").read_text(encoding="utf-8"), re.M)
         assert set(targets) <= set(known), f"make has no target {targets}"
         return None
     if program == "torchrun":
