@@ -81,8 +81,8 @@ _NOT_IN_THE_RESULT = [  # options that may change when a run is continued
     "explosion_factor",
 ]
 _SINCE = {"gate": "topk", "matryoshka": None, "normalization": "layer_norm", "target_data_dir": None, "skip": False}
-_THRESHOLD_STEPS = 64  # batches over which the threshold of BatchTopK is averaged
-_OUTLIERS, _SAMPLE = 3.0, 2**15  # root mean square over median length, of this many activations
+_SAMPLE = 2**15  # activations from which BatchTopK's threshold is taken, and whose lengths are compared
+_OUTLIERS = 3.0  # root mean square over median length
 _NO_VARIANCE = 1e-9  # share of the mean square; anything less is rounding
 _SMALL_LOSS = 1e-3  # share of the variance; a loss that stays below it is no explosion, however small it was before
 _LOSS_MEMORY = 0.98  # decay of the loss's running mean: about 50 steps
@@ -102,6 +102,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -189,13 +190,13 @@ def open_data(
 
     read = statistics_of(data_dir, manifest, None if target else b_pre_path)
     written = statistics_of(target_dir, target, b_pre_path) if target_dir and target else read  # what is reconstructed
-    kind = Kind(
+    kind = Kind(  # while it trains; `finish` folds the scale of normalization none into the weights
         gate="jumprelu" if gate == "batch_topk" else "topk",
-        normalization=normalization,
-        scale=unit_scale(read) if normalization == "scale" else 1.0,
+        normalization="layer_norm" if normalization == "layer_norm" else "scale",
+        scale=1.0 if normalization == "layer_norm" else unit_scale(read),
         centred=target is None,
         target_site=target["site"] if target else None,
-        target_scale=unit_scale(written) if target and normalization != "none" else 1.0,
+        target_scale=unit_scale(written) if target else 1.0,
         skip=skip,
     )
     if target is None and kind.normalization == "layer_norm":
@@ -297,6 +298,8 @@ def starting_sae(
         return sae
     eps = {"normalize_eps": sae.normalize_eps} if sae.kind.normalization == "layer_norm" else {}
     loaded = load_sae_model(load_path, k=sae.k, **eps)
+    if "layer_norm" not in (loaded.kind.normalization, sae.kind.normalization):
+        loaded = loaded.rescaled("scale", sae.kind.scale, sae.kind.target_scale)
     if loaded.kind != sae.kind:
         raise InputError(
             f"{load_path} is {loaded.kind.not_default or 'of the published kind'}, but this run trains "
@@ -464,19 +467,20 @@ class Training:
         return Validation(main / (count * d), aux / (count * d), loss, main / variance, float(l0) / count)
 
     def set_threshold(self) -> None:
-        """After BatchTopK: one threshold for all latents, which on average keeps as many as it did.
+        """After BatchTopK: one threshold for all latents, with which an activation keeps k of them on average.
 
-        The mean, over batches of the training activations, of the least pre-activation kept (arXiv:2412.06410, section
-        3). All processes must call this.
+        That is the least pre-activation that BatchTopK keeps of a large batch. The batch is of held-out activations,
+        where there are some: an SAE that has seen its activations several times fires less on them than on others.
+        All processes must call this.
         """
-        step, batches = self.step, self.batches
+        step, world = self.step, self.world
         if step.sae.threshold is None:
             return
-        least = [
-            step.least_kept(batches.read(0, i, self.world.rank, self.world.size).to(self.world.device))
-            for i in range(min(_THRESHOLD_STEPS, batches.steps_per_epoch))
-        ]
-        step.sae.threshold.fill_(torch.stack(least).double().mean())
+        record = (self.data.manifest["validation_shards"] or self.data.manifest["shards"])[0]
+        rows = open_rows(Path(self.options.data_dir) / record["file"])[:_SAMPLE]
+        share = -(-len(rows) // world.size)
+        own = rows[np.arange(world.rank * share, (world.rank + 1) * share) % len(rows)]
+        step.sae.threshold.fill_(step.least_kept(torch.from_numpy(own).view(torch.bfloat16).to(world.device)))
 
     def measure(self, agreed: Agreed, rate: float, since: TrainingProgress) -> dict[str, float]:
         """A line of metrics.jsonl, with validation at the end of an epoch. since: progress at the previous line."""
@@ -784,6 +788,8 @@ def finish(training: Training, config: dict[str, Any], decides: dict[str, Any]) 
     state = load_checkpoint(whole_checkpoints(training.folder)[-1], 0, 1)
     sae = empty_sae(options, training.data)
     sae.load_state_dict(state["sae"])
+    if options.normalization == "none":
+        sae = sae.rescaled("none")
     training.draw(state["counters"]["firing"])
     last, tokens = json.loads(progress.metrics[-1]), progress.step * training.batch_size
     quality = {name: last.get(name) for name in (*Validation._fields, "dead_frac")}

@@ -148,10 +148,12 @@ class Step:
             guess = self.least
             if guess is None:
                 guess = typical_kth_highest(sae, read[0], sae.k, self.world)
-            return keep_highest_of_batch(sae, read, sae.k * self.options.batch_size, guess, self.world, encoder_dtype)
+            n_rows = self.data.size * sum(map(len, parts))  # of the whole batch
+            return keep_highest_of_batch(sae, read, sae.k * n_rows, guess, self.world, encoder_dtype)
 
     def least_kept(self, x: Tensor) -> Tensor:
-        """(), the least pre-activation that BatchTopK keeps of a batch; nothing changes. x: as for `gradients`."""
+        """(), the least pre-activation that BatchTopK keeps of a batch of any size; nothing changes. x: as for
+        `gradients`."""
         return self._kept_of_batch(self._parts(x), torch.float32)[1]
 
     def _gradients(self) -> list[Tensor]:
