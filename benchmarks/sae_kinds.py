@@ -73,12 +73,9 @@ WAYS = {
     "Matryoshka TopK": Way({"matryoshka": _PREFIXES}),
     "Matryoshka BatchTopK": Way({"matryoshka": _PREFIXES, "gate": "batch_topk"}, Kind("jumprelu")),
     "TopK, no normalisation": Way({"normalization": "none"}, _SCALED),
-    "BatchTopK, no normalisation": Way(
-        {"normalization": "none", "gate": "batch_topk"}, _SCALED._replace(gate="jumprelu")
-    ),
-    "TopK of mlp_out": Way({}, reads="mlp_out"),
     "transcoder": Way({}, _TRANSCODER, "ffn_norm", "mlp_out"),
     "skip transcoder": Way({"skip": True}, _TRANSCODER._replace(skip=True), "ffn_norm", "mlp_out"),
+    "TopK of mlp_out": Way({}, reads="mlp_out"),
 }
 
 
