@@ -75,7 +75,7 @@ PEERS := data/peers
 interop:  ## every import and export through the real sae-lens, sparsify and dictionary_learning, in data/peers
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install --quiet --disable-pip-version-check -r benchmarks/requirements-peers.txt
-	$(PEERS)/bin/pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0 nnsight==0.3.7
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0 nnsight==0.3.7 neuronpedia==1.2.1 sae-dashboard==0.8.0
 	INTEROP=all $(PEERS)/bin/python -m pytest -p no:cacheprovider tests/test_formats.py -k "import or export"
 
 POETRY ?= poetry

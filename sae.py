@@ -224,6 +224,23 @@ class SparseAutoencoder(nn.Module):
             part.decoder.weight.copy_(self.decoder.weight[:, own])
         return part
 
+    @torch.no_grad()
+    def rescaled(
+        self, normalization: Normalization, scale: float = 1.0, target_scale: float = 1.0
+    ) -> "SparseAutoencoder":
+        """The same function of raw activations with other constant scales; normalization: none or scale.
+
+        Directions keep their length, so latents and thresholds are multiplied by new / old scale of the output; the
+        same latents fire. Not for transcoders that are centred.
+        """
+        kind = self.kind._replace(normalization=normalization, scale=scale, target_scale=target_scale)
+        out = scale / self.kind.scale if kind.target_site is None else target_scale / self.kind.target_scale
+        through = out * self.kind.scale / scale  # of matrices that read z
+        factors = {"encoder.weight": through, "skip": through, "decoder.weight": 1.0}
+        sae = SparseAutoencoder(self.d_model, self.n_latents, self.k, kind=kind)
+        sae.load_state_dict({name: tensor * factors.get(name, out) for name, tensor in self.state_dict().items()})
+        return sae
+
     @property
     def site(self) -> str:
         """Where its input is captured. Raises KeyError if `info` does not say."""

@@ -15,6 +15,7 @@ Cost    one pass of the model over the sentences, then its layers from the site'
 
     python sae_evaluation.py --sae_model_path data/sae.pth
     python sae_evaluation.py --sae_model_path a.pth b.pth c.pth
+    python sae_evaluation.py --sae_model_path imported.pth --sentences_dir data/sentences
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,7 +25,7 @@ from pipeline.run import run
 
 SAE_MODEL_PATH: tuple[str, ...] = ("data/sae.pth",)  # the SAE, or several of one model and training set
 LLAMA_MODEL_DIR: str | None = None  # Llama checkpoint folder; the one the SAEs were trained on when not given
-SENTENCES_DIR: str | None = None  # folder of sentences; the one the SAEs were trained on when not given
+SENTENCES_DIR: str | None = None  # folder of sentences; the one the SAEs were trained on if not given; imported: needed
 NUM_SENTENCES: Count = 2000  # held-out sentences to use, at most
 BATCH_TOKENS: Count = 8192  # tokens per forward pass, padding included
 
@@ -65,15 +66,19 @@ _SHARED = ("model", "dataset", "first_validation_sentence", "max_tokens", "begin
 # ---- inputs
 
 
-def load_saes(paths: list[str], device: str) -> dict[str, SparseAutoencoder]:
-    """Path -> SAE. Raises InputError unless all have a JSON and share one model and one held-out set."""
+def load_saes(paths: list[str], device: str, sentences_dir: str | None = None) -> dict[str, SparseAutoencoder]:
+    """Path -> SAE. Raises InputError unless all have a JSON and share one model and one held-out set.
+
+    For SAEs that were not trained here, such as imported ones, all of sentences_dir is held out.
+    """
     saes: dict[str, SparseAutoencoder] = {}
     for path in paths:
         sae = saes[path] = load_sae_model(path, device)
-        if "first_validation_sentence" not in sae.info:
+        if "first_validation_sentence" not in sae.info and not sentences_dir:
             raise InputError(
                 f"{path} has no JSON from sae_training.py beside it that says what was held out "
-                "(first_validation_sentence is missing); name an SAE that sae_training.py wrote."
+                "(first_validation_sentence is missing); for an SAE that was trained elsewhere name a folder of "
+                "sentences with --sentences_dir."
             )
         first = saes[paths[0]]
         for name in _SHARED:
@@ -112,6 +117,8 @@ def sites_of(saes: dict[str, SparseAutoencoder], model_dir: str) -> dict[str, Pl
 
 def open_sentences(source: Source, given: str | None) -> SentenceDataset:
     """The sentences of the training; others only if `given`, with a printed note."""
+    if given and source.dataset is None:  # an SAE from elsewhere
+        return open_dataset(given)
     known = source.need("dataset")
     dataset = open_dataset(given, known["sentences"], known["seed"]) if given else source.sentences()
     if dataset.shard_checksums() != known.get("shards", dataset.shard_checksums()):
@@ -131,8 +138,9 @@ class HeldOut(NamedTuple):
 def open_held_out(source: Source, first: int, n: int, model_dir: str, given: str | None) -> HeldOut:
     """Those of the first n held-out sentences, from number `first` on, that have a token to predict."""
     tokenizer = load_tokenizer(model_dir)
-    max_tokens, begin_of_text = source.need("max_tokens"), source.need("begin_of_text")
+    begin_of_text = source.need("begin_of_text")
     dataset = open_sentences(source, given)
+    max_tokens = source.need("max_tokens") if source.dataset else None
     chosen = range(first, min(len(dataset), first + n))
     if isinstance(dataset, DialogueSpans):
         return held_out_dialogues(dataset, chosen)
@@ -307,13 +315,13 @@ def finish(results: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     config = parse_constants(globals())
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    saes = load_saes(list(dict.fromkeys(config.sae_model_path)), device)
+    saes = load_saes(list(dict.fromkeys(config.sae_model_path)), device, config.sentences_dir)
     require_writable(*(SaeFiles(path).beside(name) for path in saes for name in ("evaluation.json", "evaluation.png")))
     path, sae = next(iter(saes.items()))  # the others share its model and sentences (load_saes)
     source = Source.read(sae.info, SaeFiles(path).json)
     model_dir = source.model_dir(config.llama_model_dir)
     sites = sites_of(saes, model_dir)
-    first = sae.info["first_validation_sentence"]
+    first = sae.info.get("first_validation_sentence", 0)
     held_out = open_held_out(source, first, config.num_sentences, model_dir, config.sentences_dir)
     model = load_model(model_dir, device, rope_scaling_factor=source.rope_scaling_factor)
     announce(model, held_out, sites)

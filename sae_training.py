@@ -114,8 +114,8 @@ _NOT_IN_THE_RESULT = [  # options that may change when a run is continued
 ]
 _SINCE = {"gate": "topk", "matryoshka": None, "normalization": "layer_norm", "target_data_dir": None, "skip": False}
 _SINCE |= {name: globals()[name.upper()] for name in _OF_STREAMS if name not in _NOT_IN_THE_RESULT}
-_THRESHOLD_STEPS = 64  # batches over which the threshold of BatchTopK is averaged
-_OUTLIERS, _SAMPLE = 3.0, 2**15  # root mean square over median length, of this many activations
+_SAMPLE = 2**15  # activations from which BatchTopK's threshold is taken, and whose lengths are compared
+_OUTLIERS = 3.0  # root mean square over median length
 _SMALL_LOSS = 1e-3  # share of the variance; a loss that stays below it is no explosion, however small it was before
 _LOSS_MEMORY = 0.98  # decay of the loss's running mean: about 50 steps
 
@@ -258,6 +258,8 @@ def starting_sae(
         return sae
     eps = {"normalize_eps": sae.normalize_eps} if sae.kind.normalization == "layer_norm" else {}
     loaded = load_sae_model(load_path, k=sae.k, **eps)
+    if "layer_norm" not in (loaded.kind.normalization, sae.kind.normalization):
+        loaded = loaded.rescaled("scale", sae.kind.scale, sae.kind.target_scale)
     if loaded.kind != sae.kind:
         raise InputError(
             f"{load_path} is {loaded.kind.not_default or 'of the published kind'}, but this run trains "
@@ -388,17 +390,16 @@ class Training:
 
     # ---- validation and metrics
 
-    def set_threshold(self) -> None:
-        """After BatchTopK: one threshold for all latents, which on average keeps as many as it did.
+    def set_threshold(self, held_out: Rows) -> None:
+        """After BatchTopK: one threshold for all latents, with which an activation keeps k of them on average.
 
-        The mean, over batches of the training activations, of the least pre-activation kept (arXiv:2412.06410, section
-        3). All processes must call this.
+        That is the least pre-activation that BatchTopK keeps of a large batch. The batch is of held-out activations,
+        where there are some: an SAE that has seen its activations several times fires less on them than on others.
+        held_out: as many rows on each process. All processes must call this.
         """
-        step = self.step
-        if step.sae.threshold is None:
-            return
-        least = [step.least_kept(self.own(found)[0]) for found in self.rows.some_steps(_THRESHOLD_STEPS)]
-        step.sae.threshold.fill_(torch.stack(least).double().mean())
+        threshold = self.step.sae.threshold
+        if threshold is not None:
+            threshold.fill_(self.step.least_kept(self.own(held_out)[0]))
 
     def measure(
         self, agreed: Agreed, rate: float, since: TrainingProgress, quality: Validation | None
@@ -637,8 +638,10 @@ def train(
             if progress.step % log_every == 0 or first.checkpoint_due():
                 qualities: list[Validation | None] = [None] * len(trainings)
                 if first.epoch_ends():
-                    for training in trainings:
-                        training.set_threshold()
+                    if first.step.sae.threshold is not None:
+                        held_out = rows.held_out_sample(_SAMPLE)
+                        for training in trainings:
+                            training.set_threshold(held_out)
                     qualities = validate(trainings)
                 lines = [
                     training.measure(*line)
@@ -795,6 +798,8 @@ def finish(training: Training, config: dict[str, Any]) -> None:
     state = load_checkpoint(whole_checkpoints(training.folder)[-1], 0, 1)
     sae = empty_sae(options, data.source.need("d_model"), data.normalize_eps, data.kind)
     sae.load_state_dict(state["sae"])
+    if options.normalization == "none":
+        sae = sae.rescaled("none")
     training.draw(state["counters"]["firing"])
     last, tokens = json.loads(progress.metrics[-1]), progress.step * training.batch_size
     quality = {name: last.get(name) for name in (*Validation._fields, "dead_frac")}

@@ -100,17 +100,16 @@ def learned(
     Raises InputError for activations that do not vary; `where` they are.
     """
     is_transcoder = place.target_site is not None
-    normalization = options.normalization
-    kind = Kind(
+    kind = Kind(  # while it trains; in the end the scale of normalization none is folded into the weights
         gate="jumprelu" if options.gate == "batch_topk" else "topk",
-        normalization=normalization,
-        scale=unit_scale(read) if normalization == "scale" else 1.0,
+        normalization="layer_norm" if options.normalization == "layer_norm" else "scale",
+        scale=1.0 if options.normalization == "layer_norm" else unit_scale(read),
         centred=not is_transcoder,
         target_site=place.target_site,
-        target_scale=unit_scale(written) if is_transcoder and normalization != "none" else 1.0,
+        target_scale=unit_scale(written) if is_transcoder else 1.0,
         skip=options.skip,
     )
-    if not is_transcoder and normalization == "layer_norm":
+    if not is_transcoder and kind.normalization == "layer_norm":
         b_pre, mean, var = written.b_pre, written.mean_normalized, written.var_normalized
     else:
         factor = kind.target_scale if is_transcoder else kind.scale

@@ -137,7 +137,7 @@ class Step:
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """The rows that all processes of this row see, in micro-batches."""
         x = self.slices.all_gather(x).flatten(0, 1)
-        return x.split(self.options.micro_batch_size or len(x))
+        return x.split(self.options.micro_batch_size or self.options.batch_size // self.data.size)
 
     def _kept_of_batch(self, parts: Sequence[Tensor], encoder_dtype: torch.dtype) -> tuple[list[Kept], Tensor]:
         """What BatchTopK keeps of the whole batch, by part, and the least of it. parts: raw."""
@@ -148,10 +148,12 @@ class Step:
             guess = self.least
             if guess is None:
                 guess = typical_kth_highest(sae, read[0], sae.k, self.world)
-            return keep_highest_of_batch(sae, read, sae.k * self.options.batch_size, guess, self.world, encoder_dtype)
+            n_rows = self.data.size * sum(map(len, parts))  # of the whole batch
+            return keep_highest_of_batch(sae, read, sae.k * n_rows, guess, self.world, encoder_dtype)
 
     def least_kept(self, x: Tensor) -> Tensor:
-        """(), the least pre-activation that BatchTopK keeps of a batch; nothing changes. x: as for `gradients`."""
+        """(), the least pre-activation that BatchTopK keeps of a batch of any size; nothing changes. x: as for
+        `gradients`."""
         return self._kept_of_batch(self._parts(x), torch.float32)[1]
 
     def _gradients(self) -> list[Tensor]:

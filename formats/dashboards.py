@@ -3,8 +3,8 @@
 sae_dashboard  batch-N.json, as SAEDashboard 0.8 writes and reads them: {model_id, layer, sae_set, sae_id_suffix,
                features}, each feature with its strongest texts, promoted and suppressed tokens, frequency, direction
 neuronpedia    upload-N.json, bodies of POST /api/feature/upload-batch: {modelId, source, features}, at most 128
-               features of index, density, explanations, activations of at most 1,024 tokens; without the latents that
-               have no text
+               features of index, density, topLogits and bottomLogits (at most 20), explanations, activations of at most
+               1,024 tokens; without the latents that have no text
 
 Neuronpedia's SAEs are at TransformerLens' sites, which the outputs of norms are not.
 """
@@ -26,7 +26,7 @@ from pipeline.sae_files import SaeFiles
 from sae import SparseAutoencoder
 
 _AT_ONCE = 128  # features in a file
-_TEXTS = 20  # of a feature
+_TEXTS, _LOGITS = 20, 20  # of a feature
 _MOST_TOKENS, _MOST_CHARACTERS = 1024, 512  # of an activation, of an explanation
 _TOP = -1  # bin_min, bin_max, bin_contains of the strongest texts
 
@@ -104,7 +104,13 @@ def _neuronpedia_feature(known: Known, latent: int, sentences: Sequence[TopSente
     meaning = known.meanings.get(latent)
     explanations = [{"text": meaning.text[:_MOST_CHARACTERS]}] if meaning else []
     density = min(1.0, max(0.0, known.latents[latent]["frequency"]))
-    return {"index": latent, "density": density, "explanations": explanations, "activations": shown}
+    top, bottom = (
+        [{"token": token, "value": value} for token, value in zip(row[tokens], row[scores], strict=True)][:_LOGITS]
+        for row in [known.promoted[latent]]
+        for tokens, scores in (("tokens", "scores"), ("suppressed_tokens", "suppressed_scores"))
+    )
+    found = {"index": latent, "density": density, "topLogits": top, "bottomLogits": bottom}
+    return found | {"explanations": explanations, "activations": shown}
 
 
 def _write(folder: Path, name: str, about: Mapping[str, Any], features: Iterator[dict[str, Any]]) -> int:

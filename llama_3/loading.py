@@ -93,9 +93,11 @@ IGNORED = re.compile(
 )
 # Tensors without effect when keys and values are kept in the model's own dtype.
 CACHE_SCALES = re.compile(r".+\.(k|v|kv|q|prob|output)_scale")
+# Biases that a model may have: Hugging Face's where config.json says mlp_bias, and GGUF's.
+MLP_BIAS = re.compile(r"layers\.\d+\.feed_forward\.w[123]\.bias")
 # What other unknown tensors are.
 STRANGERS = {
-    r"\.bias$": "a bias, and biases are not supported here; use Llama 3.x, SmolLM2 or TinyLlama",
+    r"\.bias$": "a bias, and biases are not supported here (but for mlp_bias); use Llama 3.x, SmolLM2 or TinyLlama",
     r"lora_|\.adapter": "part of an adapter; merge it into its model (merge_and_unload of peft) and name that",
     r"scale|qweight|qzeros|g_idx|absmax|quant|\.SCB$": "part of quantised weights; fetch the model in bfloat16",
 }
@@ -210,9 +212,8 @@ def _hugging_face_args(found: Checkpoint) -> dict[str, Any]:
     for name, known in {"model_type": ["llama"], "hidden_act": ["silu", "swish"]}.items():
         if config.get(name, known[0]) not in known:
             raise _not_supported(found, f"{name} {json.dumps(config[name])}")
-    for name in ("attention_bias", "mlp_bias"):
-        if config.get(name):
-            raise _not_supported(found, f"{name} {json.dumps(config[name])}")
+    if config.get("attention_bias"):
+        raise _not_supported(found, f"attention_bias {json.dumps(config['attention_bias'])}")
     if config.get("quantization_config"):
         raise InputError(
             f"{found.config_path} has a quantization_config, which is not supported here; fetch the model in bfloat16."
@@ -281,11 +282,13 @@ def load_model(
             f"{args.n_kv_heads} for keys); take the file that belongs to the weights."
         )
     check_files(found.weights)
-    with torch.device("meta"):
-        model = Transformer(args)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     reader = READERS[found.format]
     loaded = without_needless(reader.weights(found))
+    with torch.device("meta"):
+        model = Transformer(args)
+        if found.format == "gguf" or found.config.get("mlp_bias"):
+            _add_biases(model, loaded)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     _check(loaded, expected, found)
     output, embedding = loaded["output.weight"].tensor, loaded["tok_embeddings.weight"].tensor
     tied = output is embedding or (
@@ -301,9 +304,10 @@ def load_model(
             tensor, path = tensor.read(dtype), None
         if reader.rotates_halves and name.endswith((".wq.weight", ".wk.weight")):
             tensor = tensor.unflatten(0, (-1, 2, args.head_dim // 2)).transpose(1, 2)
-        layer = name.removesuffix(".weight")
-        if packed and isinstance(model.get_submodule(layer), nn.Linear):
-            linear = PackedLinear(tensor, dtype, in_file=path is not None and not _is_remote(path))
+        layer, _, kind = name.rpartition(".")
+        if packed and kind == "weight" and isinstance(model.get_submodule(layer), nn.Linear):
+            in_file = path is not None and not _is_remote(path)
+            linear = PackedLinear(tensor, dtype, in_file, state.pop(f"{layer}.bias", None))  # it is smaller, so earlier
             model.set_submodule(layer, linear)
             model.to_pack.append(linear)
         elif packed and name == "tok_embeddings.weight":
@@ -318,6 +322,13 @@ def load_model(
     if tied and not packed:
         model.output.weight = model.tok_embeddings.weight  # one parameter: `.to` copies it once
     return model.requires_grad_(False).eval()
+
+
+def _add_biases(model: Transformer, loaded: dict[str, Loaded]) -> None:
+    """Give matrices of the feed-forward layers the biases that the files hold."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and MLP_BIAS.fullmatch(f"{name}.bias") and f"{name}.bias" in loaded:
+            layer.bias = nn.Parameter(torch.empty(layer.out_features))
 
 
 def _is_remote(path: str) -> bool:
@@ -390,6 +401,8 @@ def without_needless(loaded: dict[str, Loaded]) -> dict[str, Loaded]:
         if CACHE_SCALES.fullmatch(each.name):
             say(f"{each.path} holds scales of an 8-bit cache ({each.name}), which are ignored.")
         elif each.name.endswith(".bias") and not _values(each).any():
+            if MLP_BIAS.fullmatch(name):
+                continue
             say(f"{each.path} holds biases of zero ({each.name}), which change nothing.")
         else:
             kept[name] = each
@@ -418,10 +431,11 @@ def _read_gguf(found: Checkpoint) -> dict[str, Loaded]:
             ) from None
     loaded: dict[str, Loaded] = {}
     for name, tensor in tensors.items():
-        layer, _, part = name.removesuffix(".weight").removeprefix("blk.").rpartition(".")
+        stem, _, kind = name.removeprefix("blk.").rpartition(".")
+        layer, _, part = stem.rpartition(".")
         known = GGUF_NAMES.get(part, part)
         if part != "rope_freqs":
-            ours = f"layers.{layer}.{known}.weight" if layer else f"{known}.weight"
+            ours = f"layers.{layer}.{known}.{kind}" if layer else f"{known}.{kind}"
             loaded[ours if part in GGUF_NAMES else name] = Loaded(Quantized(tensor), name, path)
     if "output.weight" not in loaded and "tok_embeddings.weight" in loaded:
         loaded["output.weight"] = loaded["tok_embeddings.weight"]
@@ -430,10 +444,10 @@ def _read_gguf(found: Checkpoint) -> dict[str, Loaded]:
 
 def _meta_name(name: str) -> str:
     """model.layers.3.mlp.up_proj.weight -> layers.3.feed_forward.w3.weight; unknown names stay what they are."""
-    match = re.fullmatch(r"(?:model\.)?(layers\.\d+\.)?(.+)\.weight", name)
+    match = re.fullmatch(r"(?:model\.)?(layers\.\d+\.)?(.+)\.(weight|bias)", name)
     if match is None or match[2] not in HF_NAMES:
         return name
-    return f"{match[1] or ''}{HF_NAMES[match[2]]}.weight"
+    return f"{match[1] or ''}{HF_NAMES[match[2]]}.{match[3]}"
 
 
 class Reader(NamedTuple):

@@ -9,18 +9,20 @@ from torch import Tensor, nn
 
 
 class PackedLinear(nn.Module):
-    """A linear layer without bias for inference on a CPU, its weight in the layout that oneDNN reads fastest.
+    """A linear layer for inference on a CPU, its weight in the layout that oneDNN reads fastest.
 
     Decoding is bound by reading weights; rates are in docs/benchmarks.md. The weight is packed at the model's first
     forward pass. It is not a parameter, so it cannot be trained or saved.
     """
 
-    def __init__(self, source: Tensor, dtype: torch.dtype, in_file: bool):
-        """source: the weight, (..., in), leading dimensions being the outputs; in_file: it is mapped from a file."""
+    def __init__(self, source: Tensor, dtype: torch.dtype, in_file: bool, bias: Tensor | None = None):
+        """source: the weight, (..., in), leading dimensions being the outputs; in_file: it is mapped from a file; bias:
+        (out) in `dtype`."""
         super().__init__()
         self.source: Tensor | None = source
         self.weight_dtype, self.in_file = dtype, in_file
         self.weight: Tensor | None = None
+        self.bias = bias
 
     @staticmethod
     def can(device: torch.device | str, dtype: torch.dtype) -> bool:
@@ -43,7 +45,7 @@ class PackedLinear(nn.Module):
         self.source = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 _packing = threading.Lock()

@@ -49,7 +49,7 @@ def save_hugging_face(
     """Write the model in `model_dir` to a new Hugging Face folder, with biases; returns the dtype of its weights.
 
     biases: by a matrix's name in Meta's words, such as layers.3.feed_forward.w2, each as long as its output, in the
-    order of Meta's rows. dtype: of the file; None: the checkpoint's own, bfloat16 for a quantised one.
+    order of Meta's rows; added to those that the model has. dtype: of the file; None: the checkpoint's own, bfloat16 for a quantised one.
     Raises InputError for a checkpoint that cannot be said in a config.json.
     """
     found = find_checkpoint(model_dir)
@@ -57,6 +57,10 @@ def save_hugging_face(
     loaded = without_needless(reader.weights(found))
     dtype = dtype or stored_dtype(loaded.values())
     tied = is_tied(loaded)
+    for name in [name for name in loaded if name.endswith(".bias")]:
+        matrix, own = name.removesuffix(".bias"), loaded.pop(name).tensor
+        own = own.read(torch.float32) if isinstance(own, Quantized) else own.float()
+        biases = {**biases, matrix: own + biases[matrix].cpu() if matrix in biases else own}
     switches = [name for name, parts in SWITCHES.items() if any(bias.split(".", 2)[2] in parts for bias in biases)]
     state: dict[str, Tensor] = {}
     for name, each in loaded.items():
@@ -243,7 +247,8 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def copy_gguf(source: str, path: Path, biases: Mapping[str, Tensor]) -> None:
-    """A copy of a GGUF file with biases, by names in Meta's words as above; everything else is kept bit for bit."""
+    """A copy of a GGUF file with biases, by names in Meta's words as above, added to those that it has; everything else
+    is kept bit for bit."""
     theirs = {ours: name for name, ours in GGUF_NAMES.items()}
     reader = gguf.GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
@@ -255,20 +260,24 @@ def copy_gguf(source: str, path: Path, biases: Mapping[str, Tensor]) -> None:
         kind = field.types[0]
         inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
-    for tensor in reader.tensors:
-        writer.add_tensor_info(
-            tensor.name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type
-        )
     added = {}
     for name, bias in biases.items():
         _, layer, part = name.split(".", 2)
         added[f"blk.{layer}.{theirs[part]}.bias"] = bias.float().cpu().contiguous().numpy()
+    tensors = [tensor for tensor in reader.tensors if tensor.name not in added]
+    for tensor in reader.tensors:
+        if tensor.name in added:
+            added[tensor.name] = added[tensor.name] + gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    for tensor in tensors:
+        writer.add_tensor_info(
+            tensor.name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type
+        )
     for name, values in added.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor in reader.tensors:
+    for tensor in tensors:
         writer.write_tensor_data(tensor.data)
     for values in added.values():
         writer.write_tensor_data(np.ascontiguousarray(values))

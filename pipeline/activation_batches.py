@@ -144,14 +144,6 @@ class StoredRows:
             }
             yield lambda: {site: reader.next() for site, reader in readers.items()}
 
-    def some_steps(self, n: int) -> Iterator[Rows]:
-        """Rows of up to n steps, the same each time."""
-        for i in range(min(n, self.steps_per_epoch)):
-            yield {
-                site: self._on_device(batches.read(0, i, self.world.rank, self.world.size))
-                for site, batches in self.batches.items()
-            }
-
     def held_out(self, n_rows: int) -> Iterator[Rows]:
         """The held-out rows, n_rows at a time, divided among the rows of the grid."""
         chunk = 0
@@ -161,6 +153,17 @@ class StoredRows:
                 chunk += 1
                 if chunk % self.grid.column.size == self.grid.column.rank:
                     yield {site: self._on_device(part) for site, part in zip(shards, parts, strict=True)}
+
+    def held_out_sample(self, n_rows: int) -> Rows:
+        """Up to n_rows held-out rows, as many on each process, the same each time; of training if none are held out."""
+        record = (self.manifest["validation_shards"] or self.manifest["shards"])[0]
+        found: Rows = {}
+        for site, (folder, _) in self.folders.items():
+            rows = open_rows(Path(folder) / record["file"])[:n_rows]
+            share = -(-len(rows) // self.world.size)
+            own = torch.arange(self.world.rank * share, (self.world.rank + 1) * share) % len(rows)
+            found[site] = self._on_device(rows[own])
+        return found
 
     def sample(self, n_rows: int) -> Rows:
         """Some rows of every site."""

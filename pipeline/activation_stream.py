@@ -212,12 +212,6 @@ class StreamedRows:
 
         yield following
 
-    def some_steps(self, n: int) -> Iterator[Rows]:
-        """Rows of up to n steps of the filling in memory: at the end of a pass always the same ones."""
-        assert self.held is not None
-        for step in range(min(n, self.fillings[self.held[1]].n_rows // self.rows_per_lane)):
-            yield self.rows(step)
-
     def held_out(self, n_rows: int) -> Iterator[Rows]:
         """The held-out rows, n_rows at a time, made anew by the model and divided among the rows of the grid."""
         for lanes in self.held_out_lanes:
@@ -227,6 +221,20 @@ class StreamedRows:
                 n = len(next(iter(every.values())))
                 for start in range(0, n, n_rows):
                     yield {site: self._on_device([rows[start : start + n_rows]]) for site, rows in every.items()}
+
+    def held_out_sample(self, n_rows: int) -> Rows:
+        """About n_rows held-out rows, as many on each process, the same each time; of the filling in memory if none are
+        held out."""
+        own = self.buffer
+        if self.held_out_lanes and all(map(len, self.held_out_lanes[0])):
+            n_sentences = sum(len(lane) for lanes in self.held_out_lanes for lane in lanes)
+            n = -(-n_rows * n_sentences // (LANES * self.n_held_out))  # of each lane
+            lanes = self.lanes([lane[:n] for lane in self.held_out_lanes[0]], "held-out activations")
+            made = [acts for _, acts in lanes]
+            own = {site: [acts[site] for acts in made] for site in self.capturer.sites}
+        shortest = min(len(rows) for lanes in own.values() for rows in lanes)
+        n = min(n_rows // LANES, *self.world.gather(shortest))
+        return {site: self._on_device([rows[:n] for rows in lanes]) for site, lanes in own.items()}
 
     def sample(self, n_rows: int) -> Rows:
         """Some rows of every site; none before a filling is in memory."""

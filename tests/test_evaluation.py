@@ -400,6 +400,21 @@ def test_script_takes_the_held_out_sentences(sae_path, sae, info, model, tiny_mo
     }  # fmt: skip
 
 
+def test_an_sae_from_elsewhere_on_sentences_given(sae_path, sae, info, model, tiny_model_dir, capsys):
+    """As sae_convert.py import writes it: no sentences, and so nothing that was held out."""
+    known = ("site", "begin_of_text", "model_dir", "model")
+    save_sae(sae, sae_path, {name: info[name] for name in known} | {"imported": {"format": "saelens"}})
+    options = {"sae_model_path": sae_path, "num_sentences": 9, "batch_tokens": 100}
+    assert "name a folder of sentences with --sentences_dir" in refusal(capsys, sae_evaluation, **options)
+    call(sae_evaluation, **options, sentences_dir=info["sentences_dir"])
+    assert "not the training data" not in capsys.readouterr().out
+    given = [load_tokenizer(tiny_model_dir).encode(text) for text in TEXTS[:9]]
+    expected, result = naive(model, sae, [ids for ids in given if len(ids) > 1]), read(sae_path)
+    for name in ("fvu", "l0", "loss_clean", "loss_spliced"):
+        assert result[name] == pytest.approx(expected[name], rel=1e-4)
+    assert result["dead_frac"] is None
+
+
 def test_script_works_from_anywhere_after_a_move(sae, info, tiny_model_dir, tmp_path, monkeypatch):
     before, after, elsewhere = tmp_path / "before", tmp_path / "after", tmp_path / "elsewhere"
     shutil.copytree(tiny_model_dir, before / "model")

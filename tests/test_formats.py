@@ -21,7 +21,7 @@ import sae_convert as script
 from formats.comparison import difference, made_up_activations
 from formats.table import FORMATS, recognise
 from latents.index import LatentIndex
-from latents.tables import top_sentences
+from latents.tables import PROMOTED, top_sentences
 from llama_3 import load_model, load_tokenizer
 from llama_3.checkpoint import TINY_LLAMA_DIR
 from pipeline.errors import InputError
@@ -84,6 +84,13 @@ def dense(sae: SparseAutoencoder, x: torch.Tensor) -> tuple[torch.Tensor, torch.
     return latents, sae(x)
 
 
+def show_differences(capsys: pytest.CaptureFixture, what: str, lines: list[str]) -> None:
+    """In make interop, where people want to see them."""
+    if "INTEROP" in os.environ:
+        with capsys.disabled():
+            print(f"\n{what}", *(line for line in lines if line.startswith("Against")), sep="\n    ")
+
+
 @pytest.mark.parametrize(
     ("name", "variant", "write", "options"), CASES, ids=lambda part: getattr(part, "__name__", str(part)[:30])
 )
@@ -100,6 +107,7 @@ def test_import(tmp_path, capsys, name, variant, write, options):
     site = {"site": "layers.3.resid_post"} if name in NO_SITE else {}
     call(script, command_word="import", path=folder, output_path=tmp_path / "sae.pth", **site)
     against = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Against")]
+    show_differences(capsys, f"import {name} {variant}", against)
     assert against[0].startswith("Against its formula: largest difference over 256 activations")
     if "INTEROP" in os.environ and row.package is not None:
         assert against[1].startswith("Against its own program: largest difference over 256 activations")
@@ -181,6 +189,7 @@ def test_export_and_back(tmp_path, capsys, to, kind):
     folder = tmp_path / ("layers.3.mlp" if to == "sparsify" and kind.target_site else "layers.3")
     call(script, command_word="export", path=tmp_path / "sae.pth", to=to, output_path=folder)
     lines = capsys.readouterr().out.splitlines()
+    show_differences(capsys, f"export to {to}: {kind.in_words}, {kind.normalization}", lines)
     assert any(line.startswith("Against its formula: largest difference") for line in lines[-2:])
     if "INTEROP" in os.environ and FORMATS[to].package is not None:
         assert lines[-1].startswith("Against its own program: largest difference")
@@ -459,10 +468,56 @@ def test_latents_for_neuronpedia(known_latents, tmp_path, tiny_model_dir, capsys
     named = {f["index"]: f["explanations"][0]["text"] for f in body["features"] if f["explanations"]}
     assert named == {i: text for i, (text, _) in latent_files.MEANINGS.items() if i not in latent_files.DEAD}
     assert all(0 <= f["density"] <= 1 and 1 <= len(f["activations"]) <= 20 for f in body["features"])
+    promoted = PROMOTED.read(known_latents.with_name("sae.promoted.parquet"), ["tokens", "scores"]).to_pylist()
+    for feature in body["features"]:
+        row = promoted[feature["index"]]
+        expected = [{"token": t, "value": v} for t, v in zip(row["tokens"], row["scores"], strict=True)]
+        assert feature["topLogits"] == expected[:20] and len(feature["bottomLogits"]) <= 20
     info = json.loads(known_latents.with_suffix(".json").read_text())
     known_latents.with_suffix(".json").write_text(json.dumps(info | {"site": "layers.1.attention_norm"}))
     options |= {"llama_model_dir": tiny_model_dir, "output_path": tmp_path / "other"}
     assert "and layers.1.attention_norm is none" in refusal(capsys, script, command_word="export", **options)
+
+
+@pytest.mark.skipif("INTEROP" not in os.environ, reason="make interop")
+def test_an_export_of_latents_in_the_programs_themselves(known_latents, tmp_path, tiny_model_dir, monkeypatch):
+    """SAEDashboard's classes read a batch and write the same; Neuronpedia's client sends the same features as we do."""
+    from neuronpedia.np_activation import Activation
+    from neuronpedia.np_explanation import Explanation
+    from neuronpedia.np_feature import Feature, Logit
+    from neuronpedia.requests.feature_request import FeatureRequest
+    from sae_dashboard.neuronpedia.neuronpedia_dashboard import NeuronpediaDashboardBatch
+
+    options = {"path": known_latents, "llama_model_dir": tiny_model_dir}
+    for to in ("sae_dashboard", "neuronpedia"):
+        call(script, command_word="export", to=to, output_path=tmp_path / to, **options)
+    batch = json.loads((tmp_path / "sae_dashboard" / "batch-0.json").read_text())
+    found = NeuronpediaDashboardBatch(**batch).to_dict()
+    assert {name: found[name] for name in batch if name != "features"} == {
+        name: value for name, value in batch.items() if name != "features"
+    }
+    for theirs, ours in zip(found["features"], batch["features"], strict=True):
+        assert {name: theirs[name] for name in ours} == ours
+
+    body, sent = json.loads((tmp_path / "neuronpedia" / "upload-0.json").read_text()), []
+    monkeypatch.setattr(FeatureRequest, "send_request", lambda self, json, **_: sent.append(json))
+    features = []
+    for each in body["features"]:
+        about = {"modelId": body["modelId"], "source": body["source"], "index": each["index"]}
+        top, bottom = ([Logit(**logit) for logit in each[name]] for name in ("topLogits", "bottomLogits"))
+        explanations = [Explanation(**about, **explanation) for explanation in each["explanations"]]
+        activations = [Activation(**about, **activation) for activation in each["activations"]]
+        features.append(Feature(**about, density=each["density"], top_logits=top, bottom_logits=bottom,
+                                explanations=explanations, activations=activations))  # fmt: skip
+    FeatureRequest("key").upload_batch(body["modelId"], body["source"], features)
+    (theirs,) = sent
+
+    def without_none(part):
+        if isinstance(part, dict):
+            return {name: without_none(value) for name, value in part.items() if value is not None}
+        return [without_none(each) for each in part] if isinstance(part, list) else part
+
+    assert without_none(theirs) == body
 
 
 @pytest.mark.slow

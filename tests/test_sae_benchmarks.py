@@ -11,16 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 PROJECT_DIR = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT_DIR / "benchmarks"))
 
+import absorption
 import sae_quality
 import sae_step
 from sae_step import Measured, Size
 from support.pipeline_runs import call
 
-from sae import SparseAutoencoder
+from llama_3 import load_model, load_tokenizer
+from sae import Kind, SparseAutoencoder
 
 SIZE = Size(d_model=7, n_latents=20, k=3, batch_size=11)
 
@@ -164,3 +168,85 @@ def test_a_way_without_memory_is_a_row():
     huge = Size(d_model=2**16, n_latents=2**30, k=4, batch_size=8)  # 256 TB of weights
     found = sae_step.measure_alone("the original's way", huge, "cpu", threads=1, rounds=1)
     assert found == Measured([], 0, "out of memory")
+
+
+# ---- absorption
+
+
+def test_absorption_of_an_sae_whose_absorption_is_known():
+    """Words of three letters, each x = letter + word in orthogonal directions. The latent of a letter is silent on some
+    words, where the word's own latent writes both; on others the word's own latent writes the word alone."""
+    n_letters, n_words = 3, 40
+    n = n_letters * n_words
+    d = n_letters + n
+    basis = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(1))).Q
+    letters = torch.arange(n) // n_words
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.rand(n, generator=generator) < torch.tensor([0.0, 0.25, 0.5])[letters]
+    is_test = torch.rand(n, generator=generator) < 0.5
+    of_letter, of_word = basis[:n_letters], basis[n_letters:]
+    encoder, decoder = torch.cat([of_letter, of_word]), torch.cat([of_letter, of_word])
+    for word in hidden.nonzero().flatten().tolist():
+        letter = int(letters[word])
+        encoder[letter] -= 2 * of_word[word]
+        encoder[n_letters + word] *= 2**0.5
+        decoder[n_letters + word] = (of_letter[letter] + of_word[word]) / 2**0.5
+    sae = SparseAutoencoder(d, d, kind=Kind("relu", "none", centred=False))
+    zeros = torch.zeros(d)
+    sae.load_state_dict(
+        {"b_pre": zeros, "encoder.weight": encoder, "encoder.bias": zeros, "decoder.weight": decoder.t()}
+    )
+    x = of_letter[letters] + of_word
+    torch.testing.assert_close(sae(x), x, atol=1e-5, rtol=1e-5)  # it hides, it does not lose
+
+    words = absorption.Words(x, letters, is_test)
+    probe = absorption.fit_probe(words)
+    assert (probe.f1[:n_letters] == 1).all() and (probe.f1[n_letters:] == 0).all() and probe.is_right.all()
+    rates = [float(hidden[is_test & (letters == letter)].float().mean()) for letter in range(n_letters)]
+    found = absorption.absorption(sae, words, probe)
+    assert found.rate == pytest.approx(sum(rates) / n_letters) and rates[2] > rates[1] > rates[0] == 0
+    assert found.fraction == pytest.approx(found.rate) and found.main_latents == 1 and found.n_letters == n_letters
+
+
+@given(st.integers(0, 1000), st.integers(1, 12), st.integers(1, 3))
+@settings(max_examples=40)
+def test_absorbed_as_its_definition_says(seed, n_latents, n_main):
+    """A loop over words, in the words of SAEBench's definition."""
+    rng = np.random.default_rng(seed)
+    fires = rng.random((6, n_latents)) < 0.5
+    cosines = rng.choice([-0.3, 0.02, 0.05, 0.1, 0.5], n_latents)
+    added = np.where(fires, rng.choice([0.5, 1.0, 2.0], (6, n_latents)), 0) * cosines
+    projection = rng.choice([-0.1, 0.05, 0.3, 1.0], 6)
+    main = rng.choice(n_latents, min(n_main, n_latents), replace=False).tolist()
+    found = absorption.absorbed(*map(torch.tensor, (added, projection, fires, cosines)), main)
+    for word in range(6):
+        top = int(added[word].argmax())
+        full = not fires[word, main].any() and cosines[top] >= 0.025 and projection[word] >= 0
+        full = full and added[word, top] >= 0.4 * projection[word]
+        assert bool(found[0][word]) == full
+
+        others = [i for i in range(n_latents) if i not in main and cosines[i] >= 0.1 and added[word, i] > 0]
+        absorbing = sum(sorted((added[word, i] for i in others), reverse=True)[:3])
+        mains = added[word, main].sum()
+        if projection[word] <= 0 or mains >= projection[word] or absorbing / projection[word] < 0.4:
+            expected = 0.0
+        elif mains <= 0:
+            expected = 1.0
+        else:
+            rest = min(absorbing, projection[word] - mains)
+            expected = rest / (rest + mains)
+        assert float(found[1][word]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_words_and_their_activations(tiny_model_dir):
+    """Each as if the whole prompt had been read."""
+    model, tokenizer = load_model(tiny_model_dir), load_tokenizer(tiny_model_dir)
+    tokens, letters = absorption.word_tokens(tokenizer, model.args.vocab_size)
+    texts = [tokenizer.decode([token]) for token in tokens]
+    assert texts and all(text[0] == " " and text[1:].isalpha() for text in texts)
+    assert [absorption.LETTERS[letter] for letter in letters] == [text[1].lower() for text in texts]
+    words = absorption.read_words(model, tokenizer, "layers.1.resid_post", tokenizer.bos_id)
+    prompt = absorption.prompt_ids(tokenizer, tokenizer.bos_id)
+    for i in range(0, len(tokens), max(1, len(tokens) // 4)):
+        x = model.activations(torch.tensor([[*prompt, tokens[i]]]), "layers.1.resid_post")[0, -1]
+        torch.testing.assert_close(words.x[i], x, atol=1e-4, rtol=1e-4)

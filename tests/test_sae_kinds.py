@@ -337,3 +337,18 @@ def test_what_a_latent_adds_to_the_output(kind):
     if kind.target_site is None and kind.normalization == "layer_norm":
         expected = expected * std + mean
     torch.testing.assert_close(x_hat, expected)
+
+
+@pytest.mark.parametrize("to", [("none", 1.0), ("scale", 0.3)], ids=str)
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.normalization != "layer_norm"])
+def test_other_constant_scales_compute_the_same(name, to):
+    kind = KINDS[name]
+    if kind.target_site and kind.centred:
+        pytest.skip("a centred transcoder takes off the bias of another space")
+    sae, x = make(kind), inputs(6, D)
+    other = sae.rescaled(*to, 5.0 if kind.target_site else 1.0)
+    assert other.kind[1:3] == to and other.kind.target_scale == (5.0 if kind.target_site else 1.0)
+    assert other.decoder.weight.equal(sae.decoder.weight)
+    torch.testing.assert_close(other(x), sae(x), rtol=1e-4, atol=1e-4)
+    fires = lambda each: dense_of(*each.encode(x)) > 0
+    assert fires(other).equal(fires(sae)) and fires(sae).any()

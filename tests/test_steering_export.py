@@ -115,6 +115,13 @@ def test_biases_are_the_constant(source, kind, tmp_path):
     expected = logits_with(model, site, added, ids)
     assert float((expected - model(ids)).abs().max()) > 0.1  # the constant does something
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    if kind.startswith("attention") or kind == "resid_mid":
+        with pytest.raises(InputError, match="attention_bias true, which is not supported here"):
+            load_model(str(tmp_path / "out"))
+        return
+    for packed in (False, True):
+        ours = load_model(str(tmp_path / "out"), packed=packed)
+        torch.testing.assert_close(ours(ids), found, atol=1e-4, rtol=1e-4)
 
 
 def test_the_written_tokenizer_is_the_same(source, tmp_path):
@@ -140,11 +147,14 @@ def test_a_hugging_face_folder_keeps_its_files(source, tmp_path):
     config = json.loads((tmp_path / "second" / "config.json").read_text())
     assert config == json.loads((tmp_path / "first" / "config.json").read_text()) | {"mlp_bias": True}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "second", dtype=torch.float32)
-    ids = torch.tensor([IDS[1]])
+    ids, expected = torch.tensor([IDS[1]]), logits_with(model, "layers.0.mlp_out", added, torch.tensor([IDS[1]]))
     with torch.inference_mode():
-        torch.testing.assert_close(
-            theirs(ids).logits, logits_with(model, "layers.0.mlp_out", added, ids), atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    more = {"layers.0.feed_forward.w2": -added, "layers.1.feed_forward.w1": torch.ones(model.args.hidden_dim)}
+    save_hugging_face(str(tmp_path / "second"), tmp_path / "third", more)
+    third = load_model(str(tmp_path / "third"))
+    assert third.layers[0].feed_forward.w2.bias is None or not third.layers[0].feed_forward.w2.bias.any()
+    assert third.layers[1].feed_forward.w1.bias.tolist() == [1.0] * model.args.hidden_dim
 
 
 def test_rows_in_halves():
@@ -167,6 +177,21 @@ def test_a_gguf_file_is_copied_with_its_biases(tmp_path):
     found = after.tensors["blk.1.ffn_down.bias"]
     assert found.kind == gguf.GGMLQuantizationType.F32
     assert torch.equal(torch.from_numpy(found.values().copy()), added)
+    with pytest.raises(InputError, match=r"blk\.2\.attn_q\.bias, a bias, and biases are not supported here"):
+        load_model(str(tmp_path / "steered.gguf"))
+
+
+def test_a_gguf_file_with_a_bias_opens(tmp_path):
+    """Its bias is the constant, and a second one is added to it."""
+    path, added = str(next(write_chat_model(tmp_path).glob("*.gguf"))), torch.randn(DIM)
+    copy_gguf(path, tmp_path / "once.gguf", {"layers.1.feed_forward.w2": added})
+    copy_gguf(str(tmp_path / "once.gguf"), tmp_path / "twice.gguf", {"layers.1.feed_forward.w2": added})
+    model, ids = load_model(path), torch.tensor([IDS[0]])
+    for name, times in (("once", 1), ("twice", 2)):
+        expected = logits_with(model, "layers.1.mlp_out", times * added, ids)
+        for packed in (False, True):
+            found = load_model(str(tmp_path / f"{name}.gguf"), packed=packed)(ids)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_where_a_constant_goes():
