@@ -798,7 +798,7 @@ def finish(training: Training, config: dict[str, Any]) -> None:
     state = load_checkpoint(whole_checkpoints(training.folder)[-1], 0, 1)
     sae = empty_sae(options, data.source.need("d_model"), data.normalize_eps, data.kind)
     sae.load_state_dict(state["sae"])
-    if options.normalization == "none":
+    if config["normalization"] == "none":
         sae = sae.rescaled("none")
     training.draw(state["counters"]["firing"])
     last, tokens = json.loads(progress.metrics[-1]), progress.step * training.batch_size
