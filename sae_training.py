@@ -448,8 +448,8 @@ class Training:
                     chunk += 1
                     if chunk % step.data.size != step.data.rank:
                         continue
-                    z, _, _ = step.sae.normalize(rows.to(device))
-                    y = None if target is None else step.sae.normalize_target(target.to(device))
+                    z = step.normalize(rows.to(device))
+                    y = None if target is None else step.normalize_target(target.to(device))
                     parts = step.losses(z, dead, torch.float32, y)
                     l0 += parts.fired.sum()
                     z = (z if y is None else y).double()
