@@ -548,8 +548,8 @@ class HeldOutSums:
     def add(self, found: Rows) -> None:
         step = self.step
         rows, target = self.training.own(found)
-        z, _, _ = step.sae.normalize(rows)
-        y = None if target is None else step.sae.normalize_target(target)
+        z = step.normalize(rows)
+        y = None if target is None else step.normalize_target(target)
         parts = step.losses(z, self.dead, torch.float32, y)
         self.l0 += parts.fired.sum()
         z = (z if y is None else y).double()

@@ -20,6 +20,8 @@ from autoencoder.losses import Dead, Kept, Losses, keep_highest_of_batch, loss_s
 from pipeline.distributed import Grid
 from sae import SparseAutoencoder
 
+_LONGEST = 10.0  # of an activation's length, in root mean squares
+
 
 class StepOptions(NamedTuple):
     """The options of a step, except the learning rate, named as in sae_training.py."""
@@ -89,6 +91,15 @@ class Step:
     def _is_dead(self, silent_tokens: Tensor) -> Tensor:
         return silent_tokens >= self.options.dead_after_tokens
 
+    def normalize(self, x: Tensor) -> Tensor:
+        """Raw x (..., d_model), normalised, as it is trained on: see `shortened`."""
+        z, _, _ = self.sae.normalize(x)
+        return z if self.sae.kind.normalization == "layer_norm" else shortened(z)
+
+    def normalize_target(self, y: Tensor) -> Tensor:
+        """Raw y (..., d_model) at a transcoder's target, likewise."""
+        return shortened(self.sae.normalize_target(y))
+
     def losses(
         self,
         z: Tensor,
@@ -111,8 +122,7 @@ class Step:
         parts, targets = self._parts(x), [None] if y is None else self._parts(y)
         choice, least = self._kept_of_batch(parts, encoder_dtype) if self.by_batch else ([None], None)
         for part, to, kept in zip_longest(parts, targets, choice):
-            z, _, _ = self.sae.normalize(part)
-            target = None if to is None else self.sae.normalize_target(to)
+            z, target = self.normalize(part), None if to is None else self.normalize_target(to)
             sums = self.losses(z, dead, encoder_dtype, target, kept)
             ((sums.main + options.aux_loss_coeff * sums.aux) * scale).backward()
             losses += torch.stack([sums.whole, sums.aux]).detach() * scale
@@ -144,7 +154,7 @@ class Step:
         sae = self.sae
         assert sae.k is not None
         with torch.no_grad():
-            read = [sae.centre(sae.normalize(part)[0]) for part in parts]
+            read = [sae.centre(self.normalize(part)) for part in parts]
             guess = self.least
             if guess is None:
                 guess = typical_kth_highest(sae, read[0], sae.k, self.world)
@@ -237,6 +247,17 @@ class Step:
         if sae.skip is not None:
             data += ring_bytes(self.world.size, 4 * sae.skip.numel())
         return data, latents
+
+
+def shortened(z: Tensor) -> Tensor:
+    """z (..., d_model), scaled by a constant to a mean squared length of d_model; those longer than _LONGEST times that
+    are made that long.
+
+    A few tokens in ten thousand, on which attention rests, are 50 times as long as the others (Sun et al. 2024,
+    arXiv:2402.17762): squared, they would be half of the loss, and their batches would end the run.
+    """
+    longest = _LONGEST * z.shape[-1] ** 0.5
+    return z * (longest / z.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
 
 
 def bytes_sent(

@@ -1,18 +1,18 @@
 """Feature absorption on first letters: how often a latent for one word hides that the word begins with its letter.
 
-An SAE may have a latent for "begins with s" and one for "short". If the second says that "short" begins with s, then the
-first can stay silent there, which is sparser, and no longer means what it seems to mean (Chanin et al. 2024,
+An SAE may have a latent for "begins with s" and one for "short". If the second says that "short" begins with s, then
+the first can stay silent there, which is sparser, and no longer means what it seems to mean (Chanin et al. 2024,
 arXiv:2409.14507). Measured as SAEBench 0.6 does (Karvonen et al. 2025, arXiv:2503.09532), with the differences below.
 
 Reads   SAE_MODEL_PATH: SAEs of one site of the residual stream; their model
 Writes  a markdown table to the terminal
 Method
-    words    every token of the vocabulary that is a space and at least two letters, each read after EXAMPLES; x is the
-             activation at its last token. One word in five is for testing, the others for fitting.
+    words    tokens of the vocabulary that are a space and at least two letters, NUM_WORDS of them at random, each read
+             after EXAMPLES; x is the activation at the word. One in five is for testing, the others for fitting.
     probe    by letter a logistic regression on x; p, its direction, of length 1. Letters count whose probe has an F1 of
              at least 0.6 on the test words.
-    main     by letter the latents that stand for it: logistic regressions on the 1, 2, ... latents whose mean differs
-             most between words with the letter and others, as long as one more raises F1 by more than 0.03.
+    main     by letter the latents that stand for it: logistic regressions on the 1, 2, ... latents whose firing alone
+             has the highest F1, as long as one more raises the regression's F1 by more than 0.03.
     added    latent i adds h_i (d_i . p) to the projection on p, in raw units; all that latents have to add is
              (x - x_hat without latents) . p.
     absorbed a test word with the letter, on which the probe is right and no main latent fires, where the latent that
@@ -20,21 +20,22 @@ Method
     fraction of a test word: what the up to three latents that add most, of those with a cosine of at least 0.1 but not
              main, add, beside what the main latents add; 0 where they add less than 0.4 of the projection.
     The rates are shares of the test words on which the probe is right, by letter, then averaged over the letters.
-Differs from SAEBench in that examples are the same for all words, so that the model reads them once; main latents are
-        found by their means, not by an L1-regularised probe; latents are in the stream's units where the SAE normalises
-        each activation, and the SAE's bias is taken off the projection.
-Cost    two minutes on one core for the words of SmolLM2, then half a minute for each SAE
+Differs from SAEBench in that examples are the same for all words, so that the model reads them once; words are a
+        sample; main latents are found one by one, not by an L1-regularised probe; latents are in the stream's units
+        where the SAE normalises each activation, and the SAE's bias is taken off the projection.
+Cost    half a minute of one core for the words of SmolLM2, seconds for each SAE
 
     python benchmarks/absorption.py --sae_model_path llama_3/smollm2/sae.pth
 """
 
 import common  # noqa: F401, puts the project on sys.path
 
-from pipeline.options import parse_constants
+from pipeline.options import Count, parse_constants
 from pipeline.run import run
 
 SAE_MODEL_PATH: tuple[str, ...] = ("llama_3/smollm2/sae.pth",)  # one or several, of one site
 LLAMA_MODEL_DIR = "models/smollm2-135M-Instruct-Q4_1"  # their model
+NUM_WORDS: Count = 8000  # words, at most
 
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
@@ -55,7 +56,7 @@ from pipeline.files import PROJECT_DIR
 from pipeline.progress import progress_bar
 from sae import SparseAutoencoder, load_sae_model
 
-EXAMPLES = "ocean garden silver window music paper yellow kitchen running between".split()
+EXAMPLES = ("ocean", "garden", "silver", "window", "music", "paper", "yellow", "kitchen", "running", "between")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _AT_ONCE = 256  # words
 _TEST_EVERY = 5  # words
@@ -109,33 +110,35 @@ def prompt_ids(tokenizer: Tokenizer, bos_id: int | None) -> list[int]:
 
 
 @torch.inference_mode()
-def read_words(model: Transformer, tokenizer: Tokenizer, site: str, bos_id: int | None) -> Words:
-    tokens, letters = word_tokens(tokenizer, model.args.vocab_size)
-    if not tokens:
+def read_words(model: Transformer, tokenizer: Tokenizer, site: str, bos_id: int | None, n_words: int) -> Words:
+    tokens, letters = map(torch.tensor, word_tokens(tokenizer, model.args.vocab_size))
+    if not len(tokens):
         raise InputError("The model's vocabulary has no tokens of a space and letters; name another model.")
+    chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))[:n_words]
+    tokens, letters = tokens[chosen], letters[chosen]
     prompt = prompt_ids(tokenizer, bos_id)
     known = model.new_cache(1, len(prompt) + 1)
     model.activations(torch.tensor([prompt]), site, cache=known)
     layers = [LayerCache(*(each.repeat(_AT_ONCE, 1, 1, 1) for each in layer)) for layer in known.layers]
     rows = []
     with progress_bar(total=len(tokens), unit="word", desc="words") as bar:
-        for batch in torch.tensor(tokens)[:, None].split(_AT_ONCE):
+        for batch in tokens[:, None].split(_AT_ONCE):
             cache = Cache([LayerCache(*(each[: len(batch)] for each in layer)) for layer in layers])
             cache.length = len(prompt)
             rows.append(model.activations(batch, site, cache=cache)[:, 0].float())
             bar.update(len(batch))
-    is_test = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)) % _TEST_EVERY == 0
-    return Words(torch.cat(rows).clone(), torch.tensor(letters), is_test)
+    return Words(torch.cat(rows).clone(), letters, torch.arange(len(tokens)) % _TEST_EVERY == 0)
 
 
 # ---- probes
 
 
 def logistic_regression(x: Tensor, y: Tensor, balanced: bool = False) -> tuple[Tensor, Tensor]:
-    """Weights (d, n_classes) and biases (n_classes) for x (n, d) and bool y (n, n_classes), each class against the rest.
+    """Weights (d, n_classes) and biases (n_classes) for x (n, d) and bool y (n, n_classes), each class against the
+    rest.
 
-    The penalty on the weights of standardised x is half their square, beside the sum of the losses. balanced: words with
-    and without the letter weigh the same in total.
+    The penalty on the weights of standardised x is half their square, beside the sum of the losses. balanced: words
+    with and without the letter weigh the same in total.
     """
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     z, y = (x - mean) / std, y.float()
@@ -168,10 +171,14 @@ def fit_probe(words: Words) -> Probe:
 
 
 def main_latents(latents: Tensor, y: Tensor, is_test: Tensor) -> tuple[list[int], float]:
-    """The latents that stand for what bool y (n) says, and the F1 on test words of a probe on them. latents: (n, all)."""
+    """The latents that stand for what bool y (n) says, and the F1 on test words of a probe on them.
+
+    latents: (n, n_latents).
+    """
     given, test = ~is_test, is_test
-    differs = latents[given & y].mean(0) - latents[given & ~y].mean(0)
-    best = differs.topk(min(_MOST_MAIN, len(differs))).indices.tolist()
+    fires, n_positive = (latents[given] > 0).float(), y[given].sum()
+    alone = 2 * (y[given].float() @ fires) / (n_positive + fires.sum(0))  # F1 of firing
+    best = alone.topk(min(_MOST_MAIN, len(alone))).indices.tolist()
     reached = 0.0
     for k in range(1, len(best) + 1):
         values = latents[:, best[:k]]
@@ -210,8 +217,8 @@ def absorbed(
 
 @torch.no_grad()
 def latents_of(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Dense latents (n, n_latents); what 1 of a latent adds in raw units, times its direction (n, 1); x without what the
-    SAE gives when nothing fires (n, d_model)."""
+    """Dense latents (n, n_latents); what 1 of a latent adds in raw units, times its direction (n, 1); x without what
+    the SAE gives when nothing fires (n, d_model)."""
     values, indices = sae.encode(x)
     latents = torch.zeros(len(x), sae.n_latents).scatter_add_(1, indices, values)
     _, mean, std = sae.normalize(x)
@@ -242,20 +249,21 @@ def absorption(sae: SparseAutoencoder, words: Words, probe: Probe) -> Absorption
     return Absorption(fmean(rates), fmean(fractions), fmean(numbers), fmean(scores), len(rates))
 
 
-def measure(saes: dict[str, SparseAutoencoder], model_dir: str) -> dict[str, Absorption]:
+def measure(saes: dict[str, SparseAutoencoder], model_dir: str, n_words: int) -> dict[str, Absorption]:
     """Name -> absorption, of SAEs of one site. Prints what the words and the probe are."""
     first = next(iter(saes.values()))
     for name, sae in saes.items():
         if (sae.site, sae.kind.target_site) != (first.site, None):
             raise InputError(f"{name} is not an SAE of {first.site}; give SAEs of one site, and no transcoders.")
     model, tokenizer = load_model(model_dir, packed=True), load_tokenizer(model_dir)
-    words = read_words(model, tokenizer, first.site, tokenizer.bos_id if first.info.get("begin_of_text") else None)
+    bos_id = tokenizer.bos_id if first.info.get("begin_of_text") else None
+    words = read_words(model, tokenizer, first.site, bos_id, n_words)
     probe = fit_probe(words)
+    counts = probe.f1 >= _LEAST_F1
     print(
-        f"{len(words.x):,} words at {first.site}, {int(words.is_test.sum()):,} of them for testing; "
-        f"F1 of the letters' probes {float(probe.f1.mean()):.2f} on average, at least {_LEAST_F1} for "
-        f"{int((probe.f1 >= _LEAST_F1).sum())} letters, right on {float(probe.is_right[words.is_test].double().mean()):.0%} "
-        "of the test words.",
+        f"{len(words.x):,} words at {first.site}, {int(words.is_test.sum()):,} of them for testing; the probes of "
+        f"{int(counts.sum())} letters have an F1 of {_LEAST_F1} or more, {float(probe.f1[counts].mean()):.2f} on "
+        f"average, and are right on {float(probe.is_right[words.is_test].double().mean()):.0%} of the test words.",
         flush=True,
     )
     return {name: absorption(sae, words, probe) for name, sae in saes.items()}
@@ -264,9 +272,7 @@ def measure(saes: dict[str, SparseAutoencoder], model_dir: str) -> dict[str, Abs
 def table(found: dict[str, Absorption]) -> str:
     lines = ["| SAE | absorbed | fraction | main latents of a letter | their F1 |", "|---|---|---|---|---|"]
     for name, row in found.items():
-        lines.append(
-            f"| {name} | {row.rate:.1%} | {row.fraction:.1%} | {row.main_latents:.1f} | {row.main_f1:.2f} |"
-        )
+        lines.append(f"| {name} | {row.rate:.1%} | {row.fraction:.1%} | {row.main_latents:.1f} | {row.main_f1:.2f} |")
     return "\n".join(lines)
 
 
@@ -274,7 +280,7 @@ def main() -> None:
     config = parse_constants(globals())
     os.chdir(PROJECT_DIR)
     saes = {path: load_sae_model(path) for path in config.sae_model_path}
-    print(table(measure(saes, config.llama_model_dir)))
+    print(table(measure(saes, config.llama_model_dir, config.num_words)))
 
 
 if __name__ == "__main__":

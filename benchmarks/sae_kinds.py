@@ -5,11 +5,11 @@ Writes  RUN_DIR: the activations, a folder per kind; kinds.json, curves.png; pri
 Method  the demo's recipe for every kind, in one process: equal data, order, seed and learning rate, k 32. FVU, of raw
         activations, because kinds normalise differently, and loss recovered on held-out sentences; dead latents at the
         end of training; absorption of first letters (absorption.py); detection score of the names from distinctive
-        words, mean over latents. The SAEs are at SITE; transcoders go from the same layer's MLP input to its output, and
-        an SAE of that output stands beside them. Sentences are read after begin-of-text: else the first token of each,
-        130 times as long as the others in the residual stream, is all that raw activations teach. The curves are of
-        held-out activations, as each kind normalises them. Speed: of the step alone on random activations, all kinds in
-        turn, the median of ROUNDS
+        words, mean over latents. The SAEs are at SITE; transcoders go from the same layer's MLP input to its output,
+        and an SAE of that output stands beside them. Sentences are read after begin-of-text: else the first token of
+        each, 130 times as long as the others in the residual stream, is all that raw activations teach. The curves are
+        of held-out activations, as each kind normalises them. Speed: of the step alone on random activations, all kinds
+        in turn, the median of ROUNDS
 Cost    about 5 minutes per kind on two cores; a killed run continues with the stage it was in
 
     python benchmarks/sae_kinds.py
@@ -216,7 +216,7 @@ def main() -> None:
     draw(saes, run_dir / "curves.png")
     evaluate(saes, config.num_sentences)
     at_site = {title: load_sae_model(sae) for title, sae in saes.items() if WAYS[title].reads is None}
-    absorptions = absorption.measure(at_site, recipe.model_dir)
+    absorptions = absorption.measure(at_site, recipe.model_dir, absorption.NUM_WORDS)
     rows: list[dict[str, Any]] = []
     for title, sae in saes.items():
         quality = read_json(sae.with_suffix(".evaluation.json"), "remove it.")

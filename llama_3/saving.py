@@ -49,7 +49,8 @@ def save_hugging_face(
     """Write the model in `model_dir` to a new Hugging Face folder, with biases; returns the dtype of its weights.
 
     biases: by a matrix's name in Meta's words, such as layers.3.feed_forward.w2, each as long as its output, in the
-    order of Meta's rows; added to those that the model has. dtype: of the file; None: the checkpoint's own, bfloat16 for a quantised one.
+    order of Meta's rows; added to those that the model has. dtype: of the file; None: the checkpoint's own, bfloat16
+    for a quantised one.
     Raises InputError for a checkpoint that cannot be said in a config.json.
     """
     found = find_checkpoint(model_dir)

@@ -39,6 +39,7 @@ from test_sae_parallel import one_run, run_in
 import sae_preprocessing
 import sae_training
 from autoencoder.losses import keep_highest_of_batch, loss_sums, nth_highest, typical_kth_highest
+from autoencoder.step import shortened
 from pipeline.distributed import ALONE
 from pipeline.files import sha256
 from sae import Kind, SparseAutoencoder, load_sae_model
@@ -281,7 +282,7 @@ def test_the_threshold_keeps_k_of_other_activations(data, tmp_path):
 
 
 def test_without_normalisation_it_trains_as_with_a_scale(data, tmp_path):
-    """The constant is folded into the weights when the SAE is saved, and taken out again when training starts from it."""
+    """The constant is folded into the weights when the SAE is saved, and taken out when training starts from it."""
     options = {"target_data_dir": target_of(data), "skip": True, "gate": "batch_topk"}
     none, scale = (train(data, tmp_path / name, normalization=name, **options) for name in ("none", "scale"))
     for name in ("val_fvu", "val_l0"):
@@ -346,22 +347,38 @@ def test_a_run_starts_from_an_sae_of_its_kind_only(data, trained, tmp_path, caps
     assert "but this run trains the published kind; load another or change the options" in said
 
 
-def test_a_few_long_activations_are_pointed_out(data, tmp_path, capsys):
-    """Without a normalisation they decide what is learned."""
-    folder = tmp_path / "long"
+def with_longer(data: Path, folder: Path, every: int, factor: float) -> Path:
+    """A copy of the batches in which some activations are longer, statistics as before."""
     shutil.copytree(data, folder)
-    options = {"num_epochs": 1, "normalization": "scale"}
-    train(folder, tmp_path / "a", **options)
-    assert "the few longest activations" not in capsys.readouterr().out
     manifest = json.loads((folder / "manifest.json").read_text())
     for record in manifest["shards"]:
         acts = load_file(folder / record["file"])["acts"]
-        acts[::20] *= 100
+        acts[::every] *= factor
         save_file({"acts": acts}, folder / record["file"])
         record |= {"sha256": sha256(folder / record["file"]), "bytes": (folder / record["file"]).stat().st_size}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    train(folder, tmp_path / "b", **options)
+    return folder
+
+
+def test_a_few_long_activations_are_pointed_out(data, tmp_path, capsys):
+    """Without a normalisation they decide what is learned."""
+    options = {"num_epochs": 1, "normalization": "scale"}
+    train(data, tmp_path / "a", **options)
+    assert "the few longest activations" not in capsys.readouterr().out
+    train(with_longer(data, tmp_path / "long", 20, 100), tmp_path / "b", **options)
     assert "root mean square length is 23 times the median" in capsys.readouterr().out
+
+
+def test_one_activation_in_thousands_does_not_end_a_run(data, tmp_path):
+    """As where attention rests: those 10 times as long as the others are made that long."""
+    z = torch.randn(5, D) * torch.tensor([[1.0], [2.0], [100.0], [0.0], [1e4]])
+    found = shortened(z)
+    assert found[[0, 1, 3]].equal(z[[0, 1, 3]])
+    torch.testing.assert_close(found[[2, 4]].norm(dim=1), torch.full((2,), 10 * D**0.5))
+    torch.testing.assert_close(found[2] / found[2].norm(), z[2] / z[2].norm())
+    longer = with_longer(data, tmp_path / "long", 701, 200)
+    plain, other = (metrics_of(train(d, tmp_path / d.name, normalization="none"))[-1] for d in (data, longer))
+    assert other["val_fvu"] < 1.2 * plain["val_fvu"]
 
 
 # ---- refusals
