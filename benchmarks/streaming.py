@@ -24,7 +24,6 @@ RUN_DIR = "data/benchmark_streaming"  # folder for everything
 NUM_SAMPLES: Count = 4000  # sentences
 SEEDS: tuple[int, ...] = (0, 1, 2)  # of initialisation and order
 BUFFER_SIZE: Count = 20_000  # activations in the stream's buffer
-BATCH_SIZE: Count = 1024  # activations per step; the recipe's
 
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
@@ -120,20 +119,24 @@ def rounding_table(rows: list[dict[str, Any]]) -> str:
 # ---- training
 
 
+def make_sentences(recipe: Recipe, run_dir: Path) -> None:
+    *documents, (_, sentences), _, _, _, _ = recipes.training_stages(recipe, run_dir, 1)
+    for _, words in documents:
+        if not (run_dir / "documents").exists():
+            run_command(words)
+    run_command(sentences)
+
+
 def make_batches(recipe: Recipe, run_dir: Path) -> None:
-    """Sentences, and batches of both stores."""
+    """Of both stores."""
+    *_, (_, capture), (_, shuffle), _, _ = recipes.training_stages(recipe, run_dir, 1)
     for dtype in ("bfloat16", "int8"):
-        *documents, (_, sentences), (_, capture), (_, shuffle), _, _ = recipes.training_stages(recipe, run_dir, 1)
-        for _, words in documents:
-            if not (run_dir / "documents").exists():
-                run_command(words)
-        run_command(sentences)
         run_command([*capture, *flags({"store_dtype": dtype, "output_dir": run_dir / dtype})])
         folders = {"input_dir": run_dir / dtype / recipe.site, "output_dir": run_dir / f"batches-{dtype}"}
         run_command([*shuffle, *flags(folders)])
 
 
-def train(recipe: Recipe, run_dir: Path, folder: Path, seed: int, batch_size: int, data: dict[str, object]) -> Path:
+def train(recipe: Recipe, run_dir: Path, folder: Path, seed: int, data: dict[str, object]) -> Path:
     """Train, unless that has been done; returns the SAE's path. data: options that say where activations are from."""
     sae = folder / "sae.pth"
     if not sae.exists():
@@ -141,7 +144,7 @@ def train(recipe: Recipe, run_dir: Path, folder: Path, seed: int, batch_size: in
         words = stages["Sparse autoencoder, one process"]
         place = words.index("--data_dir")
         places = {"model_save_path": sae, "checkpoint_dir": folder / "checkpoints"}
-        options = {**data, **places, "seed": seed, "batch_size": batch_size}
+        options = {**data, **places, "seed": seed}
         run_command([*words[:place], *words[place + 2 :], *flags(options)], quiet=True)
     return sae
 
@@ -168,14 +171,15 @@ def training_table(found: dict[str, list[dict[str, Any]]]) -> str:
 def main() -> None:
     config = parse_constants(globals())
     os.chdir(PROJECT_DIR)
-    run_dir, batch_size = Path(config.run_dir), config.batch_size
+    run_dir = Path(config.run_dir)
     recipe = RECIPES[config.model]._replace(num_samples=config.num_samples)
-    make_batches(recipe, run_dir)
+    make_sentences(recipe, run_dir)
     sentences = SentenceDataset(run_dir / "sentences", config.num_samples)
     sites = [recipe.site, f"{recipe.site.rpartition('.')[0]}.resid_post"]
     errors = rounding_errors(recipe, sentences, list(dict.fromkeys(sites)))
     print(f"{machine()}\n\n{rounding_table(errors)}\n", flush=True)
 
+    make_batches(recipe, run_dir)
     stream = {"stream": recipe.model_dir, "sentences_dir": run_dir / "sentences", "sites": recipe.site}
     stream |= {"num_samples": config.num_samples, "dtype": recipe.dtype, "batch_tokens": 1024}
     ways: dict[str, dict[str, object]] = {
@@ -186,7 +190,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for seed in config.seeds:
         for i, (way, data) in enumerate(ways.items()):
-            sae = train(recipe, run_dir, run_dir / f"{i}-{seed}", seed, batch_size, data)
+            sae = train(recipe, run_dir, run_dir / f"{i}-{seed}", seed, data)
             if not sae.with_suffix(".evaluation.json").exists():
                 run_command(recipes.evaluation(sae), quiet=True)
             quality = read_json(sae.with_suffix(".evaluation.json"), "remove it.")
