@@ -182,7 +182,7 @@ class StreamedRows:
             total=sum(map(len, own)), unit="sentence", desc=about, disable=not self.world.is_main, leave=False
         ) as bar:
             for i, window in zip(self.own, ahead(self.lane, own, 1), strict=True):
-                with torch.no_grad():
+                with torch.inference_mode():
                     acts = self.capturer.window(window, lambda n_sentences, n_tokens: add(bar, n_sentences))
                 yield i, acts
 
