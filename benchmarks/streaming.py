@@ -57,7 +57,7 @@ def packed_by(block: int | None) -> Callable[[Tensor], Tensor]:
     return lambda x: unpack(pack(x, block or x.shape[1]), x.shape[1], block or x.shape[1]).float()
 
 
-ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
+_ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "bfloat16": lambda x: x.bfloat16().float(),
     "float16": lambda x: x.half().float(),
     "int8, a scale per row": packed_by(None),
@@ -87,7 +87,7 @@ def rounding_errors(recipe: Recipe, sentences: SentenceDataset, sites: list[str]
         z = normalized(x)
         variance = float((z - z.mean(0)).square().sum(1).mean())
         peak = float((x.abs().amax(1) / x.square().mean(1).sqrt())[~first].median())
-        for way, rounded in ROUNDINGS.items():
+        for way, rounded in _ROUNDINGS.items():
             error = (normalized(rounded(x)) - z).square().sum(1) / variance
             rows.append(
                 {
