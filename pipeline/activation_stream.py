@@ -11,10 +11,11 @@ model, so neither the steps nor the model's batches depend on the number of proc
 All of it is planned from the lengths of the sentences, which are counted once: which step uses which rows depends on
 the sentences, the sizes and the seed alone. So a run that continues makes the filling it was in again and goes on
 within it, to the last bit as if it had not been stopped. A pass over the sentences uses each activation once, except
-that of each filling the rows that fill no batch are dropped, other ones in each pass.
+that the few rows of each filling that fill no step are dropped, other ones in each pass.
 """
 
 import contextlib
+import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ from pipeline.statistics import ActivationStatistics, Statistics, normalize
 from pipeline.workers import ahead
 
 LANES = 16  # parts of the buffer; the number of processes must divide it, and it the batch
+_SPARE = 4 * LANES  # tokens of a filling beyond its steps, so that lanes that are not quite equal suffice for them
 _CHUNK_BYTES = 2**20  # of float64 rows whose statistics are taken at a time: a processor's cache
 
 
@@ -52,24 +54,33 @@ class Filling(NamedTuple):
 
 
 def deal(sentence_idx: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
-    """The sentences of each lane. Dealt out from the longest to the shortest, to and fro, so that lanes hold about as
-    many tokens: their sums differ by less than the longest sentence. lengths: of these sentences, in tokens."""
-    turn, lane = np.divmod(np.arange(len(sentence_idx)), LANES)
-    lane = np.where(turn % 2, LANES - 1 - lane, lane)
-    by_length = sentence_idx[np.argsort(-lengths, kind="stable")]
-    return [np.sort(by_length[lane == i]) for i in range(LANES)]
+    """The sentences of each lane: from the longest to the shortest, each to the lane with the fewest tokens, so that
+    they end almost equal. lengths: of these sentences, in tokens."""
+    tokens = [(0, i) for i in range(LANES)]  # a heap of (tokens, lane)
+    lanes: list[list[int]] = [[] for _ in range(LANES)]
+    by_length = np.argsort(-lengths, kind="stable")
+    for i, length in zip(sentence_idx[by_length].tolist(), lengths[by_length].tolist(), strict=True):
+        n, lane = tokens[0]
+        lanes[lane].append(i)
+        heapq.heapreplace(tokens, (n + length, lane))
+    return [np.sort(np.array(lane, dtype=np.int64)) for lane in lanes]
 
 
 def plan_fillings(lengths: np.ndarray, buffer_size: int, rows_per_lane: int) -> list[Filling]:
-    """Consecutive sentences in fillings of equal size, at most about buffer_size tokens each.
+    """Consecutive sentences in fillings of about equally many whole steps, and at most about buffer_size tokens.
 
     lengths: (n_sentences,) in tokens; rows_per_lane: that a step takes from each lane.
     """
-    total = int(lengths.sum())
-    n = max(1, -(-total // buffer_size))
-    edges = np.searchsorted(lengths.cumsum(), np.arange(1, n) * total / n).tolist()
+    ends, batch_size = np.concatenate([[0], lengths.cumsum()]), LANES * rows_per_lane
+    n_steps = int(lengths.sum()) // batch_size
+    n = max(1, -(-n_steps // max(1, buffer_size // batch_size)))
+    edges = [0]
+    for i in range(1, n):
+        steps = i * n_steps // n - (i - 1) * n_steps // n
+        edge = int(np.searchsorted(ends, ends[edges[-1]] + steps * batch_size + _SPARE))
+        edges.append(min(edge, len(lengths)))
     fillings = []
-    for first, last in itertools.pairwise([0, *edges, len(lengths)]):
+    for first, last in itertools.pairwise([*edges, len(lengths)]):
         idx = np.flatnonzero(lengths[first:last]) + first  # those with tokens
         lanes = deal(idx, lengths[idx])
         fewest = min(int(lengths[lane].sum()) for lane in lanes)
@@ -171,7 +182,7 @@ class StreamedRows:
             total=sum(map(len, own)), unit="sentence", desc=about, disable=not self.world.is_main, leave=False
         ) as bar:
             for i, window in zip(self.own, ahead(self.lane, own, 1), strict=True):
-                with torch.no_grad():
+                with torch.inference_mode():
                     acts = self.capturer.window(window, lambda n_sentences, n_tokens: add(bar, n_sentences))
                 yield i, acts
 
