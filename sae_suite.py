@@ -457,21 +457,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """What is drawn of COLUMNS over depth, a line for each kind of SAE."""
     drawn = [column for column in COLUMNS if column.about]
-    figure = new_figure(4 * len(drawn), 3.6)
-    axes = figure.subplots(1, len(drawn))
-    for axis, column in zip(axes, drawn, strict=True):
+    figure = new_figure(13, 6.5)
+    axes = figure.subplots(2, 3).flatten()
+    every = [row["layer"] for row in rows]
+    for axis, column in zip(axes, drawn, strict=False):
         for kind in dict.fromkeys(row["kind"] for row in rows):
             found = [(r["layer"], r[column.key]) for r in rows if r["kind"] == kind and r.get(column.key) is not None]
             layers, values = zip(*found, strict=True) if found else ((), ())
             axis.plot(layers, values, marker="o", markersize=4, label=kind)  # even nothing takes its colour
+        axis.margins(y=0.1)
         low, high = axis.get_ylim()
         least, most = column.bounds
         axis.set_ylim(low if least is None else min(least, low), high if most is None else max(most, high))
-        axis.margins(y=0.1)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set(title=column.about, xlabel="layer")
+        axis.set(title=column.about, xlabel="layer", xlim=(min(every) - 0.5, max(every) + 0.5))
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
+    axes[-1].axis("off")
+    axes[-1].legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="center")
     save_figure(figure, path)
 
 
