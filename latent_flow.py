@@ -319,10 +319,11 @@ def tables(kind: str, every: Sequence[Named], steps: Sequence[Step], rows: Seque
             f"# From layer to layer: {kind}",
             "",
             f"Counted on {steps[0].n_tokens:,} tokens. Partners: each is the other's best by phi. Chance: the best phi "
-            "that 99 % of the latents stay below where there is nothing in common.",
+            "that 99 % of the latents stay below where there is nothing in common. Cosines are medians over partners; "
+            "nearest: the share of partners that no other latent of the next SAE comes closer to.",
             "",
-            "| layers | latents | with a partner | best phi, median | chance | partners read: cosine, median | … nearest "
-            "| partners write: cosine, median | … nearest |",
+            "| layers | latents | with a partner | best phi, median | chance | partners read: cosine | … nearest "
+            "| partners write: cosine | … nearest |",
             "|---|---|---|---|---|---|---|---|---|",
             *(
                 f"| {row.names} | {row.compared:,} | {row.partners:.1%} | {row.phi:.2f} | {row.chance:.2f} | "

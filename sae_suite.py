@@ -64,6 +64,7 @@ _NAMES_SHOWN = 4  # of each SAE in the index
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
 
+import contextlib
 import html
 import os
 import queue
@@ -73,7 +74,7 @@ import subprocess
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean
@@ -246,7 +247,6 @@ class Work:
     def all(self) -> dict[str, str]:
         """Work through all members; returns what failed, by name."""
         failures: dict[str, str] = {}
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the stages too, as Ctrl-C does
         with self.bar, ThreadPoolExecutor(self.crew.slots.qsize()) as pool:
             jobs = {pool.submit(self.one, member): member for member in self.members}
             try:
@@ -261,8 +261,6 @@ class Work:
                 self.crew.stop()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-            finally:
-                signal.signal(signal.SIGTERM, before)
         return {member.name: failures[member.name] for member in self.members if member.name in failures}
 
     def one(self, member: Member) -> None:
@@ -374,8 +372,8 @@ def announce(
     seconds["names"] = len(named) * (config.n_latents * _NAMES_S + 8 * _STAGE_S) / n_at_once
     print(
         f"{len(members)} SAEs ({len(members) - len(untrained)} of them trained), {config.n_latents:,} latents and k "
-        f"{config.k}, {crew.slots.qsize()} at once with {crew.n_threads} threads each; {len(sites)} sites, "
-        f"{len(dataset):,} sentences, about {n_tokens:,.0f} tokens.\n"
+        f"{config.k}, {crew.slots.qsize()} at once, on {crew.n_threads} core{'s' * (crew.n_threads > 1)} each; "
+        f"{len(sites)} sites, {len(dataset):,} sentences, about {n_tokens:,.0f} tokens.\n"
         f"Disk: {gb(captured)} of activations; up to {gb(shuffled if untrained else 0)} of batches, "
         f"{'kept' if config.keep else 'removed after training'}; {gb(kept if untrained else 0)} of SAEs and "
         "checkpoints.\n"
@@ -459,21 +457,23 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """What is drawn of COLUMNS over depth, a line for each kind of SAE."""
     drawn = [column for column in COLUMNS if column.about]
-    figure = new_figure(4 * len(drawn), 3.6)
-    axes = figure.subplots(1, len(drawn))
-    for axis, column in zip(axes, drawn, strict=True):
+    figure = new_figure(13, 6.5)
+    axes = figure.subplots(2, 3).flatten()
+    every = [row["layer"] for row in rows]
+    for axis, column in zip(axes, drawn, strict=False):
         for kind in dict.fromkeys(row["kind"] for row in rows):
             found = [(r["layer"], r[column.key]) for r in rows if r["kind"] == kind and r.get(column.key) is not None]
             layers, values = zip(*found, strict=True) if found else ((), ())
             axis.plot(layers, values, marker="o", markersize=4, label=kind)  # even nothing takes its colour
+        axis.margins(y=0.1)
         low, high = axis.get_ylim()
         least, most = column.bounds
         axis.set_ylim(low if least is None else min(least, low), high if most is None else max(most, high))
-        axis.margins(y=0.1)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set(title=column.about, xlabel="layer")
+        axis.set(title=column.about, xlabel="layer", xlim=(min(every) - 0.5, max(every) + 0.5))
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
+    axes[-1].axis("off")
+    axes[-1].legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="center")
     save_figure(figure, path)
 
 
@@ -524,6 +524,16 @@ def summarise(suite_dir: Path, members: Sequence[Member]) -> None:
 # ---- main
 
 
+@contextlib.contextmanager
+def ended_as_by_ctrl_c() -> Iterator[None]:
+    """In this block SIGTERM raises KeyboardInterrupt, which ends the stages too; otherwise they would run on."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def open_sentences(config: Namespace) -> SentenceDataset:
     """Those to capture. Raises InputError if there are none."""
     dataset = SentenceDataset(config.sentences_dir, config.num_samples)
@@ -548,7 +558,7 @@ def main() -> None:
     crew = Crew(config.side_by_side or n_gpus or os.cpu_count() or 1, n_gpus)
     if not config.sites:
         members = trained(suite_dir)
-        with locked(suite_dir):
+        with ended_as_by_ctrl_c(), locked(suite_dir):
             failures = Work(members, config, crew).all()
             summarise(suite_dir, members)
     else:
@@ -556,7 +566,7 @@ def main() -> None:
         args, dataset = read_params(config.model_dir), open_sentences(config)
         members = chosen(suite_dir, config.sites, args.n_layers)
         check_trained(members, config, len(dataset))
-        with locked(suite_dir):
+        with ended_as_by_ctrl_c(), locked(suite_dir):
             if not all(is_done(member, config) for member in members):
                 announce(members, dataset, config, args, crew, "cuda" if n_gpus else "cpu")
                 capture(members, config, n_gpus)
