@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from circuits.graph import Answer, Graph, Node, Sources, batches, total_effects
+from circuits.graph import Answer, Graph, Node, Sources, batches, check_edges, total_effects
 from circuits.pruning import influences
 from llama_3.model import RMSNorm, Transformer, TransformerBlock
 from microscope.prompts import Prompt
@@ -189,9 +189,9 @@ def attribute(
     logit = len(sources.nodes)
     nodes = [*sources.nodes, Node("logit", n_layers, seq - 1, answer.token, 0.0, "")]
     reads[logit], constants[logit] = answer.direction(model), sources.vectors.new_zeros(())
+    n_rows, left = max(1, _TOKENS // seq), min(len(reads) - 1, max_latents or len(reads))
+    check_edges(left + 1, len(nodes))
     targets, rows = [logit], [row([logit])]
-    n_rows = max(1, _TOKENS // seq)
-    left = min(len(reads) - 1, max_latents or len(reads))
     is_latent = torch.tensor([node.kind == "latent" for node in nodes])
     with progress_bar(total=left, desc="Edges", unit="latent") as bar:
         while left:

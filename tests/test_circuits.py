@@ -489,7 +489,7 @@ REFUSALS = [
     ([], {"baseline_prompt": "hello a"}, "--baseline_prompt belongs to the command saes"),
     (["saes"], {"baseline_prompt": "hello"}, "The prompts do not align"),
     (["saes"], {"sites": "layers.2.*"}, "has no SAE at layers.2.*; it has layers.0.resid_post, layers.1.resid_post"),
-    ([], {"prompt": "a" * 9000}, "too long"),
+    ([], {"prompt": "12 " * 9000}, "would take"),
 ]
 
 
