@@ -255,7 +255,8 @@ def main() -> None:
     validation.draw(folder / f"{slug}.png", agreements, f"{config.prompt} …")
     write_page(folder / f"{slug}.html", drawn, make_cards(session, latents))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    say("", f"Written to {folder / slug}.html, .json, .png; {duration(time.perf_counter() - started)}, {gb(peak)}.")
+    print(f"\nWritten to {folder / slug}.html, .json, .png.")
+    print(f"It took {duration(time.perf_counter() - started)} and {gb(peak)} of memory.")
 
 
 if __name__ == "__main__":

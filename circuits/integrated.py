@@ -112,7 +112,7 @@ def _edges_between(
 
     def edges(targets: Sequence[int]) -> Tensor:
         nodes = [depth.sources.nodes[i] for i in targets]
-        rows = z[range(len(nodes)), [node.position for node in nodes]]
+        rows = z[torch.arange(len(nodes)), [node.position for node in nodes]]
         pre_acts = (rows * encoder[[node.index for node in nodes]].float()).sum()
         (gradient,) = torch.autograd.grad(pre_acts, [kept[site]], retain_graph=True)
         return sources.products({site: gradient[: len(nodes)].float()})

@@ -8,8 +8,8 @@ with transcoders of single layers, Dunefsky et al. 2024, arXiv:2406.11944, secti
 
 Attention patterns, the denominators of norms, the std by which a transcoder divides, and which latents fire are those
 of the prompt. The mean that it takes off stays live: it is linear, like the skip. So pre-activations and logits are
-linear in embeddings, activations and errors, and one backward pass gives the edges into one target of each row of a
-batch of copies of the prompt.
+linear in embeddings, activations and errors: one backward pass from a target gives the edges into it. Those of many
+targets go through the same forward pass together.
 
 Layers without a transcoder, and positions that it was not trained on, are error alone.
 """
@@ -29,7 +29,7 @@ from microscope.prompts import Prompt
 from pipeline.progress import progress_bar
 from sae import SparseAutoencoder
 
-_TOKENS = 1024  # of the copies of the prompt in a batch
+_TOKENS = 1024  # targets of a batch times tokens of the prompt
 _ROUND = 8  # batches between two looks at which latents matter most
 
 
@@ -81,13 +81,13 @@ def replaced(sae: SparseAutoencoder, x: Tensor, first: int) -> Replaced:
 
 
 class _FrozenRun:
-    """The forward pass of n_rows copies of a prompt, with gradients through what is linear in the replacement model.
+    """The model's forward pass on a prompt, with gradients through what is linear in the replacement model.
 
-    reads: layer -> ffn_norm's output, (n_rows, seq, d_model), and the number of layers -> the last norm's;
+    reads: layer -> ffn_norm's output, (1, seq, d_model), and the number of layers -> the last norm's;
     writes: site -> what sources there add to, same shape.
     """
 
-    def __init__(self, model: Transformer, prompt: Prompt, layers: dict[int, Replaced], n_rows: int):
+    def __init__(self, model: Transformer, prompt: Prompt, layers: dict[int, Replaced]):
         self.reads: dict[int, Tensor] = {}
         self.writes: dict[str, Tensor] = {}
         self._stream = torch.empty(0)  # what the next norm reads
@@ -106,7 +106,7 @@ class _FrozenRun:
                 for kind, function in functions.items():
                     stack.enter_context(model.intervene(f"layers.{i}.{kind}", function))
             end = f"layers.{n_layers - 1}.resid_post"
-            self._stream = model.activations(prompt.batch(model, n_rows), end)
+            self._stream = model.activations(prompt.batch(model), end)
         self._read(n_layers, model.norm)
 
     def _keep(self, x: Tensor) -> Tensor:
@@ -138,19 +138,18 @@ class _FrozenRun:
         return x
 
     def gradients(self, targets: Sequence[tuple[int, int]], reads: Tensor) -> dict[str, Tensor]:
-        """site -> (n, seq, d_model), the gradients of n targets, of each in a row of its own.
+        """site -> (n, seq, d_model), the gradients of n targets.
 
         targets: layer and position of each; reads: (n, d_model). Target = read . what the norm there gives.
         """
-        total, n = reads.new_zeros(()), len(targets)
-        rows = torch.arange(n, device=reads.device)
-        positions = torch.tensor([position for _, position in targets], device=reads.device)
-        layers = torch.tensor([layer for layer, _ in targets], device=reads.device)
-        for layer in {layer for layer, _ in targets}:
-            own = layers == layer
-            total = total + (self.reads[layer][rows[own], positions[own]].float() * reads[own]).sum()
-        found = torch.autograd.grad(total, list(self.writes.values()), retain_graph=True, allow_unused=True)
-        return {site: g[:n].float() for site, g in zip(self.writes, found, strict=True) if g is not None}
+        layers = sorted({layer for layer, _ in targets})
+        outputs = [self.reads[layer] for layer in layers]
+        weights = {layer: x.new_zeros(len(targets), *x.shape) for layer, x in zip(layers, outputs, strict=True)}
+        for row, (layer, position) in enumerate(targets):
+            weights[layer][row, 0, position] = reads[row]
+        options = {"retain_graph": True, "allow_unused": True, "is_grads_batched": True}
+        found = torch.autograd.grad(outputs, list(self.writes.values()), list(weights.values()), **options)
+        return {site: g[:, 0].float() for site, g in zip(self.writes, found, strict=True) if g is not None}
 
 
 def attribute(
@@ -174,7 +173,7 @@ def attribute(
         acts = {site: x[0].float() for site, x in model.activations(tokens, ["layers.0.resid_pre", *wanted]).items()}
         layers = {layer: replaced(sae, acts[f"layers.{layer}.ffn_norm"], first) for layer, sae in transcoders}
         sources, reads, constants = _sources(prompt, acts, layers, n_layers)
-    run = _FrozenRun(model, prompt, layers, max(1, _TOKENS // seq))
+    run = _FrozenRun(model, prompt, layers)
     biases = {f"layers.{layer}.mlp_out": each.bias for layer, each in layers.items()}
 
     def row(targets: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -234,12 +233,13 @@ def _sources(
             if own.skip is not None:
                 explained = explained + own.skip(acts[f"layers.{layer}.ffn_norm"])
             errors = errors - explained
+        fires = [] if own is None else zip(*(each.tolist() for each in own[:3]), strict=True)
+        latents = [Node("latent", layer, *place, activation, site) for *place, activation in fires]
         for position, error in enumerate(errors):
-            if own is not None:
-                for i in (own.positions == position).nonzero().flatten().tolist():
+            for i, node in enumerate(latents):
+                if own is not None and node.position == position:
                     reads[len(nodes)], constants[len(nodes)] = own.reads[i], own.constants[i]
-                    activation = float(own.activations[i])
-                    nodes.append(Node("latent", layer, position, int(own.latents[i]), activation, site))
+                    nodes.append(node)
                     vectors.append(own.writes[i])
             nodes.append(Node("error", layer, position, -1, 0.0, site))
             vectors.append(error)

@@ -94,7 +94,7 @@ def _changes(
                 positions = [graph.nodes[i].position - first for i in rows]
 
                 def add(x: Tensor, vectors: Tensor = vectors, positions: list[int] = positions) -> Tensor:
-                    x[range(len(positions)), positions] += vectors.type_as(x)
+                    x[torch.arange(len(positions)), positions] += vectors.type_as(x)
                     return x
 
                 logits = sweep.logits(site, add, len(rows), last_only=True)[:, -1]
