@@ -32,7 +32,7 @@ IG_STEPS: Count = 10  # saes: steps of the integration
 NODE_SHARE: Share = 0.8  # of all influence, kept by the fewest nodes
 EDGE_SHARE: Share = 0.98  # of what the edges among these carry, kept by the fewest edges
 MAX_LATENTS: Count = 8192  # latents whose inputs are computed, those of the highest influence
-VALIDATED: Count = 64  # latents taken away and doubled in the model
+VALIDATED: Count = 64  # latents taken away and doubled in the model, those of the largest effects
 TOP: Count = 20  # nodes in the table
 DEVICE = "auto"  # auto: a GPU if there is one
 
@@ -56,7 +56,7 @@ import torch
 from circuits import integrated, replacement, validation
 from circuits.files import graph_json, slug_of, write_graph
 from circuits.graph import Answer, Graph, Node
-from circuits.page import write_page
+from circuits.page import MOST_EDGES, write_page
 from circuits.pruning import Kept, Scores, prune, scores
 from circuits.suite import Suite, find_suite
 from circuits.validation import Agreement, validate
@@ -181,12 +181,12 @@ def show_graph(graph: Graph, kept: Kept, found: Scores) -> None:
 
 def node_table(prompt: Prompt, graph: Graph, kept: Kept, names: Mapping[Node, str], n: int) -> str:
     rows = []
-    for i in graph.strongest(kept.influence, n, "latent", "error", "embedding"):
+    for i in graph.strongest(n, "latent", "error", "embedding"):
         node = graph.nodes[i]
         name = {"latent": f"{node.layer}.{node.index}", "error": f"{node.layer}, error"}.get(node.kind, "embedding")
         token = shown.cut(f"{node.position} {prompt.tokens[node.position]}", 16)
-        rows.append([name, token, float(kept.influence[i]), float(graph.effects[i]), names.get(node, "")])
-    return shown.table(["node", "on", "influence", "adds", "meaning"], rows, left=2)
+        rows.append([name, token, float(graph.effects[i]), float(kept.influence[i]), names.get(node, "")])
+    return shown.table(["node", "on", "adds", "influence", "meaning"], rows, left=2)
 
 
 def agreement_table(agreements: Sequence[Agreement]) -> str:
@@ -238,11 +238,11 @@ def main() -> None:
     latents = [graph.nodes[i] for i in kept.nodes.nonzero().flatten().tolist() if graph.nodes[i].kind == "latent"]
     names = name_latents(session, latents)
     show_graph(graph, kept, found)
-    say("", "Strongest nodes. Influence: share of all ways to the answer; adds: to its logit, on all paths")
+    say("", "What adds most to the answer's logit, on all paths; influence: share of all ways to the answer")
     print(node_table(prompt, graph, kept, names, config.top) + "\n")
-    chosen = graph.strongest(kept.influence, config.validated, "latent")
+    chosen = graph.strongest(config.validated, "latent")
     if not chosen:
-        raise InputError("No latent has influence on this answer; take another prompt, or a suite of more layers.")
+        raise InputError("No latent has an effect on this answer; take another prompt, or a suite of more layers.")
     agreements = validate(session.model, prompt, answer, graph, chosen)
     print(agreement_table(agreements))
     say(validation.verdict(agreements))
@@ -254,7 +254,8 @@ def main() -> None:
     )  # fmt: skip
     write_graph(folder / f"{slug}.json", drawn)
     validation.draw(folder / f"{slug}.png", agreements, f"{config.prompt} …")
-    write_page(folder / f"{slug}.html", drawn, make_cards(session, latents))
+    links = sorted(drawn["links"], key=lambda link: -abs(link["weight"]))[:MOST_EDGES]  # what a browser can draw
+    write_page(folder / f"{slug}.html", {**drawn, "links": links}, make_cards(session, latents))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"\nWritten to {folder / slug}.html, .json, .png.")
     print(f"It took {duration(time.perf_counter() - started)} and {gb(peak)} of memory.")

@@ -89,10 +89,10 @@ class Graph(NamedTuple):
         """(n_nodes,) bool: nodes of these kinds."""
         return torch.tensor([node.kind in kinds for node in self.nodes])
 
-    def strongest(self, influence: Tensor, n: int, *kinds: Kind) -> list[int]:
-        """The n nodes of these kinds with the highest influence, (n_nodes,), strongest first, without those of none."""
-        of_kind = influence.masked_fill(~self.which(*kinds), 0)
-        return [i for i in of_kind.argsort(descending=True)[:n].tolist() if of_kind[i] > 0]
+    def strongest(self, n: int, *kinds: Kind) -> list[int]:
+        """The n nodes of these kinds with the largest effects of either sign, largest first, without those of none."""
+        sizes = self.effects.abs().masked_fill(~self.which(*kinds), 0)
+        return [i for i in sizes.argsort(descending=True)[:n].tolist() if sizes[i] > 0]
 
 
 def sum_over_paths(first: Tensor, edges: Tensor, targets: Tensor) -> Tensor:

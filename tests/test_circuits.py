@@ -278,7 +278,7 @@ def test_measured_changes_are_those_of_single_interventions(model, hold):
     saes = transcoders("a layer without", model.args.dim)
     answer = ANSWERS[0]
     graph = attribute(model, PROMPT, answer, saes.items(), 1)
-    chosen = graph.strongest(influences(graph.edges, graph.targets), 12, "latent", "error")
+    chosen = graph.strongest(12, "latent", "error")
     found = {each.name: each for each in validate(model, PROMPT, answer, graph, chosen)}
     tokens = torch.tensor([IDS])
     sites = [f"layers.{i}.attention_pattern" for i in range(model.args.n_layers)]
