@@ -13,7 +13,7 @@ benchmarks/requirements-transformer-lens.txt.
 
 from typing import Any, NamedTuple
 
-from common import machine
+from common import load_into_transformer_lens, machine, transformer_lens_config, transformer_lens_state
 
 from pipeline.options import Count, CountOrZero, Seed, parse_constants
 from pipeline.run import run
@@ -68,68 +68,12 @@ class Both(NamedTuple):
 
 def hooked(model: Transformer) -> Any:
     """TransformerLens' model with our weights."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens import HookedTransformer
 
-    args = model.args
-    if args.rope_scaling_factor != 1 or args.rope_divisors is not None:
-        raise Stop("This comparison is written for plain RoPE; name a model without scaling.")
-    config = HookedTransformerConfig(
-        n_layers=args.n_layers,
-        d_model=args.dim,
-        n_ctx=64,
-        d_head=args.head_dim,
-        n_heads=args.n_heads,
-        n_key_value_heads=args.n_kv_heads,
-        d_mlp=args.hidden_dim,
-        d_vocab=args.vocab_size,
-        act_fn="silu",
-        gated_mlp=True,
-        normalization_type="RMS",
-        final_rms=True,
-        eps=args.norm_eps,
-        positional_embedding_type="rotary",
-        rotary_dim=args.head_dim,
-        rotary_base=int(args.rope_theta),
-        rotary_adjacent_pairs=True,  # as Meta's weights have them
-        init_weights=False,
-        device="cpu",
-    )
     with warnings.catch_warnings(action="ignore"):  # until version 4, which does without this class
-        theirs = HookedTransformer(config)
-    given = state_of(model)
-    state = theirs.state_dict()
-    for name, tensor in given.items():
-        assert state[name].shape == tensor.shape, (name, state[name].shape, tensor.shape)
-    for name, tensor in state.items():  # the biases that Llama does not have; masks stay
-        if name not in given and name.rpartition(".")[2].startswith(("b_", "_b_")):
-            given[name] = torch.zeros_like(tensor)
-    theirs.load_state_dict(given, strict=False)
+        theirs = HookedTransformer(transformer_lens_config(model))
+    load_into_transformer_lens(theirs, transformer_lens_state(model))
     return theirs.eval().requires_grad_(False)
-
-
-def state_of(model: Transformer) -> dict[str, Tensor]:
-    """Our weights under TransformerLens' names."""
-    args, ours = model.args, model.state_dict()
-    heads = lambda name: ours[name].unflatten(0, (-1, args.head_dim)).transpose(1, 2)  # (heads, d_model, head_dim)
-    state = {
-        "embed.W_E": ours["tok_embeddings.weight"],
-        "ln_final.w": ours["norm.weight"],
-        "unembed.W_U": ours["output.weight"].T,
-    }
-    for i in range(args.n_layers):
-        to, ff = f"blocks.{i}.", f"layers.{i}.feed_forward."
-        state |= {
-            to + "ln1.w": ours[f"layers.{i}.attention_norm.weight"],
-            to + "ln2.w": ours[f"layers.{i}.ffn_norm.weight"],
-            to + "attn.W_Q": heads(f"layers.{i}.attention.wq.weight"),
-            to + "attn._W_K": heads(f"layers.{i}.attention.wk.weight"),
-            to + "attn._W_V": heads(f"layers.{i}.attention.wv.weight"),
-            to + "attn.W_O": ours[f"layers.{i}.attention.wo.weight"].T.unflatten(0, (args.n_heads, args.head_dim)),
-            to + "mlp.W_gate": ours[ff + "w1.weight"].T,
-            to + "mlp.W_in": ours[ff + "w3.weight"].T,
-            to + "mlp.W_out": ours[ff + "w2.weight"].T,
-        }
-    return state
 
 
 def prompts(model: Transformer, bos_id: int | None, n_tokens: int, changed: int, seed: int) -> patching.Contrast:

@@ -15,11 +15,10 @@ Cost    about 10 minutes on two cores. The peers need an environment of their ow
     python benchmarks/sae_step.py --profile            on a GPU; peers that are not installed are left out
 """
 
-import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import resident
 
 from pipeline.options import Count, CountOrZero, Positive, parse_constants
 from pipeline.run import run
@@ -405,12 +404,6 @@ class Measured(NamedTuple):
     seconds: list[float]  # of each measured step
     memory: int  # bytes
     error: str | None = None  # why it ended early
-
-
-def resident(name: str) -> int:
-    """Bytes of this process: VmRSS for now, VmHWM for the peak."""
-    found = re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
-    return int(found[1]) * 1024 if found else 0
 
 
 def available_memory() -> int:

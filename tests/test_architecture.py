@@ -12,7 +12,7 @@ from conftest import PROJECT_DIR
 
 # Each imports only from itself and those before it.
 ORDER = ["pipeline.errors", "llama_3", "pipeline", "sae", "autoencoder", "embedded", "latents", "microscope"]
-ORDER += ["claude", "serving", "formats"]
+ORDER += ["circuits", "claude", "serving", "formats"]
 ROOMS = [name for name in ORDER if (PROJECT_DIR / name).is_dir()]
 SCRIPTS = sorted(path.stem for path in PROJECT_DIR.glob("*.py") if path.stem != "sae")
 # A benchmark times a stage's own method from inside; it imports that stage in the function that does so.
