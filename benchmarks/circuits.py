@@ -5,8 +5,9 @@ Writes  two markdown tables to the terminal
 Method  both build the graph of the likeliest next token, with every edge into every latent, from the same weights in
         float32: circuit-tracer's TransformerLensReplacementModel has our weights, and its TranscoderSet our transcoders.
         Each graph is built ROUNDS times, every time in a process of its own, the two programs taking turns; memory is the
-        peak beyond what model and transcoders take. Edges are compared where either program has one; influence is that
-        of Ameisen et al. 2025, by each program's own function. circuit-tracer leaves the first token's latents and errors
+        peak beyond what model and transcoders take. CPU seconds are of all threads: with other work on the machine, only
+        they mean something. Edges are compared into the latents from which the answer can be reached: we leave out the
+        others, circuit-tracer does not. Influence is that of Ameisen et al. 2025, by each program's own function. circuit-tracer leaves the first token's latents and errors
         out, we its latents only: influence is compared with those errors, and again without
 Cost    a minute for the tiny Llama; needs the environment of benchmarks/requirements-circuit-tracer.txt
 
@@ -43,6 +44,7 @@ import contextlib
 import io
 import multiprocessing
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -73,10 +75,12 @@ class Built(NamedTuple):
 
     keys: list[Key]
     edges: Tensor  # (n, n) from columns into rows
+    known: Tensor  # (n,) bool: rows that were computed
     influence: Tensor  # (n,)
     without: Tensor  # (n,) influence when the first token's errors are left out
     activations: Tensor  # (n,) of latents
     seconds: float
+    cpu_seconds: float  # of all its threads
     memory: int  # bytes
 
 
@@ -117,13 +121,17 @@ def ours_in_one_order(graph: Graph) -> Built:
     n = len(names)
     edges = torch.zeros(n, n)
     edges[graph.targets] = graph.edges
+    known = torch.zeros(n, dtype=torch.bool)
+    known[graph.targets] = True
     first = torch.tensor([kind == "error" and position < _FIRST for kind, _, position, _ in names])
     return Built(
         names,
         edges,
+        known,
         influences(graph.edges, graph.targets),
         influences(graph.edges.masked_fill(first, 0), graph.targets),
         torch.tensor([node.activation for node in graph.nodes]),
+        0.0,
         0.0,
         0,
     )
@@ -166,12 +174,12 @@ def transcoder_set(saes: list[SparseAutoencoder]) -> Any:
             state["W_skip"] = kind.scale / kind.target_scale * sae.skip
         theirs.load_state_dict(state, strict=False)
         found[layer] = theirs
-    return TranscoderSet(found, "mlp.hook_in", "mlp.hook_out", scan_name="ours")
+    return TranscoderSet(found, "mlp.hook_in", "mlp.hook_out")
 
 
 def theirs(model: Transformer, prompt: Prompt, saes: list[SparseAutoencoder]) -> Callable[[], Any]:
     """Builds the graph when called."""
-    from circuit_tracer.attribution.attribute_transformerlens import attribute
+    from circuit_tracer import attribute
     from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
 
     replacement = TransformerLensReplacementModel.from_config(transformer_lens_config(model), transcoder_set(saes))
@@ -185,7 +193,7 @@ def theirs(model: Transformer, prompt: Prompt, saes: list[SparseAutoencoder]) ->
     replacement.eval().requires_grad_(False)
     # All that is asked of a tokenizer. Without a special token at the beginning it would put one there.
     replacement.tokenizer = SimpleNamespace(
-        all_special_ids=prompt.ids[:1], decode=str, vocab_size=model.args.vocab_size
+        all_special_ids=prompt.ids[:1], padding_side="right", decode=str, vocab_size=model.args.vocab_size
     )
     with torch.inference_mode():
         likeliest = model(prompt.batch(model))[0, -1].argmax()[None]
@@ -206,7 +214,8 @@ def theirs_in_one_order(graph: Any) -> Built:
     influence = compute_node_influence(graph.adjacency_matrix, weights)
     activations = torch.zeros(len(keys))
     activations[: len(graph.selected_features)] = graph.activation_values[graph.selected_features]
-    return Built(keys, graph.adjacency_matrix, influence, influence, activations, 0.0, 0)
+    known = graph.adjacency_matrix.any(1)
+    return Built(keys, graph.adjacency_matrix, known, influence, influence, activations, 0.0, 0.0, 0)
 
 
 # ---- both compared
@@ -226,10 +235,10 @@ def build(way: str, path: str, config: Any) -> None:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         make = prepare(model, prompt, saes)
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
-        before = resident("VmRSS")
+        before, cpu = resident("VmRSS"), time.process_time()
         seconds, graph = timed(make)
-        memory = resident("VmHWM") - before
-    torch.save(arrange(graph)._replace(seconds=seconds, memory=memory)._asdict(), path)
+        took = {"seconds": seconds, "cpu_seconds": time.process_time() - cpu, "memory": resident("VmHWM") - before}
+    torch.save(arrange(graph)._replace(**took)._asdict(), path)
 
 
 def measured(way: str, config: Any) -> Built:
@@ -258,7 +267,7 @@ def compare(us: Built, them: Built) -> dict[str, float]:
     order = torch.tensor([place[key] for key in us.keys])
     firsts = torch.tensor([kind == "error" and position < _FIRST for kind, _, position, _ in us.keys])
     edges, their_edges = us.edges.masked_fill(firsts, 0), them.edges[order][:, order]
-    some = (edges != 0) | (their_edges != 0)
+    some = ((edges != 0) | (their_edges != 0)) & us.known[:, None]
     rows = {
         "activations of latents": (us.activations, them.activations[order]),
         "edges": (edges[some], their_edges[some]),
@@ -290,10 +299,10 @@ def main() -> None:
     us, them = (graphs[0] for graphs in found.values())
     correlations = compare(us, them)
     n_latents = sum(kind == "latent" for kind, *_ in us.keys)
-    print(f"\n| {len(us.keys):,} nodes, {n_latents:,} of them latents; {machine()} | s | MB |\n|---|---|---|")
+    print(f"\n| {len(us.keys):,} nodes, {n_latents:,} of them latents; {machine()} | s | CPU s | MB |\n|---|---|---|---|")
     for way, graphs in found.items():
-        memory = median(each.memory for each in graphs) / 1e6
-        print(f"| {way} | {median(each.seconds for each in graphs):.2f} | {memory:.0f} |")
+        took, cpu, memory = (median(column) for column in zip(*((g.seconds, g.cpu_seconds, g.memory) for g in graphs)))
+        print(f"| {way} | {took:.2f} | {cpu:.2f} | {memory / 1e6:.0f} |")
     correlations.pop("influence")
     if not min(correlations.values()) >= config.least_correlation:
         raise Stop(f"The lowest rank correlation is {min(correlations.values()):.3f}, below {config.least_correlation}.")
