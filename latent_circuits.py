@@ -52,11 +52,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from circuits.page import write_page
 
 from circuits import integrated, replacement, validation
 from circuits.files import graph_json, slug_of, write_graph
 from circuits.graph import Answer, Graph, Node
+from circuits.page import write_page
 from circuits.pruning import Kept, Scores, prune, scores
 from circuits.suite import Suite, find_suite
 from circuits.validation import Agreement, validate
@@ -69,7 +69,7 @@ from llama_3.generation import check_context
 from llama_3.model import Transformer
 from llama_3.tokenizer import Tokenizer
 from microscope import shown
-from microscope.prompts import Prompt, answer_ids, check_aligned, token_text
+from microscope.prompts import Prompt, answer_ids, check_aligned, check_pattern_size, token_text
 from pipeline.errors import InputError
 from pipeline.files import require_writable
 from pipeline.progress import duration, gb
@@ -95,6 +95,7 @@ class Session(NamedTuple):
         if len(ids) == self.first:
             raise InputError("The prompt is empty; write one.")
         check_context(self.model, len(ids), 1)
+        check_pattern_size(self.model, self.model.args.n_layers, len(ids))
         return Prompt(ids, [self.text(each) for each in ids])
 
     def saes(self) -> Iterator[tuple[int, SparseAutoencoder]]:

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from llama_3.model import Transformer
+from pipeline.errors import InputError
+
+_MOST_BYTES = 2**32  # of a graph's edges
 
 Kind = Literal["embedding", "latent", "error", "logit"]
 
@@ -108,6 +111,15 @@ def total_effects(nodes: Sequence[Node], targets: Tensor, edges: Tensor) -> Tens
     """(n_nodes,) E, from A; 1 of the logit is left out, so that its own is 0."""
     activations = torch.tensor([nodes[i].activation for i in targets[1:].tolist()]).to(edges)
     return sum_over_paths(edges[0], edges[1:] / activations[:, None], targets[1:])
+
+
+def check_edges(n_targets: int, n_nodes: int) -> None:
+    """Raise InputError if so many edges do not fit the memory set aside for them."""
+    if (needed := 4 * n_targets * n_nodes) > _MOST_BYTES:
+        raise InputError(
+            f"The edges from {n_nodes:,} nodes into {n_targets:,} would take {needed / 1e9:.1f} GB, above the limit of "
+            f"{_MOST_BYTES / 1e9:.1f} GB; shorten the prompt or lower --max_latents."
+        )
 
 
 def batches(targets: Sequence[int], n_rows: int) -> Iterator[Sequence[int]]:

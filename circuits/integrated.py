@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from circuits.graph import Answer, Graph, Node, Sources, batches
+from circuits.graph import Answer, Graph, Node, Sources, batches, check_edges
 from llama_3.model import Transformer
 from microscope.prompts import Prompt
 from pipeline.progress import progress_bar
@@ -159,6 +159,7 @@ def attribute(
 
     chosen = [i for i in effects.abs().argsort(descending=True).tolist() if nodes[i].activation > 0][:max_latents]
     into = {i: row for row, i in enumerate([len(nodes) - 1, *sorted(chosen)])}
+    check_edges(len(into), len(nodes))
     edges = torch.zeros(len(into), len(nodes))
     edges[0, starts[-2] : starts[-1]] = effects[starts[-2] : starts[-1]]
     n_rows = max(1, _TOKENS // len(prompt.ids))

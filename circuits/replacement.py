@@ -11,7 +11,8 @@ of the prompt. The mean that it takes off stays live: it is linear, like the ski
 linear in embeddings, activations and errors: one backward pass from a target gives the edges into it. Those of many
 targets go through the same forward pass together.
 
-Layers without a transcoder, and positions that it was not trained on, are error alone.
+Layers without a transcoder are error alone. Begin-of-text, on which transcoders are not trained, sees only itself: what
+MLPs write there is the same for every prompt, so it counts as a constant, like biases, and not as error.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from circuits.graph import Answer, Graph, Node, Sources, batches, total_effects
+from circuits.graph import Answer, Graph, Node, Sources, batches, check_edges, total_effects
 from circuits.pruning import influences
 from llama_3.model import RMSNorm, Transformer, TransformerBlock
 from microscope.prompts import Prompt
@@ -42,7 +43,7 @@ class Replaced(NamedTuple):
     reads: Tensor  # (n, d_model): pre-activation = read . ffn_norm's output + constant
     constants: Tensor  # (n,)
     writes: Tensor  # (n, d_model): activation times direction, as added to mlp_out
-    bias: Tensor  # (seq, d_model) b, also added there; 0 at positions that are error alone
+    bias: Tensor  # (seq, d_model) b, also added there; 0 at positions before the first
     skip: Callable[[Tensor], Tensor] | None  # ffn_norm's output (..., seq, d_model) -> what the skip adds to mlp_out
 
 
@@ -172,9 +173,9 @@ def attribute(
         wanted = [f"layers.{i}.{kind}" for i in range(n_layers) for kind in ("ffn_norm", "mlp_out")]
         acts = {site: x[0].float() for site, x in model.activations(tokens, ["layers.0.resid_pre", *wanted]).items()}
         layers = {layer: replaced(sae, acts[f"layers.{layer}.ffn_norm"], first) for layer, sae in transcoders}
-        sources, reads, constants = _sources(prompt, acts, layers, n_layers)
+        biases = _biases(acts, layers, n_layers, first)
+        sources, reads, constants = _sources(prompt, acts, layers, biases, first)
     run = _FrozenRun(model, prompt, layers)
-    biases = {f"layers.{layer}.mlp_out": each.bias for layer, each in layers.items()}
 
     def row(targets: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Edges (n, n_nodes) and constants (n,) of targets, numbers of nodes."""
@@ -183,15 +184,15 @@ def attribute(
         edges = F.pad(sources.products(gradients), (0, 1))
         added = torch.stack([constants[i] for i in targets])
         for site in biases.keys() & gradients.keys():
-            added = added + (gradients[site] * biases[site]).sum((1, 2))
+            added = added + torch.einsum("nsd,sd->n", gradients[site], biases[site])
         return edges.cpu(), added.cpu()
 
     logit = len(sources.nodes)
     nodes = [*sources.nodes, Node("logit", n_layers, seq - 1, answer.token, 0.0, "")]
     reads[logit], constants[logit] = answer.direction(model), sources.vectors.new_zeros(())
+    n_rows, left = max(1, _TOKENS // seq), min(len(reads) - 1, max_latents or len(reads))
+    check_edges(left + 1, len(nodes))
     targets, rows = [logit], [row([logit])]
-    n_rows = max(1, _TOKENS // seq)
-    left = min(len(reads) - 1, max_latents or len(reads))
     is_latent = torch.tensor([node.kind == "latent" for node in nodes])
     with progress_bar(total=left, desc="Edges", unit="latent") as bar:
         while left:
@@ -216,8 +217,19 @@ def attribute(
     return Graph(nodes, vectors, numbers, edges, added, total_effects(nodes, numbers, edges))
 
 
+def _biases(acts: dict[str, Tensor], layers: dict[int, Replaced], n_layers: int, first: int) -> dict[str, Tensor]:
+    """Site -> (seq, d_model), what is added to mlp_out whatever the prompt: b, and everything before `first`."""
+    found = {}
+    for layer in range(n_layers):
+        own = acts[f"layers.{layer}.mlp_out"]
+        bias = layers[layer].bias.clone() if layer in layers else torch.zeros_like(own)
+        bias[:first] = own[:first]
+        found[f"layers.{layer}.mlp_out"] = bias
+    return found
+
+
 def _sources(
-    prompt: Prompt, acts: dict[str, Tensor], layers: dict[int, Replaced], n_layers: int
+    prompt: Prompt, acts: dict[str, Tensor], layers: dict[int, Replaced], biases: dict[str, Tensor], first: int
 ) -> tuple[Sources, dict[int, Tensor], dict[int, Tensor]]:
     """The nodes; of each latent, by its number, the read (d_model,) and the constant of its pre-activation."""
     site = "layers.0.resid_pre"
@@ -225,22 +237,21 @@ def _sources(
     vectors = list(acts[site])
     reads: dict[int, Tensor] = {}
     constants: dict[int, Tensor] = {}
-    for layer in range(n_layers):
-        site, own = f"layers.{layer}.mlp_out", layers.get(layer)
-        errors = acts[site]
+    for layer, (site, bias) in enumerate(biases.items()):
+        own = layers.get(layer)
+        errors = acts[site] - bias
         if own is not None:
-            explained = own.bias.index_add(0, own.positions, own.writes)
+            errors = errors.index_add(0, own.positions, -own.writes)
             if own.skip is not None:
-                explained = explained + own.skip(acts[f"layers.{layer}.ffn_norm"])
-            errors = errors - explained
+                errors = errors - own.skip(acts[f"layers.{layer}.ffn_norm"])
         fires = [] if own is None else zip(*(each.tolist() for each in own[:3]), strict=True)
         latents = [Node("latent", layer, *place, activation, site) for *place, activation in fires]
-        for position, error in enumerate(errors):
+        for position in range(first, len(errors)):
             for i, node in enumerate(latents):
                 if own is not None and node.position == position:
                     reads[len(nodes)], constants[len(nodes)] = own.reads[i], own.constants[i]
                     nodes.append(node)
                     vectors.append(own.writes[i])
             nodes.append(Node("error", layer, position, -1, 0.0, site))
-            vectors.append(error)
+            vectors.append(errors[position])
     return Sources(nodes, torch.stack(vectors)), reads, constants

@@ -172,7 +172,7 @@ def test_edges_are_what_a_target_loses_without_the_source(model, name, answer, f
     whole = targets_of(graph, answer, frozen.run(None))
     fires = {(n.layer, n.position, n.index) for n in graph.nodes if n.kind == "latent"}
     assert fires == {(i, *place) for i, a in frozen.firing.items() for place in a.nonzero().tolist()}
-    assert len(graph.nodes) == len(IDS) * 4 + len(fires) + 1 and len(graph.targets) > 20
+    assert len(graph.nodes) == len(IDS) + (len(IDS) - first) * 3 + len(fires) + 1 and len(graph.targets) > 20
     close(graph.edges.double().sum(1) + graph.constants, whole)  # edges and biases are all there is
     activations = torch.tensor([graph.nodes[i].activation for i in graph.targets.tolist()[1:]])
     close(activations, whole[1:])
@@ -489,7 +489,7 @@ REFUSALS = [
     ([], {"baseline_prompt": "hello a"}, "--baseline_prompt belongs to the command saes"),
     (["saes"], {"baseline_prompt": "hello"}, "The prompts do not align"),
     (["saes"], {"sites": "layers.2.*"}, "has no SAE at layers.2.*; it has layers.0.resid_post, layers.1.resid_post"),
-    ([], {"prompt": "a" * 9000}, "too long"),
+    ([], {"prompt": "12 " * 9000}, "would take"),
 ]
 
 
