@@ -1,4 +1,4 @@
-"""The page of an attribution graph: it stands alone, runs nothing that a model wrote, and does in a browser what it says.
+"""The page of an attribution graph: it stands alone, runs nothing that a model wrote, does what it says in a browser.
 
 .venv/bin/python -m pytest tests/test_circuit_page.py
 
@@ -45,7 +45,9 @@ def make_graph(n_tokens: int, n_layers: int, n_latents: int, n_edges: int, seed:
     for rank, (layer, latent, i) in enumerate(draw.sample(sorted(taken), len(taken))):
         influence = 0.8 * (rank + 1) / n_latents
         if rank % 6 == 5:  # circuit-tracer 0.5.0 gives errors this id
-            nodes.append(node(f"0_{layer}_{i}", "mlp reconstruction error", i, influence=influence) | {"layer": str(layer)})
+            nodes.append(
+                node(f"0_{layer}_{i}", "mlp reconstruction error", i, influence=influence) | {"layer": str(layer)}
+            )
         else:
             about = {"influence": influence, "activation": draw.uniform(0.1, 9), "clerp": f"words about {latent % 7}"}
             nodes.append(node(f"{layer}_{latent}_{i}", "cross layer transcoder", i, **about))
@@ -54,7 +56,11 @@ def make_graph(n_tokens: int, n_layers: int, n_latents: int, n_edges: int, seed:
     links = {}
     while len(links) < n_edges:
         a, b = draw.sample(nodes, 2)
-        if depth[a["node_id"]] < depth[b["node_id"]] and a["ctx_idx"] <= b["ctx_idx"] and "error" not in b["feature_type"]:
+        if (
+            depth[a["node_id"]] < depth[b["node_id"]]
+            and a["ctx_idx"] <= b["ctx_idx"]
+            and "error" not in b["feature_type"]
+        ):
             links[a["node_id"], b["node_id"]] = draw.gauss(0, 1) ** 3
     return {
         "metadata": {
