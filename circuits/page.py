@@ -14,7 +14,7 @@ from pipeline.errors import InputError
 from pipeline.files import atomic_path
 
 _TEMPLATE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-MOST_EDGES = 30_000  # of a page; browsers become slow
+MOST_EDGES = 200_000  # of a page; browsers become slow
 
 
 def page_html(graph: Mapping[str, Any], cards: Mapping[tuple[int, int], str]) -> str:

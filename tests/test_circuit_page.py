@@ -115,7 +115,7 @@ def test_texts_of_a_model_cannot_end_the_script(graph):
 
 def test_a_graph_too_large_to_look_at_is_refused(graph, tmp_path):
     graph["links"] *= MOST_EDGES // len(graph["links"]) + 1
-    with pytest.raises(InputError, match="edges would be too slow, 30,000 are the limit"):
+    with pytest.raises(InputError, match="edges would be too slow, 200,000 are the limit"):
         write_page(tmp_path / "page.html", graph, {})
     assert not list(tmp_path.iterdir())
 
