@@ -67,8 +67,8 @@ def replaced(sae: SparseAutoencoder, x: Tensor, first: int) -> Replaced:
         constants = constants - encoder @ sae.b_pre.float()
     trained = torch.arange(len(x), device=x.device)[:, None] >= first
     skip = None
-    if sae.skip is not None:
-        skip = lambda x: F.linear(_divided(sae, x, divisor), sae.skip.float()) * trained / sae.kind.target_scale
+    if (matrix := sae.skip) is not None:
+        skip = lambda x: F.linear(_divided(sae, x, divisor), matrix.float()) * trained / sae.kind.target_scale
     return Replaced(
         positions,
         latents,
@@ -245,7 +245,7 @@ def _sources(
             if own.skip is not None:
                 errors = errors - own.skip(acts[f"layers.{layer}.ffn_norm"])
         fires = [] if own is None else zip(*(each.tolist() for each in own[:3]), strict=True)
-        latents = [Node("latent", layer, *place, activation, site) for *place, activation in fires]
+        latents = [Node("latent", layer, position, latent, a, site) for position, latent, a in fires]
         for position in range(first, len(errors)):
             for i, node in enumerate(latents):
                 if own is not None and node.position == position:

@@ -19,8 +19,9 @@ from microscope.sweeps import Sweep
 from pipeline.figures import new_figure, save_figure
 from pipeline.progress import progress_bar
 
-# A graph predicts if half of the variance is explained and effects are at most twice too large or too small.
-LEAST_CORRELATION = 0.7
+# A graph predicts if half of the variance is explained, not by a few large effects alone, and effects are at most twice
+# too large or too small.
+LEAST_PEARSON, LEAST_SPEARMAN = 0.7, 0.5
 SLOPES = (0.5, 2.0)
 
 
@@ -46,7 +47,8 @@ class Agreement(NamedTuple):
 
     @property
     def predicts(self) -> bool:
-        return self.pearson >= LEAST_CORRELATION and SLOPES[0] <= self.slope <= SLOPES[1]
+        correlates = self.pearson >= LEAST_PEARSON and self.spearman >= LEAST_SPEARMAN
+        return correlates and SLOPES[0] <= self.slope <= SLOPES[1]
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:
@@ -106,12 +108,12 @@ def _changes(
 def verdict(agreements: Sequence[Agreement]) -> str:
     """Whether the graph predicts what taking nodes away does, in plain words."""
     first = agreements[0]
-    numbers = f"correlation {first.pearson:.2f}, slope {first.slope:.2f}"
+    numbers = f"correlation {first.pearson:.2f}, of ranks {first.spearman:.2f}, slope {first.slope:.2f}"
     if first.predicts:
         return f"The graph predicts what taking its strongest latents away does to the model ({numbers})."
     return (
-        f"This graph does not predict what taking its strongest latents away does to the model ({numbers}; needed: a "
-        f"correlation of {LEAST_CORRELATION} and a slope between {SLOPES[0]} and {SLOPES[1]}). Do not rely on it."
+        f"This graph does not predict what taking its strongest latents away does to the model ({numbers}; needed: "
+        f"{LEAST_PEARSON}, {LEAST_SPEARMAN}, {SLOPES[0]} to {SLOPES[1]}). Do not rely on it."
     )
 
 
