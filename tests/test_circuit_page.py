@@ -2,7 +2,7 @@
 
 .venv/bin/python -m pytest tests/test_circuit_page.py
 
-CIRCUIT_PICTURE=circuit.png also writes a picture of a graph of 300 nodes.
+CIRCUIT_PAGE=graph.html CIRCUIT_PICTURE=circuit.png also takes a picture of a page, its answer pinned.
 """
 
 import json
@@ -272,7 +272,7 @@ def test_what_the_page_does(graph, tmp_path, browser):
 
 @pytest.mark.slow
 def test_three_hundred_nodes(tmp_path, browser):
-    """A graph of realistic size is drawn quickly, in the dark too. Also takes its picture."""
+    """A graph of realistic size is drawn quickly, in the dark too. Also takes a picture of another."""
     graph = make_graph(n_tokens=12, n_layers=30, n_latents=290, n_edges=3000)
     write_page(tmp_path / "page.html", graph, cards_of(graph))
     wide = Shown(browser, tmp_path / "page.html", viewport={"width": 1400, "height": 900}, color_scheme="dark")
@@ -281,4 +281,6 @@ def test_three_hundred_nodes(tmp_path, browser):
     assert redrawn < 1000 and wide.errors == []
     if picture := os.environ.get("CIRCUIT_PICTURE"):
         wide.page.emulate_media(color_scheme="light")
+        wide.page.goto(Path(os.environ["CIRCUIT_PAGE"]).resolve().as_uri())
+        wide.page.locator("#graph .logit").click()
         wide.page.screenshot(path=picture)
