@@ -154,17 +154,18 @@ def curve(sae: Path) -> list[tuple[int, float]]:
 
 
 def draw(saes: Mapping[str, Path], path: Path) -> None:
-    """Left what reads SITE, right what writes mlp_out; dashed: without normalisation of each activation."""
-    figure = new_figure(11, 4)
-    axes = figure.subplots(1, 2)
-    for title, sae in saes.items():
-        way = WAYS[title]
-        axis = axes[0] if way.reads is None else axes[1]
-        tokens, fvu = zip(*curve(sae), strict=True)
-        style = "--" if way.kind.normalization == "scale" else "-"
-        axis.plot([n / 1e6 for n in tokens], fvu, style, marker="o", markersize=3, label=title)
-    for axis, title in zip(axes, ("SAEs of resid_post", "of mlp_out"), strict=True):
-        axis.set(title=title, xlabel="million activations", ylabel="FVU of held-out activations, normalised")
+    """A panel for SAEs of SITE and one for what writes mlp_out; dashed: without normalisation of each activation."""
+    panels = {"SAEs of resid_post": [], "of mlp_out": []}
+    for title in saes:
+        panels["SAEs of resid_post" if WAYS[title].reads is None else "of mlp_out"].append(title)
+    panels = {panel: titles for panel, titles in panels.items() if titles}
+    figure = new_figure(5.5 * len(panels), 4)
+    for axis, (panel, titles) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for title in titles:
+            tokens, fvu = zip(*curve(saes[title]), strict=True)
+            style = "--" if WAYS[title].kind.normalization == "scale" else "-"
+            axis.plot([n / 1e6 for n in tokens], fvu, style, marker="o", markersize=3, label=title)
+        axis.set(title=panel, xlabel="million activations", ylabel="FVU of held-out activations, as trained on")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     save_figure(figure, path)
