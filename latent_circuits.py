@@ -8,12 +8,12 @@ Method  transcoders: linear attribution with attention patterns and norms frozen
         Tracing", transformer-circuits.pub (circuits/replacement.py). saes: integrated gradients, Marks et al. 2024,
         arXiv:2403.19647 (circuits/integrated.py). Pruned by influence (circuits/pruning.py); then the strongest latents
         are taken away, and doubled, in the model itself (circuits/validation.py)
-Cost    a backward pass per batch of latents: for SmolLM2, 30 transcoders and 8 tokens half a minute on two cores
+Cost    a backward pass per batch of latents: for SmolLM2, 30 transcoders and 6 tokens 20 seconds of a core
 
-    python latent_circuits.py --suite_dir data/suite --prompt "The capital of France is" --output_dir graphs
-    python latent_circuits.py --suite_dir data/suite --prompt "The capital of France is" --answer " Paris" \
-        --other_answer " Rome" --output_dir graphs
-    python latent_circuits.py saes --suite_dir data/suite --prompt "The capital of France is" --output_dir graphs \
+    python latent_circuits.py --suite_dir data/suite --prompt "The capital of Japan is" --output_dir graphs
+    python latent_circuits.py --suite_dir data/suite --prompt "The capital of Japan is" --answer " Tokyo" \
+        --other_answer " Paris" --output_dir graphs
+    python latent_circuits.py saes --suite_dir data/suite --prompt "The capital of Germany is" --output_dir graphs \
         --baseline_prompt "The capital of Italy is"
 """
 
