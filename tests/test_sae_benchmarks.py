@@ -191,11 +191,10 @@ def test_absorption_of_an_sae_whose_absorption_is_known():
         encoder[letter] -= 2 * of_word[word]
         encoder[n_letters + word] *= 2**0.5
         decoder[n_letters + word] = (of_letter[letter] + of_word[word]) / 2**0.5
-    sae = SparseAutoencoder(d, d, kind=Kind("relu", "none", centred=False))
+    sae = SparseAutoencoder(d, d, kind=Kind("jumprelu", "none", centred=False))  # rounding does not fire
     zeros = torch.zeros(d)
-    sae.load_state_dict(
-        {"b_pre": zeros, "encoder.weight": encoder, "encoder.bias": zeros, "decoder.weight": decoder.t()}
-    )
+    state = {"b_pre": zeros, "encoder.weight": encoder, "encoder.bias": zeros, "decoder.weight": decoder.t()}
+    sae.load_state_dict(state | {"threshold": zeros + 0.1})
     x = of_letter[letters] + of_word
     torch.testing.assert_close(sae(x), x, atol=1e-5, rtol=1e-5)  # it hides, it does not lose
 
