@@ -11,9 +11,9 @@ Method  transcoders: linear attribution with attention patterns and norms frozen
 Cost    a backward pass per batch of latents: for SmolLM2, 30 transcoders and 6 tokens 20 seconds of a core
 
     python latent_circuits.py --suite_dir data/suite --prompt "The capital of Japan is" --output_dir graphs
-    python latent_circuits.py --suite_dir data/suite --prompt "The capital of Japan is" --answer " Tokyo" \
+    python latent_circuits.py --suite_dir data/suite --prompt "The capital of Japan is" --answer " Tokyo" \\
         --other_answer " Paris" --output_dir graphs
-    python latent_circuits.py saes --suite_dir data/suite --prompt "The capital of Germany is" --output_dir graphs \
+    python latent_circuits.py saes --suite_dir data/suite --prompt "The capital of Germany is" --output_dir graphs \\
         --baseline_prompt "The capital of Italy is"
 """
 
