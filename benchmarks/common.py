@@ -119,10 +119,10 @@ def transformer_lens_state(model: "Transformer") -> "dict[str, Tensor]":
 
 
 def load_into_transformer_lens(theirs: Any, given: "Mapping[str, Tensor]") -> None:
-    """Copy `given` into a HookedTransformer; the biases that Llama does not have become 0."""
+    """Copy `given` into a HookedTransformer; biases of its blocks and unembedding, which Llama has not, become 0."""
     state = theirs.state_dict()
     for name, tensor in given.items():
         assert state[name].shape == tensor.shape, (name, state[name].shape, tensor.shape)
-    biases = {name: each for name, each in state.items() if name.rpartition(".")[2].startswith(("b_", "_b_"))}
-    zeros = {name: each.new_zeros(each.shape) for name, each in biases.items() if name not in given}
+    is_bias = lambda name: re.match(r"(blocks|unembed)\.(.*\.)?_?b_\w+$", name)
+    zeros = {name: each.new_zeros(each.shape) for name, each in state.items() if is_bias(name)}
     theirs.load_state_dict({**zeros, **given}, strict=False)  # masks and tables of positions stay

@@ -14,7 +14,7 @@ from pipeline.errors import InputError
 from pipeline.files import atomic_path
 
 _TEMPLATE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-MOST_EDGES = 30_000  # of a page; browsers become slow
+MOST_EDGES = 200_000  # of a page; browsers become slow
 
 
 def page_html(graph: Mapping[str, Any], cards: Mapping[tuple[int, int], str]) -> str:
@@ -23,13 +23,13 @@ def page_html(graph: Mapping[str, Any], cards: Mapping[tuple[int, int], str]) ->
     """
     if len(graph["links"]) > MOST_EDGES:
         raise InputError(
-            f"A page with {len(graph['links']):,} edges would be too slow, {MOST_EDGES:,} are the limit; keep a smaller "
-            "share of the influence."
+            f"A page with {len(graph['links']):,} edges would be too slow, {MOST_EDGES:,} are the limit; keep a "
+            "smaller share of the influence."
         )
     (script,) = re.findall(r"<script>(.*?)</script>", _TEMPLATE, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {
-        "script": f"'sha256-{digest}'",  # the browser runs this script and no other, whatever stands in texts of a model
+        "script": f"'sha256-{digest}'",  # the browser runs this script and no other, whatever a model wrote
         "title": html.escape(f"Circuit: {graph['metadata']['prompt']}"),
         "style": CARD_CSS,
         "cards": "".join(f'<template id="card-{i}-{latent}">{card}</template>' for (i, latent), card in cards.items()),

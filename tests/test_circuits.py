@@ -9,10 +9,12 @@ steps and targets. Changes in the model against interventions one by one. Then t
 
 import contextlib
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import PROJECT_DIR
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.sae_runs import random_sae
@@ -526,3 +528,50 @@ def test_suites_that_do_not_fit_together(suite, tmp_path):
     write_json(tmp_path / "b" / "sae.json", {})
     with pytest.raises(InputError, match="names no site"):
         find_suite(str(tmp_path))
+
+
+# ---- beside circuit-tracer itself
+
+PEERS = PROJECT_DIR / "data" / "circuit-tracer" / "bin" / "python"
+needs_circuit_tracer = pytest.mark.skipif(
+    not PEERS.exists(), reason="no circuit-tracer: see benchmarks/requirements-circuit-tracer.txt"
+)
+
+
+@pytest.mark.slow
+@needs_circuit_tracer
+def test_the_same_graph_as_circuit_tracer():
+    """The benchmark stops at other latents, or edges or influences in another order."""
+    options = [
+        "--rounds",
+        "1",
+        "--n_latents",
+        "256",
+        "--k",
+        "4",
+        "--prompt",
+        "The names",
+        "--least_correlation",
+        "0.9999",
+    ]
+    done = subprocess.run([PEERS, "benchmarks/circuits.py", *options], cwd=PROJECT_DIR, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| edges | ") == done.stdout.count("| circuit-tracer | ") == 1
+
+
+@pytest.mark.slow
+@needs_circuit_tracer
+def test_its_frontend_reads_our_json(suite, tmp_path, capsys):
+    printed(capsys, "--suite_dir", suite, "--prompt", "hello the", "--output_dir", tmp_path, "--validated", "2")
+    (path,) = tmp_path.glob("hello-the*.json")
+    read = (
+        "import sys; from circuit_tracer.frontend.graph_models import Model, Node; "
+        "graph = Model.model_validate_json(open(sys.argv[1], encoding='utf-8').read()); "
+        "nodes = [node for node in graph.nodes if node.feature_type == 'cross layer transcoder']; "
+        "places = [(int(node.layer), int(node.node_id.split('_')[1]), node.ctx_idx) for node in nodes]; "
+        "made = [Node.feature_node(layer, position, latent) for layer, latent, position in places]; "
+        "same = lambda node: (node.node_id, node.feature, node.jsNodeId); "
+        "assert nodes and list(map(same, made)) == list(map(same, nodes))"
+    )
+    done = subprocess.run([PEERS, "-c", read, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
