@@ -869,6 +869,7 @@ def main() -> None:
         saes = [starting_sae(options, data, config["model_load_path"], seed, config["orthogonal_start"], begun)]
         checksums = [[shard["sha256"] for shard in its["shards"]] for _, its in folders.values()]
         decides |= {"target_data_dir": None, **dict(zip(("batches", "targets"), checksums, strict=False))}
+        config = {name: value for name, value in config.items() if name not in _OF_STREAMS}  # as the SAE's JSON has it
     each_options = options_of_each(options, places)
     if int(os.environ.get("RANK", 0)) == 0:
         for each in each_options:

@@ -345,7 +345,7 @@ def test_top_table_equals_sorted(values, n_top, batch, rng):
 def test_cofiring_equals_counting_pairs(fired, n_kept, counted_at_once):
     """With 8 latents many indices tie; blocks of latents and all at once give the same."""
     tokens = torch.tensor([[*some, *[-1] * (4 - len(some))] for some in fired], dtype=torch.int32)
-    with mock.patch.object(top, "_COUNTED_AT_ONCE", counted_at_once):
+    with mock.patch("latents.coactivation._COUNTED_AT_ONCE", counted_at_once):
         companions, index = top.cofiring(tokens, 8, n_kept)
     for latent in range(8):
         expected = []
