@@ -64,7 +64,7 @@ from pathlib import Path
 
 from latents.markup import visible
 from llama_3.chat import Message, check_chat, encode_dialogue
-from llama_3.generation import check_context, encode_text
+from llama_3.generation import check_context, check_temperature, encode_text
 from llama_3.tokenizer import TextStream
 from pipeline.errors import InputError
 from pipeline.files import sha256
@@ -352,6 +352,7 @@ def main() -> None:
     vectors = taken_from(vars(config), VectorChoice)
     scales = vectors.scales
     check_files(config.prompts, config.command, config.input_path, config.output_path)
+    check_temperature(config.temperature)
     requests = read_prompts(config.input_path, config.command) if config.input_path else []
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
