@@ -59,7 +59,8 @@ def scores(graph: Graph) -> Scores:
     weights = influence[graph.targets]
     weights[0] = 1.0  # the logit
     explained = shares(graph.edges)[:, ~begins].sum(1)
-    return Scores(embeddings / (embeddings + unexplained), float((weights * explained).sum() / weights.sum()))
+    replacement = embeddings / (embeddings + unexplained) if embeddings + unexplained > 0 else 0.0
+    return Scores(replacement, float((weights * explained).sum() / weights.sum()))
 
 
 def prune(graph: Graph, node_share: float, edge_share: float) -> Kept:
