@@ -271,6 +271,17 @@ def test_what_the_page_does(graph, tmp_path, browser):
 
 
 @pytest.mark.slow
+def test_a_graph_wider_than_the_window_opens_at_its_answer(tmp_path, browser):
+    graph = make_graph(n_tokens=12, n_layers=8, n_latents=100, n_edges=100)
+    write_page(tmp_path / "page.html", graph, {})
+    page = Shown(browser, tmp_path / "page.html", viewport={"width": 390, "height": 800}).page
+    first, last = (page.locator("#graph .middle").nth(i).bounding_box() for i in (0, -1))
+    window = page.locator("#graph").bounding_box()
+    assert first and last and window
+    assert first["x"] < window["x"] and last["x"] + last["width"] <= window["x"] + window["width"]
+
+
+@pytest.mark.slow
 def test_three_hundred_nodes(tmp_path, browser):
     """A graph of realistic size is drawn quickly, in the dark too. Also takes a picture of another."""
     graph = make_graph(n_tokens=12, n_layers=30, n_latents=290, n_edges=3000)
