@@ -153,9 +153,8 @@ def attribute(
     effects = torch.zeros(len(nodes))
     for depth, start in zip(depths, starts[1:], strict=False):
         gradient = _integrated_gradient(model, prompt, answer, depth, n_steps)
-        effects[start : start + len(depth.sources.nodes)] = depth.sources.products({depth.site: gradient[None]})[
-            0
-        ].cpu()
+        own = depth.sources.products({depth.site: gradient[None]})[0]
+        effects[start : start + len(own)] = own.cpu()
 
     chosen = [i for i in effects.abs().argsort(descending=True).tolist() if nodes[i].activation > 0][:max_latents]
     into = {i: row for row, i in enumerate([len(nodes) - 1, *sorted(chosen)])}
