@@ -5,8 +5,8 @@ Writes  RUN_DIR: the files of every stage, a folder per way and seed; streaming.
 Method  rounding: activations in float32, rounded in four ways; the squared error of the normalised activation over
         their variance, the first tokens of sentences apart, because theirs are far longer in a residual stream; and the
         worst row's. Training: the recipe's options for every way and SEEDS. FVU and loss recovered by sae_evaluation.py
-        on held-out sentences, mean and range over the seeds
-Cost    10 minutes on two cores with the tiny Llama; a killed run starts the stage it was in again
+        on held-out sentences, mean, standard deviation and range over the seeds
+Cost    15 minutes on two cores with the tiny Llama; a killed run starts the stage it was in again
 
     python benchmarks/streaming.py
     python benchmarks/streaming.py --model smollm2 --num_samples 1000 --seeds 0
@@ -23,7 +23,7 @@ MODEL: Literal["tiny_llama", "smollm2"] = "tiny_llama"  # whose recipe
 RUN_DIR = "data/benchmark_streaming"  # folder for everything
 NUM_SAMPLES: Count = 4000  # sentences
 SEEDS: tuple[int, ...] = (0, 1, 2)  # of initialisation and order
-BUFFER_SIZE: Count = 20_000  # activations in the stream's buffer
+BUFFER_SIZES: tuple[int, ...] = (20_000, 200_000)  # activations in the stream's buffer; the larger one holds a pass
 
 if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
@@ -31,7 +31,7 @@ if __name__ == "__main__":
 import os
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -152,8 +152,9 @@ def train(recipe: Recipe, run_dir: Path, folder: Path, seed: int, data: dict[str
 def training_table(found: dict[str, list[dict[str, Any]]]) -> str:
     def spread(rows: list[dict[str, Any]], name: str, form: str) -> str:
         values = [row[name] for row in rows]
-        ends = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
-        return f"{fmean(values):{form}}{ends}"
+        if len(values) == 1:
+            return f"{values[0]:{form}}"
+        return f"{fmean(values):{form}} ± {stdev(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
     return "\n".join(
         [
@@ -185,7 +186,7 @@ def main() -> None:
     ways: dict[str, dict[str, object]] = {
         "disk, bfloat16": {"data_dir": run_dir / "batches-bfloat16"},
         "disk, int8": {"data_dir": run_dir / "batches-int8"},
-        f"a stream, buffer of {config.buffer_size:,}": {**stream, "buffer_size": config.buffer_size},
+        **{f"a stream, buffer of {n:,}": {**stream, "buffer_size": n} for n in config.buffer_sizes},
     }
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for seed in config.seeds:
