@@ -82,7 +82,7 @@ from pipeline.capturing import (
 from pipeline.dialogues import Cutter, DialogueSpans, read_dialogues, write_spans
 from pipeline.distributed import World, world
 from pipeline.documents import document_files, local_identity
-from pipeline.errors import InputError
+from pipeline.errors import InputError, Stop
 from pipeline.files import locked, read_json, remove_leftovers, require_disk, write_json
 from pipeline.manifests import MANIFEST, complete_already, write_manifest
 from pipeline.packing import row_bytes
@@ -372,7 +372,8 @@ def main() -> None:
         sites = w.gather(begin_sites(output_dir, layers, decides, bytes_per_site) if w.is_main else [])[0]
         if not sites:
             return
-        capturer = Capturer(model.to(w.device), sites, config.batch_tokens, bos_id, config.store_dtype)
+        failed: dict[str, str] = {}
+        capturer = Capturer(model.to(w.device), sites, config.batch_tokens, bos_id, config.store_dtype, failed)
         rate = w.size * measure_rate(capturer, sample)
         w.print(
             f"Reading {len(windows.sentences):,} {windows.unit}, about {n_read:,} tokens, from "
@@ -380,11 +381,13 @@ def main() -> None:
             f"{output_dir}; about {duration(n_read / rate)} on {w.size} x {w.device.type}."
         )
         capture_share(capturer, windows, output_dir, int(config.shard_gb * 1e9), w)
-        w.barrier()
+        failed = {site: found for of_process in w.gather(failed) for site, found in of_process.items()}
         if w.is_main:
-            for site in sites:
+            for site in (each for each in sites if each not in failed):
                 of_site = dataclasses.replace(source, site=site, layer=layers[site])
                 finish_site(output_dir / site, of_site, windows, decides, vars(config))
+        if failed:
+            raise Stop(f"{next(iter(failed.values()))} Not captured: {', '.join(failed)}. All other sites are.")
 
 
 if __name__ == "__main__":

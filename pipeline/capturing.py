@@ -164,7 +164,9 @@ class Batch(NamedTuple):
 class Capturer:
     """Runs a model over windows; a GPU computes one batch ahead of the one being copied back.
 
-    A batch that does not fit the GPU's memory is halved, and so are the batches after it.
+    A batch that does not fit the GPU's memory is halved, and so are the batches after it. A site where the model gives
+    NaN is taken out of `sites` and put into `failed`, with what was found; without `failed`, or at the last of the
+    sites, Stop is raised.
     """
 
     def __init__(
@@ -174,16 +176,17 @@ class Capturer:
         batch_tokens: int,
         bos_id: int | None,
         store_dtype: StoreDtype = "bfloat16",
+        failed: dict[str, str] | None = None,
     ):
         self.model, self.sites, self.batch_tokens, self.bos_id = model, sites, batch_tokens, bos_id
         self.store_dtype: StoreDtype = store_dtype
+        self.failed = failed
         self.skip = 0 if bos_id is None else 1  # positions before a sentence
 
     def window(
         self, window: Window, on_batch: Callable[[int, int], None] = lambda n_sentences, n_tokens: None
     ) -> dict[str, Tensor]:
-        """{site: (n_tokens, d_model) bfloat16, or packed rows}, sentences in the window's order. Raises InputError for
-        NaN."""
+        """{site: (n_tokens, d_model) bfloat16, or packed rows}, sentences in the window's order."""
         acts = {site: empty_rows(window.n_tokens, self.model.args.dim, self.store_dtype) for site in self.sites}
         running = None
         for started in self.batches(window):
@@ -194,7 +197,7 @@ class Capturer:
         if running:
             self.collect(running, window, acts)
             on_batch(running.n_sentences, len(running.rows))
-        return acts
+        return {site: acts[site] for site in self.sites}
 
     def batches(self, window: Window) -> Iterator[Batch]:
         """Start the window's batches, one at a time, on demand."""
@@ -243,21 +246,29 @@ class Capturer:
         return Batch(len(members), rows, acts, finite, arrived)
 
     def collect(self, batch: Batch, window: Window, acts: dict[str, Tensor]) -> None:
-        """Wait for a batch and copy it into the window's activations. Raises InputError for NaN."""
+        """Wait for a batch and copy it into the window's activations."""
         if batch.arrived:
             batch.arrived.synchronize()
+        if bad := [site for site in self.sites if not batch.finite[site].all()]:
+            self.give_up(bad, batch, window)
         for site in self.sites:
-            if not batch.finite[site].all():
-                bad = int(batch.rows[(~batch.finite[site]).nonzero()[0, 0]])
-                offsets = window.offsets()
-                i = int(torch.searchsorted(offsets, bad, right=True)) - 1
-                read = "sentence" if window.spans is None else "dialogue"
-                raise InputError(
-                    f"The model gives NaN or infinity at {site} for {read} {window.sentence_idx[i]}, token "
-                    f"{bad - int(offsets[i])} (of {window.name}); check the checkpoint, or use --dtype float32."
-                )
             # numpy copies each row in one piece, torch number by number.
             acts[site].view(torch.uint8).numpy()[batch.rows.numpy()] = batch.acts[site].view(torch.uint8).numpy()
+
+    def give_up(self, sites: list[str], batch: Batch, window: Window) -> None:
+        """Go on without sites that have NaN in a batch. Raises Stop if none would be left, or if that is not wanted."""
+        row = int(batch.rows[(~batch.finite[sites[0]]).nonzero()[0, 0]])
+        offsets = window.offsets()
+        i = int(torch.searchsorted(offsets, row, right=True)) - 1
+        read = "sentence" if window.spans is None else "dialogue"
+        found = (
+            f"The model gives NaN or infinity at {sites[0]} for {read} {window.sentence_idx[i]}, token "
+            f"{row - int(offsets[i])} (of {window.name}); check the checkpoint, or use --dtype float32."
+        )
+        if self.failed is None or len(sites) == len(self.sites):
+            raise Stop(found)
+        self.failed |= dict.fromkeys(sites, found)
+        self.sites = [site for site in self.sites if site not in sites]
 
     def shrink(self, n_sentences: int, longest: int) -> None:
         """Halve the batches after one of n_sentences did not fit. Raises Stop if it was a single sentence."""

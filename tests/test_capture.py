@@ -605,6 +605,54 @@ def test_nan_names_the_sentence_of_a_large_set(options, tiny_model_dir, tmp_path
     assert "sentence 10," in said
 
 
+@pytest.mark.parametrize(("where", "n"), [(7, 45), (70, 90)])  # among those that measure the rate, and not
+def test_a_site_with_nan_does_not_stop_the_others(options, tiny_model_dir, tmp_path, capsys, monkeypatch, where, n):
+    """And once the model gives numbers there, the same command captures what is missing."""
+    texts = [f"aaaa {i}" for i in range(n)]
+    texts[where] = "the #"
+    folders = {"sentences_dir": write_sentences_to(tmp_path / "sentences", texts)}
+    call(capture, **options | folders, sites=SITES, output_dir=tmp_path / "whole")
+    activations = Transformer.activations
+
+    def with_nan(model: Transformer, tokens: torch.Tensor, sites: list[str]) -> dict[str, torch.Tensor]:
+        acts = activations(model, tokens, sites)
+        if SITE in acts and (tokens == ord("#")).any():
+            acts[SITE][tokens == ord("#")] = torch.nan
+        return acts
+
+    folders["output_dir"] = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Transformer, "activations", with_nan)
+        said = refusal(capsys, capture, **options | folders, sites=SITES)
+        assert f"NaN or infinity at {SITE} for sentence {where}," in said
+        assert said.endswith(f"Not captured: {SITE}. All other sites are.")
+    for site in SITES:
+        if site == SITE:
+            with pytest.raises(InputError):
+                ActivationStore(tmp_path / "out" / site)
+        else:
+            assert records_of(tmp_path / "out", site) == records_of(tmp_path / "whole", site)
+    call(capture, **options | folders, sites=SITES)
+    assert records_of(tmp_path / "out") == records_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_the_sites_with_nan(options, tiny_model_dir, tmp_path):
+    model_dir = with_nan_for("#", tiny_model_dir, tmp_path / "model")
+    state = torch.load(model_dir / "consolidated.00.pth", weights_only=True)
+    state["tok_embeddings.weight"].nan_to_num_()
+    state["layers.1.ffn_norm.weight"][0] = torch.nan
+    torch.save(state, model_dir / "consolidated.00.pth")
+    sites = ("layers.1.ffn_norm", "layers.1.resid_mid", "layers.2.resid_pre")
+    done = torchrun(2, "capture_activations.py", **options | {"model_dir": model_dir}, sites=sites, output_dir=tmp_path)
+    assert done.returncode != 0
+    assert the_sentence(done.stderr).endswith(f"Not captured: {sites[0]}, {sites[2]}. All other sites are.")
+    assert ActivationStore(tmp_path / sites[1]).n_tokens > 0
+    for site in sites[::2]:
+        with pytest.raises(InputError):
+            ActivationStore(tmp_path / site)
+
+
 @pytest.mark.slow
 def test_torchrun_says_what_is_missing_once(options, tmp_path):
     options = options | {"sentences_dir": tmp_path / "nowhere"}
