@@ -35,6 +35,7 @@ WINDOW_SENTENCES: Count = 1024  # sentences whose activations at all sites are i
 N_LATENTS: Count = 2048  # of each SAE
 K: Count = 16  # latents kept per activation
 GATE: Literal["topk", "batch_topk"] = "topk"  # K of each activation, or K on average over a batch
+SKIP = True  # give transcoders a linear path beside their latents
 K_AUX: CountOrZero = 256  # dead latents in the auxiliary loss
 NUM_EPOCHS: Count = 6  # passes over the activations
 BATCH_SIZE: Count = 1024  # activations per step
@@ -57,6 +58,7 @@ _SAMPLE = 500  # sentences that tell how many tokens there are
 _MEASURED_STEPS = 3  # training steps that tell how long training takes
 _NAMES_S = 0.008  # seconds per latent of top sentences, names, scores and report on one core, measured with SmolLM2
 _STAGE_S = 2.5  # seconds that a process takes to start and load
+_MODEL_SPEED = 0.6  # of a single product's, that of the model's forward pass; SmolLM2 on two cores
 _PREPROCESSING_RATE = 0.1e9  # bytes per second and core; docs/benchmarks.md
 _GOOD = 0.7  # detection score of a good name
 _NAMES_SHOWN = 4  # of each SAE in the index
@@ -120,6 +122,12 @@ class Stage(NamedTuple):
         return all(path.stat().st_mtime <= made for path in self.reads if path.exists())
 
 
+def training_options(member: Member, config: Namespace) -> dict[str, Any]:
+    """What an SAE is trained with; the same for all, but for the skip, which only transcoders have."""
+    options = {name: getattr(config, name) for name in _TRAINING}
+    return options | ({"skip": config.skip} if member.writes else {})
+
+
 def training_stages(member: Member, config: Namespace, n_threads: int) -> list[Stage]:
     """From activations to sae.pth."""
     stages = []
@@ -133,8 +141,7 @@ def training_stages(member: Member, config: Namespace, n_threads: int) -> list[S
     places["checkpoint_dir"] = member.folder / "checkpoints"
     if member.writes:
         places["target_data_dir"] = batches_dir(member.suite_dir, member.writes)
-    options = {name: getattr(config, name) for name in _TRAINING}
-    train = command("sae_training.py", **places, **options, wandb="off")
+    train = command("sae_training.py", **places, **training_options(member, config), wandb="off")
     return [*stages, Stage("training", train, Path(member.files.path), ())]
 
 
@@ -167,7 +174,7 @@ def check_trained(members: Sequence[Member], config: Namespace, n_sentences: int
             continue
         info = read_json(member.files.json, "remove its folder.")
         then = {**info, **info.get("config", {}), "sentences": info.get("dataset", {}).get("sentences")}
-        now = {name: getattr(config, name) for name in _TRAINING}
+        now = training_options(member, config)
         now |= {"site": member.reads, "sentences": n_sentences, "begin_of_text": config.begin_of_text}
         now |= {"target_site": member.writes} if member.writes else {}
         for name, value in now.items():
@@ -294,7 +301,9 @@ class Work:
                     shutil.rmtree(batches_dir(member.suite_dir, site), ignore_errors=True)
 
 
-def is_complete(manifest: Path) -> bool:
+def is_complete(suite_dir: Path, site: str) -> bool:
+    """Whether all activations of a site are there."""
+    manifest = activations_dir(suite_dir, site) / MANIFEST
     return manifest.exists() and read_json(manifest, "remove its folder.").get("complete") is True
 
 
@@ -352,23 +361,24 @@ def announce(
     n_at_once = min(crew.slots.qsize(), max(1, len(untrained)))
     site_bytes = 2 * args.dim * n_tokens
     sae_bytes = 4 * config.n_latents * (2 * args.dim + 1)
-    captured = site_bytes * sum(not is_complete(activations_dir(suite_dir, site) / MANIFEST) for site in sites)
+    captured = site_bytes * sum(not is_complete(suite_dir, site) for site in sites)
     shuffled = site_bytes * (len(sites) if config.keep else min(len(sites), 2 * 2 * n_at_once))
     kept = sae_bytes * len(untrained) * (1 + 6 * config.keep) + 6 * sae_bytes * n_at_once
     require_disk(suite_dir, captured + (shuffled + kept if untrained else 0))
     in_windows = 2 * 2 * args.dim * len(sites) * a_sentence * min(config.window_sentences, len(dataset))
     training = 5 * sae_bytes + 4 * config.batch_size * (config.n_latents + 6 * args.dim)
 
-    products, steps = rate_of_products(device, args.dim), rate_of_training(args.dim, config, device, crew.n_threads)
+    speed = _MODEL_SPEED * rate_of_products(device, args.dim)
+    steps = rate_of_training(args.dim, config, device, crew.n_threads)
     deepest = 1 + max(member.layer for member in members)
-    seconds = {"capture": 2 * parameters_of(args, deepest) * n_tokens / products if captured else 0.0}
+    seconds = {"capture": 2 * parameters_of(args, deepest) * n_tokens / speed if captured else 0.0}
     seconds["shuffling"] = 4 * site_bytes * sum(len(m.sites) for m in untrained) / _PREPROCESSING_RATE / n_at_once
-    seconds["training"] = len(untrained) * n_tokens * config.num_epochs / steps / n_at_once
+    seconds["training"] = len(untrained) * (n_tokens * config.num_epochs / steps + 3 * _STAGE_S) / n_at_once
     evaluated = [member for member in members if not member.files.beside("evaluation.json").exists()]
     named = [member for member in members if not member.files.beside("top.parquet").exists()]
     passes = sum(1 + 4 * (args.n_layers - member.layer) / args.n_layers for member in evaluated)
     whole = parameters_of(args, args.n_layers) + args.dim * args.vocab_size
-    seconds["evaluation"] = passes * 2 * whole * config.num_evaluated * a_sentence / products
+    seconds["evaluation"] = passes * 2 * whole * config.num_evaluated * a_sentence / speed
     seconds["names"] = len(named) * (config.n_latents * _NAMES_S + 8 * _STAGE_S) / n_at_once
     print(
         f"{len(members)} SAEs ({len(members) - len(untrained)} of them trained), {config.n_latents:,} latents and k "
@@ -542,13 +552,21 @@ def open_sentences(config: Namespace) -> SentenceDataset:
     return dataset
 
 
-def capture(members: Sequence[Member], config: Namespace, n_gpus: int) -> None:
-    """Every site in one pass, unless it is there. Raises Stop."""
+def capture(members: Sequence[Member], config: Namespace, n_gpus: int) -> dict[str, str]:
+    """Every site in one pass, unless it is there; returns who has no activations, by name. Raises Stop if all have
+    none."""
     sites = dict.fromkeys(site for member in members for site in member.sites)
     places = {"model_dir": config.model_dir, "sentences_dir": config.sentences_dir}
     places["output_dir"] = members[0].suite_dir / "activations"
     options = {name: getattr(config, name) for name in _CAPTURE}
-    run_command(command("capture_activations.py", n_gpus or 2, **places, **options, sites=tuple(sites)))
+    try:
+        run_command(command("capture_activations.py", n_gpus or 2, **places, **options, sites=tuple(sites)))
+    except Stop:
+        without = [m.name for m in members if not all(is_complete(m.suite_dir, site) for site in m.sites)]
+        if len(without) == len(members):
+            raise
+        return dict.fromkeys(without, "its activations could not be captured; capture_activations.py says why, above.")
+    return {}
 
 
 def main() -> None:
@@ -567,14 +585,16 @@ def main() -> None:
         members = chosen(suite_dir, config.sites, args.n_layers)
         check_trained(members, config, len(dataset))
         with ended_as_by_ctrl_c(), locked(suite_dir):
+            failures = {}
             if not all(is_done(member, config) for member in members):
                 announce(members, dataset, config, args, crew, "cuda" if n_gpus else "cpu")
-                capture(members, config, n_gpus)
-            failures = Work(members, config, crew).all()
+                failures = capture(members, config, n_gpus)
+            failures |= Work([member for member in members if member.name not in failures], config, crew).all()
             if any(member.is_trained for member in members):
                 summarise(suite_dir, trained(suite_dir))
     for name, why in failures.items():
-        print(f"{name}: {why}  ({suite_dir / name / 'suite.log'})")
+        log = suite_dir / name / "suite.log"
+        print(f"{name}: {why}" + (f"  ({log})" if log.exists() else ""))
     if failures:
         raise Stop(
             f"{len(failures)} of {len(members)} SAEs failed, named above with their errors; correct that and run the "

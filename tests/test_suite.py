@@ -31,6 +31,7 @@ import sae_suite
 from latents import suites
 from latents.coactivation import FLOW
 from latents.meanings import best_meanings
+from llama_3.model import Transformer
 from pipeline.activation_store import ActivationStore
 from pipeline.errors import InputError, Stop
 from pipeline.files import read_json, write_json
@@ -164,7 +165,7 @@ def test_the_table_holds_what_the_files_beside_the_saes_say(made):
         (line,) = (line for line in text.splitlines() if line.startswith(f"| {row['name']} |"))
         assert f"| {quality['fvu']:.4f} |" in line and f"| {row['score']:.3f} |" in line
     info = read_json(made.dir / NAMES[0] / "sae.json", "")
-    assert (info["site"], info["target_site"]) == ("layers.0.ffn_norm", "layers.0.mlp_out")
+    assert (info["site"], info["target_site"]) == ("layers.0.ffn_norm", "layers.0.mlp_out") and info["skip"]
 
 
 def test_the_picture_over_depth(made, tmp_path):
@@ -231,6 +232,21 @@ def test_a_broken_site_does_not_stop_the_others(made, copy, ran, capsys):
     ]
     assert [row["name"] for row in read_json(copy / "suite.json", "")["saes"]] == NAMES[1:]
     assert (copy / "batches" / "layers.0.ffn_norm" / "manifest.json").exists()  # kept for the next try
+
+
+def test_a_site_where_the_model_gives_nan_does_not_stop_the_others(made, ran, monkeypatch, tmp_path, capsys):
+    activations = Transformer.activations
+
+    def with_nan(model: Transformer, tokens: torch.Tensor, sites: str | list[str], *more):
+        acts = activations(model, tokens, sites, *more)
+        bad = "layers.1.mlp_out"
+        return acts | {bad: acts[bad] * torch.nan} if isinstance(acts, dict) and bad in acts else acts
+
+    monkeypatch.setattr(Transformer, "activations", with_nan)
+    said = refusal(capsys, sae_suite, **inputs(made.folder, sites=NAMES[:2]), suite_dir=tmp_path / "suite")
+    assert said.startswith("1 of 2 SAEs failed")
+    assert [row["name"] for row in read_json(tmp_path / "suite" / "suite.json", "")["saes"]] == NAMES[:1]
+    assert not any(NAMES[1] in line for line in ran)
 
 
 def test_the_broken_site_is_named_with_its_error(made, copy, ran, capsys):
