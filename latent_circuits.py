@@ -3,7 +3,7 @@
 Reads   SUITE_DIR/*/sae.pth: transcoders of MLPs (sites layers.N.ffn_norm -> layers.N.mlp_out), or SAEs of the residual
         stream, with the names and tables beside them; MODEL_DIR
 Writes  OUTPUT_DIR: SLUG.html, the graph to look through; SLUG.json, the same for circuit-tracer's frontend and
-        Neuronpedia; SLUG.png, predicted and measured changes; graph-metadata.json. SLUG is the prompt and the answer
+        Neuronpedia; SLUG.png, predicted and measured changes; graph-metadata.json. SLUG is of prompt and answers
 Method  transcoders: linear attribution with attention patterns and norms frozen, Ameisen et al. 2025, "Circuit
         Tracing", transformer-circuits.pub (circuits/replacement.py). saes: integrated gradients, Marks et al. 2024,
         arXiv:2403.19647 (circuits/integrated.py). Pruned by influence (circuits/pruning.py); then the strongest latents
@@ -25,13 +25,13 @@ PROMPT: str  # the text; begin-of-text comes before it if the suite was trained 
 OUTPUT_DIR: str  # folder for the graph's files
 MODEL_DIR: str | None = None  # Llama folder; the suite's own when not given
 ANSWER: str | None = None  # a single token, with the space before it; the likeliest next token when not given
-OTHER_ANSWER: str | None = None  # explains the difference from this token; from the vocabulary's mean when not given
+OTHER_ANSWER: str | None = None  # a token whose logit is subtracted; the vocabulary's mean when not given
 BASELINE_PROMPT: str | None = None  # saes: a prompt of as many tokens to integrate from; zero latents when not given
-SITES: list[str] = ["layers.*.resid_post"]  # saes: those of these sites, one in a layer; * stands for any layer
+SITES: list[str] = ["layers.*.resid_post"]  # saes: which SAEs, by site, one per layer; * stands for any layer
 IG_STEPS: Count = 10  # saes: steps of the integration
-NODE_SHARE: Share = 0.8  # of all influence, kept by the fewest nodes
-EDGE_SHARE: Share = 0.98  # of what the edges among these carry, kept by the fewest edges
-MAX_LATENTS: Count = 8192  # latents whose inputs are computed, those of the highest influence
+NODE_SHARE: Share = 0.8  # keep the fewest nodes that hold this share of all influence
+EDGE_SHARE: Share = 0.98  # keep the fewest edges that carry this share of what passes between these nodes
+MAX_LATENTS: Count = 8192  # latents whose inputs are computed: of the highest influence; saes: the largest effects
 VALIDATED: Count = 64  # latents taken away and doubled in the model, those of the largest effects
 TOP: Count = 20  # nodes in the table
 DEVICE = "auto"  # auto: a GPU if there is one
@@ -108,7 +108,10 @@ def open_session(config: Any, suite: Suite) -> Session:
     """Raises InputError for a suite without what the command needs, or of another model."""
     paths = suite.saes_at(config.sites) if config.command == "saes" else suite.transcoders
     if not paths:
-        raise InputError(f"{suite.folder} has no transcoder from a layer's ffn_norm to its mlp_out; train some.")
+        raise InputError(
+            f"{suite.folder} has no transcoder from a layer's ffn_norm to its mlp_out; train some with sae_suite.py, "
+            "or write saes for a graph of residual SAEs."
+        )
     sources = [source_of(path) for path in paths.values()]
     model_dir = config.model_dir or sources[0].model_dir(option="--model_dir")
     for source in sources:
@@ -172,8 +175,8 @@ def show_graph(graph: Graph, kept: Kept, found: Scores) -> None:
     n_latents = int(graph.which("latent").sum())
     say(
         f"{n_latents:,} latents fire; the inputs of {len(graph.targets) - 1:,} were computed.",
-        f"Replacement score {found.replacement:.2f}: so much of what reaches the answer comes from tokens through "
-        f"latents alone. Completeness score {found.completeness:.2f}: so much of the inputs is no error.",
+        f"Replacement score {found.replacement:.2f}: the share of what reaches the answer that comes from tokens "
+        f"through latents alone. Completeness score {found.completeness:.2f}: the share of inputs that is no error.",
         f"Kept: {int(kept.nodes.sum()):,} of {len(graph.nodes):,} nodes, with {kept.node_share:.0%} of the influence, "
         f"and {int(kept.edges.sum()):,} edges, with {kept.edge_share:.0%} of what these nodes add to one another.",
     )
@@ -208,6 +211,8 @@ def about(
         "transcoder_list": [path.parent.name for path in session.paths.values()],
         "prompt_tokens": [session.tokenizer.decode([token]) for token in prompt.ids],
         "prompt": config.prompt,
+        "other_answer": config.other_answer,  # None: the mean over the vocabulary
+        "baseline_prompt": config.baseline_prompt,
         "node_threshold": config.node_share,
         "schema_version": 1,
         "info": {"generator": {"name": "latent_circuits.py"}},
@@ -220,8 +225,9 @@ def about(
 
 def main() -> None:
     config = parse_constants(globals(), commands=_COMMANDS)
-    if config.baseline_prompt and config.command == "transcoders":
-        raise InputError("--baseline_prompt belongs to the command saes; leave it out, or write saes.")
+    for name in ("baseline_prompt", "sites", "ig_steps") if config.command == "transcoders" else ():
+        if getattr(config, name) != globals()[name.upper()]:
+            raise InputError(f"--{name} belongs to the command saes; leave it out, or write saes.")
     folder = Path(config.output_dir)
     require_writable(folder / "graph.json")
     session = open_session(config, find_suite(config.suite_dir))
@@ -238,7 +244,7 @@ def main() -> None:
     latents = [graph.nodes[i] for i in kept.nodes.nonzero().flatten().tolist() if graph.nodes[i].kind == "latent"]
     names = name_latents(session, latents)
     show_graph(graph, kept, found)
-    say("", "What adds most to the answer's logit, on all paths; influence: share of all ways to the answer")
+    say("", "What adds most to the answer's logit, on all paths; influence: share of all paths back from the answer")
     print(node_table(prompt, graph, kept, names, config.top) + "\n")
     chosen = graph.strongest(config.validated, "latent")
     if not chosen:
@@ -247,11 +253,10 @@ def main() -> None:
     print(agreement_table(agreements))
     say(validation.verdict(agreements))
 
-    slug = slug_of(config.prompt, session.tokenizer.decode([answer.token]), *["saes"][: config.command == "saes"])
-    drawn = graph_json(
-        graph, kept, names, session.tokenizer.decode([answer.token]), probability,
-        about(config, session, prompt, slug, found, agreements),
-    )  # fmt: skip
+    texts = [session.tokenizer.decode([token]) for token in (answer.token, answer.other) if token is not None]
+    slug = slug_of(config.prompt[:40], " minus".join(texts), config.command if config.command == "saes" else "")
+    told = about(config, session, prompt, slug, found, agreements)
+    drawn = graph_json(graph, kept, names, texts[0], probability, told)
     write_graph(folder / f"{slug}.json", drawn)
     validation.draw(folder / f"{slug}.png", agreements, f"{config.prompt} …")
     links = sorted(drawn["links"], key=lambda link: -abs(link["weight"]))[:MOST_EDGES]  # what a browser can draw

@@ -22,9 +22,9 @@ from pipeline.run import run
 
 SUITE_DIR = "data/suite"  # the suite
 TOKENS: Count = 2**17  # captured tokens to count on, from the start of the seeded order
-LEAST_FIRINGS: Count = 20  # a latent that fires on fewer of them is left out
+LEAST_FIRINGS: Count = 20  # latents that fire on fewer tokens are left out
 KEPT: Count = 5  # latents of the next SAE kept per latent
-LEAST_PHI: Share = 0.5  # of partners
+LEAST_PHI: Share = 0.5  # the lowest phi at which two latents that are each other's best count as partners
 
 _CHAINS, _PREDICTIONS = 20, 15  # shown
 _RARE = 0.02  # share of tokens; a latent that fires more often is not worth predicting
@@ -158,6 +158,8 @@ class Step(NamedTuple):
 
 
 def compare(before: Encoded, after: Encoded, n_kept: int, least_firings: int) -> Step:
+    """The latents of an SAE beside the n_kept of the next that go best with each, of those that fire on least_firings
+    tokens or more."""
     n, n_after = before.n_latents, after.n_latents
     found = associate(before.tokens, after.tokens, n, n_after, n_kept, least_firings)
     moved = after.tokens.roll(len(after.tokens) // 2, 0)
@@ -360,8 +362,8 @@ def draw(path: Path, kind: str, every: Sequence[Named], rows: Sequence[Row], cha
     shares, directions = left.subplots(2, 1, sharex=True)
     draw_lines(shares, layers[:-1], rows, {"with a partner": "partners", "best phi, median": "phi", "chance": "chance"})
     shares.set_title("share of the latents with a partner, and phi")
-    fields = {"cosine of what they read, median": "read_cosine", "… nearest of all": "read_nearest"}
-    fields |= {"cosine of what they write, median": "cosine", "… nearest of all ": "nearest"}
+    fields = {"cosine of what they read, median": "read_cosine", "nearest in what they read": "read_nearest"}
+    fields |= {"cosine of what they write, median": "cosine", "nearest in what they write": "nearest"}
     draw_lines(directions, layers[:-1], rows, fields)
     directions.set(title="directions of partners", xlabel="layer of the first of the two", ylim=(-0.1, 1))
     draw_chains(right.subplots(), every, [chain for chain in chains if chain.names(every)][:_CHAINS])

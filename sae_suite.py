@@ -9,10 +9,10 @@ Method  the stage scripts, as processes: one pass of the model over the sentence
         not stop the others. layers.N.transcoder goes from ffn_norm to mlp_out of layer N (Dunefsky et al. 2024,
         arXiv:2406.11944). A suite of this kind: Llama Scope (He et al. 2024, arXiv:2410.20526). Without SITES nothing
         is trained: what is missing for the SAEs that SUITE_DIR holds is made, and they are compared
-Cost    disk: 2 bytes x d_model per token and site; four times that for the sites that are being shuffled. It prints
+Cost    disk: 2 bytes x d_model per token and site; three times that for each SAE that is being trained. It prints
         the sums, and estimates of memory and time, before it starts
 
-    python sae_suite.py --sites layers.*.transcoder layers.15.resid_post --suite_dir data/suite
+    python sae_suite.py --sites 'layers.*.transcoder' layers.15.resid_post --suite_dir data/suite
     python sae_suite.py --suite_dir data/suite
 """
 
@@ -21,16 +21,16 @@ from typing import Any, Literal, NamedTuple
 from pipeline.options import Count, CountOrZero, NotNegative, Share, parse_constants
 from pipeline.run import run
 
-SITES: tuple[str, ...] | None = None  # what to train: layers.N.SITE or layers.N.transcoder, with * for any; see above
+SITES: tuple[str, ...] | None = None  # what to train: layers.N.SITE, layers.N.transcoder, or quoted patterns
 SUITE_DIR = "data/suite"  # folder for everything
 MODEL_DIR = "models/smollm2-135M-Instruct-Q4_1"  # Llama folder
 SENTENCES_DIR = "data/sentences"  # folder of sentences
 
 NUM_SAMPLES: CountOrZero = 8_000  # sentences to capture; 0 for all
-BEGIN_OF_TEXT = True  # read each after begin-of-text; else its first token, the longest by far, fools a transcoder
-DTYPE: Literal["bfloat16", "float32"] = "float32"  # of the capture; bfloat16 on GPUs, and CPUs that know it
+BEGIN_OF_TEXT = True  # read each after begin-of-text; without it the first token, the longest by far, dominates
+DTYPE: Literal["bfloat16", "float32"] = "float32"  # of the capture; bfloat16 on GPUs, and on CPUs that support it
 BATCH_TOKENS: Count = 1024  # tokens per forward pass; 4096 on a GPU
-WINDOW_SENTENCES: Count = 1024  # sentences whose activations at all sites are in memory at once, twice
+WINDOW_SENTENCES: Count = 1024  # sentences in a window; each process of the capture holds two, at all sites
 
 N_LATENTS: Count = 2048  # of each SAE
 K: Count = 16  # latents kept per activation
@@ -88,6 +88,7 @@ from embedded import recipe as recipes
 from embedded.recipe import command, run_command
 from latents.index import LatentIndex
 from latents.meanings import best_meanings
+from latents.origin import source_of
 from latents.pages import page_html, picture, read_part, write_text
 from latents.suites import Member, activations_dir, batches_dir, by_kind, chosen, trained
 from llama_3 import load_tokenizer
@@ -183,6 +184,21 @@ def check_trained(members: Sequence[Member], config: Namespace, n_sentences: int
                     f"{member.files.path} was trained with {name} = {then[name]!r}, but now it is {value!r}; use the "
                     "old value, remove its folder, or name another --suite_dir."
                 )
+
+
+def check_others(suite_dir: Path, config: Namespace, n_sentences: int) -> None:
+    """Raise InputError if the suite holds an SAE of another model, or of other tokens."""
+    for path in sorted(suite_dir.glob("layers.*/sae.json")):
+        source = source_of(path.with_suffix(".pth"))
+        source.check_model(config.model_dir, "--model_dir")
+        if not source.dataset:  # of another tool
+            continue
+        then = source.dataset["sentences"], source.begin_of_text
+        if then != (n_sentences, config.begin_of_text):
+            raise InputError(
+                f"{path} is of {then[0]} sentences with begin_of_text = {then[1]}, but now it is {n_sentences} and "
+                f"{config.begin_of_text}; use the old values, or name another --suite_dir."
+            )
 
 
 # ---- many at once
@@ -362,7 +378,8 @@ def announce(
     site_bytes = 2 * args.dim * n_tokens
     sae_bytes = 4 * config.n_latents * (2 * args.dim + 1)
     captured = site_bytes * sum(not is_complete(suite_dir, site) for site in sites)
-    shuffled = site_bytes * (len(sites) if config.keep else min(len(sites), 2 * 2 * n_at_once))
+    # Two sites of each SAE at work, and one more while it is being shuffled.
+    shuffled = site_bytes * ((len(sites) if config.keep else min(len(sites), 2 * n_at_once)) + n_at_once)
     kept = sae_bytes * len(untrained) * (1 + 6 * config.keep) + 6 * sae_bytes * n_at_once
     require_disk(suite_dir, captured + (shuffled + kept if untrained else 0))
     in_windows = 2 * 2 * args.dim * len(sites) * a_sentence * min(config.window_sentences, len(dataset))
@@ -387,8 +404,8 @@ def announce(
         f"Disk: {gb(captured)} of activations; up to {gb(shuffled if untrained else 0)} of batches, "
         f"{'kept' if config.keep else 'removed after training'}; {gb(kept if untrained else 0)} of SAEs and "
         "checkpoints.\n"
-        f"Memory: {gb(in_windows)} for the capture besides the model; then {n_at_once} x {gb(training)} for training, "
-        f"besides what a process with torch takes.\n"
+        f"Memory: {gb(in_windows)} in each process of the capture, besides the model; then {n_at_once} x "
+        f"{gb(training)} for training, besides what a process with torch takes.\n"
         f"Time, from quick measurements of one product and one training step, and more if the machine does other work: "
         f"{', '.join(f'{title} {duration(value)}' for title, value in seconds.items() if value >= 1) or 'little'}; in "
         f"all about {duration(sum(seconds.values()))}.",
@@ -421,7 +438,7 @@ class Column(NamedTuple):
         return self.title + (", %" if "%" in self.form else "")
 
 
-COLUMNS = (
+_COLUMNS = (
     Column("latents", "n_latents", "{:,}"),
     Column("k", "k", "{}"),
     Column("FVU", "fvu", "{:.4f}", "FVU, held-out sentences", (0, None)),
@@ -457,16 +474,16 @@ def measured(member: Member) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """In markdown, by kind and depth."""
-    lines = [f"| SAE | {' | '.join(column.title for column in COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    lines = [f"| SAE | {' | '.join(column.title for column in _COLUMNS)} |", "|---" * (1 + len(_COLUMNS)) + "|"]
     for kind in dict.fromkeys(row["kind"] for row in rows):
         of_kind = [row for row in rows if row["kind"] == kind]
-        lines += [f"| {row['name']} | {' | '.join(column.show(row) for column in COLUMNS)} |" for row in of_kind]
+        lines += [f"| {row['name']} | {' | '.join(column.show(row) for column in _COLUMNS)} |" for row in of_kind]
     return "\n".join(lines)
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """What is drawn of COLUMNS over depth, a line for each kind of SAE."""
-    drawn = [column for column in COLUMNS if column.about]
+    """What is drawn of _COLUMNS over depth, a line for each kind of SAE."""
+    drawn = [column for column in _COLUMNS if column.about]
     figure = new_figure(13, 6.5)
     axes = figure.subplots(2, 3).flatten()
     every = [row["layer"] for row in rows]
@@ -498,13 +515,13 @@ def index_html(members: Sequence[Member], rows: Sequence[dict[str, Any]], model:
     kinds = ", ".join(f"{len(found)} x {kind}" for kind, found in by_kind(members).items())
     facts = [("model", model), ("SAEs", kinds), ("latents in all", f"{sum(row['n_latents'] for row in rows):,}")]
     items = "".join(f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts)
-    head = ["layer", "SAE, and names of some latents", *(column.plain_title for column in COLUMNS)]
+    head = ["layer", "SAE, and names of some latents", *(column.plain_title for column in _COLUMNS)]
     lines = []
     for member, row in zip(members, rows, strict=True):
         report = member.files.beside("report.html")
         link = f'<a href="{member.name}/{report.name}">{member.kind}</a>' if report.exists() else member.kind
         names = html.escape("; ".join(some_names(member)))
-        cells = "".join(f"<td>{column.plain(row)}</td>" for column in COLUMNS)
+        cells = "".join(f"<td>{column.plain(row)}</td>" for column in _COLUMNS)
         lines.append(f"<tr><td>{member.layer}</td><td>{link}<br><small>{names}</small></td>{cells}</tr>")
     heads = "".join(f"<th><button>{title}</button></th>" for title in head)
     parts = [
@@ -573,22 +590,27 @@ def main() -> None:
     config = parse_constants(globals())
     suite_dir = Path(config.suite_dir).absolute()
     n_gpus = torch.cuda.device_count()
-    crew = Crew(config.side_by_side or n_gpus or os.cpu_count() or 1, n_gpus)
+    at_once = config.side_by_side or n_gpus or os.cpu_count() or 1
     if not config.sites:
         members = trained(suite_dir)
+        crew = Crew(min(at_once, len(members)), n_gpus)
         with ended_as_by_ctrl_c(), locked(suite_dir):
             failures = Work(members, config, crew).all()
             summarise(suite_dir, members)
     else:
         config.model_dir, config.sentences_dir = map(os.path.abspath, (config.model_dir, config.sentences_dir))
+        if config.k > config.n_latents:
+            raise InputError(f"--k {config.k} exceeds --n_latents {config.n_latents}; correct one of them.")
         args, dataset = read_params(config.model_dir), open_sentences(config)
         members = chosen(suite_dir, config.sites, args.n_layers)
         check_trained(members, config, len(dataset))
+        check_others(suite_dir, config, len(dataset))
+        crew = Crew(min(at_once, len(members)), n_gpus)
         with ended_as_by_ctrl_c(), locked(suite_dir):
             failures = {}
-            if not all(is_done(member, config) for member in members):
-                announce(members, dataset, config, args, crew, "cuda" if n_gpus else "cpu")
-                failures = capture(members, config, n_gpus)
+            if todo := [member for member in members if not is_done(member, config)]:
+                announce(todo, dataset, config, args, crew, "cuda" if n_gpus else "cpu")
+                failures = capture(todo, config, n_gpus)
             failures |= Work([member for member in members if member.name not in failures], config, crew).all()
             if any(member.is_trained for member in members):
                 summarise(suite_dir, trained(suite_dir))

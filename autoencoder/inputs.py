@@ -258,8 +258,8 @@ def check_stream(stream: Stream, batch_size: int, n_processes: int, early_stop: 
     """Raise InputError for options that do not fit the lanes of the buffer, or the sentences."""
     if batch_size % LANES or LANES % n_processes:
         raise InputError(
-            f"A stream has {LANES} lanes: --batch_size {batch_size} must be a multiple of {LANES}, and the number of "
-            f"processes, {n_processes}, must divide it; choose another."
+            f"The buffer of a stream has {LANES} lanes: --batch_size {batch_size} must be a multiple of {LANES}, and "
+            f"{LANES} a multiple of the number of processes, {n_processes}; choose others."
         )
     if early_stop and stream.first_validation_sentence == len(stream.sentences):
         raise InputError("There are no held-out sentences for --early_stop_epochs; raise --validation_fraction.")

@@ -9,7 +9,7 @@ Method  rounding: activations in float32, rounded in four ways; the squared erro
 Cost    15 minutes on two cores with the tiny Llama; a killed run starts the stage it was in again
 
     python benchmarks/streaming.py
-    python benchmarks/streaming.py --model smollm2 --num_samples 1000 --seeds 0
+    python benchmarks/streaming.py --model smollm2 --num_samples 1000 --seeds 0 --run_dir data/benchmark_streaming_2
 """
 
 from typing import Literal
@@ -29,6 +29,7 @@ if __name__ == "__main__":
     run(lambda: parse_constants(globals()))  # before the slow imports: --help answers at once
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, stdev
@@ -190,8 +191,9 @@ def main() -> None:
     }
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for seed in config.seeds:
-        for i, (way, data) in enumerate(ways.items()):
-            sae = train(recipe, run_dir, run_dir / f"{i}-{seed}", seed, data)
+        for way, data in ways.items():
+            folder = run_dir / "-".join([*re.findall(r"\w+", way), str(seed)])  # disk-int8-0
+            sae = train(recipe, run_dir, folder, seed, data)
             if not sae.with_suffix(".evaluation.json").exists():
                 run_command(recipes.evaluation(sae), quiet=True)
             quality = read_json(sae.with_suffix(".evaluation.json"), "remove it.")

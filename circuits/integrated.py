@@ -33,6 +33,7 @@ class _Depth(NamedTuple):
 
     sae: SparseAutoencoder
     sources: Sources  # their vectors: v
+    directions: Tensor  # (n_nodes, d_model) what a latent adds to x per activation; 0 of errors
     clean: Tensor  # (seq, d_model) x
     baseline: Tensor  # (seq, d_model) x'
 
@@ -69,16 +70,18 @@ def _depth(sae: SparseAutoencoder, x: Tensor, other: Tensor | None, first: int) 
     baseline[:first] = x[:first]
     layer, site = int(sae.site.split(".")[1]), sae.site
     nothing = 0.0, x.new_zeros(x.shape[1])
-    nodes, vectors = [], []
+    nodes, vectors, directions = [], [], []
     keys = sorted(latents.keys() | others.keys())
     for position in range(first, len(x)):
         for key in (key for key in keys if key[0] == position):
             activation, vector = latents.get(key, nothing)
             nodes.append(Node("latent", layer, position, key[1], activation, site))
             vectors.append(vector - others.get(key, nothing)[1])
+            directions.append(vector / activation if activation else vector)
         nodes.append(Node("error", layer, position, -1, 0.0, site))
         vectors.append(errors[position])
-    return _Depth(sae, Sources(nodes, torch.stack(vectors)), x, baseline)
+        directions.append(nothing[1])
+    return _Depth(sae, Sources(nodes, torch.stack(vectors)), torch.stack(directions), x, baseline)
 
 
 def _leaf(x: Tensor, kept: dict[str, Tensor], site: str) -> Tensor:
@@ -150,11 +153,13 @@ def attribute(
     starts = torch.tensor([0, *(len(group.nodes) for group in groups)]).cumsum(0).tolist()
     nodes = [node for group in groups for node in group.nodes]
     nodes.append(Node("logit", model.args.n_layers, len(prompt.ids) - 1, answer.token, 0.0, ""))
-    effects = torch.zeros(len(nodes))
+    effects, per_activation = torch.zeros(len(nodes)), torch.zeros(len(nodes))
     for depth, start in zip(depths, starts[1:], strict=False):
         gradient = _integrated_gradient(model, prompt, answer, depth, n_steps)
         own = depth.sources.products({depth.site: gradient[None]})[0]
         effects[start : start + len(own)] = own.cpu()
+        at = [node.position for node in depth.sources.nodes]
+        per_activation[start : start + len(own)] = (depth.directions * gradient[at]).sum(1).cpu()
 
     chosen = [i for i in effects.abs().argsort(descending=True).tolist() if nodes[i].activation > 0][:max_latents]
     into = {i: row for row, i in enumerate([len(nodes) - 1, *sorted(chosen)])}
@@ -175,7 +180,6 @@ def attribute(
                 edges[rows, starts[number] : begin] = compute([i - begin for i in batch]).cpu()
                 bar.update(len(batch))
     targets = torch.tensor(list(into))
-    per_activation = effects[targets[1:]] / torch.tensor([nodes[i].activation for i in targets[1:].tolist()])
-    effects[: starts[1]] = (per_activation @ edges[1:])[: starts[1]]
+    effects[: starts[1]] = (per_activation[targets[1:]] @ edges[1:])[: starts[1]]
     vectors = F.pad(torch.cat([group.vectors for group in groups]).cpu(), (0, 0, 0, 1))
     return Graph(nodes, vectors, targets, edges, torch.zeros(len(into)), effects)

@@ -70,5 +70,8 @@ def _place(info: dict[str, Any], path: Path) -> tuple[int, str]:
     """The layer and kind of site that a JSON names."""
     parts = str(info.get("site")).split(".")
     if len(parts) != 3 or not parts[1].isdecimal() or parts[2] not in SITES:
-        raise InputError(f"{SaeFiles(path).json} names no site, but {info.get('site')!r}; train the SAE again.")
+        raise InputError(
+            f"{SaeFiles(path).json} is missing or names no site of a Llama (site: {info.get('site')}); train the SAE "
+            "again."
+        )
     return int(parts[1]), parts[2]

@@ -96,7 +96,9 @@ def trained(suite_dir: Path) -> list[Member]:
     found = [member for path in suite_dir.glob("layers.*") if (member := named(suite_dir, path.name))]
     members = [member for member in found if member.is_trained]
     if not members:
-        raise InputError(f"{suite_dir} holds no layers.N.KIND/sae.pth; name a suite's folder, or train with --sites.")
+        raise InputError(
+            f"{suite_dir} holds no layers.N.KIND/sae.pth; name a suite's folder, or train one: sae_suite.py --sites."
+        )
     return sorted(members, key=lambda member: (member.layer, KINDS.index(member.kind)))
 
 

@@ -4,9 +4,9 @@ A buffer of BUFFER_SIZE activations per site is filled by the model, shuffled, u
 packed (pipeline/packing.py), in the memory of the CPU. Sentences come in a seeded random order, so each filling is a
 random sample of all; a larger buffer means that a step's activations are from more different sentences.
 
-The buffer has _LANES lanes, which get sentences of all lengths and about as many tokens each. A step takes as many rows
-from every lane. The lanes are divided among the processes, each of which runs its sentences through its copy of the
-model, so neither the steps nor the model's batches depend on the number of processes.
+The buffer has LANES lanes; each gets sentences of all lengths, and about as many tokens as the others. A step takes as
+many rows from every lane. The lanes are divided among the processes, each of which runs its sentences through its copy
+of the model, so neither the steps nor the model's batches depend on the number of processes.
 
 All of it is planned from the lengths of the sentences, which are counted once: which step uses which rows depends on
 the sentences, the sizes and the seed alone. So a run that continues makes the filling it was in again and goes on
@@ -38,8 +38,8 @@ from pipeline.sentences import SentenceDataset
 from pipeline.statistics import ActivationStatistics, Statistics, normalize
 from pipeline.workers import ahead
 
-LANES = 16  # parts of the buffer; the number of processes must divide it, and it the batch
-_SPARE = 4 * LANES  # tokens of a filling beyond its steps, so that lanes that are not quite equal suffice for them
+LANES = 16  # parts of the buffer; a multiple of the number of processes, and a divisor of the batch size
+_SPARE = 4 * LANES  # tokens that a filling gets beyond what its steps need, because its lanes are not exactly equal
 _CHUNK_BYTES = 2**20  # of float64 rows whose statistics are taken at a time: a processor's cache
 
 
@@ -234,8 +234,8 @@ class StreamedRows:
                     yield {site: self._on_device([rows[start : start + n_rows]]) for site, rows in every.items()}
 
     def held_out_sample(self, n_rows: int) -> Rows:
-        """About n_rows held-out rows, as many on each process, the same each time; of the filling in memory if none are
-        held out."""
+        """About n_rows held-out rows, as many on each process, the same each time; of the filling in memory if there
+        are not enough held-out sentences for every lane."""
         own = self.buffer
         if self.held_out_lanes and all(map(len, self.held_out_lanes[0])):
             n_sentences = sum(len(lane) for lanes in self.held_out_lanes for lane in lanes)

@@ -52,7 +52,7 @@ def open_sentences(folder: str, num_samples: int, seed: int) -> SentenceDataset:
 def bos_id_before(tokenizer: Tokenizer, model_dir: str, begin_of_text: bool) -> int | None:
     """The token that each sentence comes after, if any. Raises InputError if the model has none."""
     if begin_of_text and tokenizer.bos_id is None:
-        raise InputError(f"The tokenizer of {model_dir} has no begin-of-text; leave out --begin_of_text.")
+        raise InputError(f"The tokenizer of {model_dir} has no begin-of-text; write --begin_of_text no.")
     return tokenizer.bos_id if begin_of_text else None
 
 

@@ -200,7 +200,7 @@ def test_begin_of_text_that_the_tokenizer_does_not_have_is_refused(options, tmp_
     tokenizer.bos_id = None
     monkeypatch.setattr(capture, "load_tokenizer", lambda model_dir: tokenizer)
     said = refusal(capsys, capture, **options, sites=[SITE], begin_of_text="true", output_dir=tmp_path / "out")
-    assert said.endswith("has no begin-of-text; leave out --begin_of_text.") and not (tmp_path / "out").exists()
+    assert said.endswith("has no begin-of-text; write --begin_of_text no.") and not (tmp_path / "out").exists()
 
 
 def test_num_samples_takes_the_first(options, captured, tmp_path):

@@ -187,7 +187,7 @@ def same_weights(listed: list[tuple[str, float]], found: dict[str, float]) -> No
 @pytest.mark.slow
 def test_what_the_page_does(graph, tmp_path, browser):
     """Sliders, pointing, pinning, keys, groups, their files; on the screen of a phone; with texts that mean harm."""
-    graph["metadata"]["prompt_tokens"][1] = graph["metadata"]["prompt"] = EVIL
+    graph["metadata"]["prompt_tokens"][1] = graph["metadata"]["prompt"] = graph["metadata"]["other_answer"] = EVIL
     latents = [each for each in graph["nodes"] if each["feature_type"] == "cross layer transcoder"]
     latents[0]["clerp"] = EVIL
     cards = cards_of(graph) | {latents_of(graph)[1]: EVIL}  # even a card that was not escaped runs nothing
@@ -195,6 +195,7 @@ def test_what_the_page_does(graph, tmp_path, browser):
     phone = Shown(browser, tmp_path / "page.html", viewport={"width": 390, "height": 800})
     page = phone.page
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") == 0
+    assert f"minus that of “{EVIL}”" in page.inner_text("#facts")
     assert page.inner_text("h1") == EVIL and page.title() == f"Circuit: {EVIL}"
     assert phone.visible("item") == len(graph["nodes"]) and phone.visible("edge") == len(graph["links"])
 

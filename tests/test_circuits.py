@@ -9,6 +9,7 @@ steps and targets. Changes in the model against interventions one by one. Then t
 
 import contextlib
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -329,7 +330,7 @@ def test_integrated_gradients_against_a_loop(model, baseline):
     answer, first, n_steps = ANSWERS[0], 1, 4
     saes = residual_saes(model, "layers.0.resid_post", "layers.1.resid_post")
     graph = integrated.attribute(model, PROMPT, answer, saes, first, baseline, n_steps)
-    tokens = torch.tensor([IDS])
+    tokens, gradients = torch.tensor([IDS]), []
     for sae in saes:
         x = model.activations(tokens, sae.site)[0]
         _, mean, std = sae.normalize(x)
@@ -351,6 +352,7 @@ def test_integrated_gradients_against_a_loop(model, baseline):
             gradient += torch.autograd.grad(logit, at)[0] / n_steps
         expected = torch.stack([graph.vectors[i] @ gradient[graph.nodes[i].position] for i in own])
         close(graph.effects[own], expected)
+        gradients.append(gradient)
     # Edges into the second SAE's latents: their pre-activations' gradient at the first's site, one by one.
     rows = {int(i): row for i, row in zip(graph.targets, graph.edges, strict=True)}
     seconds = [i for i in rows if graph.nodes[i].site == saes[1].site]
@@ -364,6 +366,15 @@ def test_integrated_gradients_against_a_loop(model, baseline):
         expected = torch.stack([graph.vectors[j] @ gradient[0, graph.nodes[j].position] for j in sources])
         close(rows[i][sources], expected)
         assert rows[i].count_nonzero() <= len(sources)
+    # What an embedding adds: its edges into the first SAE's latents, times what one activation of each adds.
+    _, mean, std = saes[0].normalize(model.activations(tokens, saes[0].site)[0])
+    expected = torch.zeros(len(IDS))
+    for i in (i for i in rows if graph.nodes[i].site == saes[0].site):
+        node = graph.nodes[i]
+        at = mean[node.position], std[node.position]
+        direction = saes[0].restore(saes[0].decoder.weight[:, node.index], *at) - saes[0].restore(torch.zeros(1), *at)
+        expected += rows[i][: len(IDS)] * (direction @ gradients[0][node.position])
+    close(graph.effects[: len(IDS)], expected)
 
 
 def test_integrated_effects_sum_to_the_difference_from_the_baseline(model):
@@ -471,7 +482,8 @@ def test_a_graph_in_files_and_in_the_terminal(command, suite, tiny_model_dir, tm
     (path,) = (path for path in (tmp_path / "out").glob("*.json") if path.name != "graph-metadata.json")
     graph = json.loads(path.read_text(encoding="utf-8"))
     check_schema(graph)
-    assert path.stem == graph["metadata"]["slug"] and path.stem.startswith("hello-the")
+    assert path.stem == graph["metadata"]["slug"] and re.fullmatch(r"hello-the-.*minus-a(-saes)?", path.stem)
+    assert graph["metadata"]["other_answer"] == " a"
     assert graph["metadata"]["prompt_tokens"][0] == "<|begin_of_text|>"
     assert graph["metadata"]["validation"][0]["change"] == "taken away"
     assert any(node["clerp"].startswith("words of layers.") for node in graph["nodes"])
@@ -489,6 +501,7 @@ REFUSALS = [
     ([], {"answer": "xyz"}, "The answer 'xyz' is 3 tokens"),
     ([], {"answer": " a", "other_answer": " a"}, "The answer is ·a itself"),
     ([], {"baseline_prompt": "hello a"}, "--baseline_prompt belongs to the command saes"),
+    ([], {"ig_steps": 5}, "--ig_steps belongs to the command saes"),
     (["saes"], {"baseline_prompt": "hello"}, "The prompts do not align"),
     (["saes"], {"sites": "layers.2.*"}, "has no SAE at layers.2.*; it has layers.0.resid_post, layers.1.resid_post"),
     ([], {"prompt": "12 " * 9000}, "would take"),

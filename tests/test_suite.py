@@ -267,12 +267,40 @@ def test_the_broken_site_is_named_with_its_error(made, copy, ran, capsys):
         ({"n_latents": 64}, "was trained with n_latents = 48, but now it is 64"),
         ({"num_samples": 150}, "was trained with sentences = 200, but now it is 150"),
         ({"begin_of_text": False}, "was trained with begin_of_text = True, but now it is False"),
+        ({"k": 49}, "--k 49 exceeds --n_latents 48"),
+        (
+            {"sites": ["layers.1.resid_mid"], "num_samples": 150},
+            "is of 200 sentences with begin_of_text",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_done(made, ran, capsys, changes, words):
     before = sorted(made.dir.rglob("*"))
     assert words in refusal(capsys, sae_suite, **inputs(made.folder, **changes), suite_dir=made.dir)
     assert ran == [] and sorted(made.dir.rglob("*")) == before
+
+
+def test_a_suite_is_of_one_model(made, ran, tmp_path, capsys):
+    changes = {"sites": ["layers.1.resid_mid"], "model_dir": write_tiny_model(tmp_path / "other", rope_theta=10_000.0)}
+    said = refusal(capsys, sae_suite, **inputs(made.folder, **changes), suite_dir=made.dir)
+    assert "is not the model" in said and ran == []
+
+
+def test_activations_of_complete_saes_may_be_removed(made, copy, ran):
+    shutil.rmtree(copy / "activations" / NAMES[2])
+    (copy / NAMES[0] / "sae.evaluation.json").unlink()
+    call(sae_suite, **inputs(made.folder), suite_dir=copy)
+    assert "capture_activations" in ran and not (copy / "activations" / NAMES[2]).exists()
+
+
+def test_few_saes_share_all_cores(made, copy, ran, monkeypatch):
+    crews: list[int] = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(sae_suite, "summarise", lambda *_: None)
+    before = Crew.__init__
+    monkeypatch.setattr(Crew, "__init__", lambda self, n, n_gpus: (crews.append(n), before(self, n, n_gpus))[1])
+    call(sae_suite, suite_dir=copy)
+    assert crews == [3]
 
 
 def test_an_sae_of_another_site_in_a_members_folder_is_refused(made, copy, ran, capsys):
@@ -298,7 +326,7 @@ def test_it_says_what_it_will_take(made, tmp_path, monkeypatch, ran, capsys):
     assert int(about.replace(",", "")) == pytest.approx(n_tokens, rel=0.02)
     (disk,) = re.findall(r"Disk: ([\d.]+) MB of activations", said)
     assert float(disk) * 1e6 == pytest.approx(5 * 2 * 36 * n_tokens, rel=0.03)
-    assert re.search(r"Memory: .* for the capture", said) and re.search(r"in all about (\d+ h )?(\d+ min )?\d+ s", said)
+    assert re.search(r"Memory: .* of the capture", said) and re.search(r"in all about (\d+ h )?(\d+ min )?\d+ s", said)
 
 
 def refusal_and_output(capsys, **options) -> str:
