@@ -37,7 +37,7 @@ suite-demo: model  ## SAEs of every layer of SmolLM2 compared, and the graph of 
 	$(BIN)/python openwebtext_sentences_dataset.py --input_path llama_3/smollm2/dialogues.parquet --output_dir $(SUITE)/sentences --punkt corpus --punkt_train_mb 1 --shard_mb 2
 	$(BIN)/python sae_suite.py --suite_dir $(SUITE) --sentences_dir $(SUITE)/sentences --sites 'layers.*.transcoder' layers.7.resid_post layers.15.resid_post layers.23.resid_post --n_latents 1024 --num_samples 4000 --num_epochs 5 --num_evaluated 30
 	$(BIN)/python latent_flow.py --suite_dir $(SUITE)
-	$(BIN)/python latent_circuits.py --suite_dir $(SUITE) --prompt "The capital of Japan is" --answer " Tokyo" --other_answer " Paris" --output_dir $(SUITE)/graphs
+	$(BIN)/python latent_circuits.py --suite_dir $(SUITE) --prompt "My mother told me that" --answer " she" --other_answer " he" --output_dir $(SUITE)/graphs
 
 page: model  ## the web page on SmolLM2 and its reference SAE, at http://127.0.0.1:7860
 	$(BIN)/python llama_3_inference_gradio.py
