@@ -41,7 +41,7 @@ from support.sae_runs import (
     train,
     write_batches,
 )
-from support.training_with_mishaps import train_with
+from support.training_with_mishaps import in_processes, train_with
 
 from autoencoder.checkpoints import load_checkpoint, whole_checkpoints
 
@@ -165,17 +165,17 @@ def test_replicas_that_differ_stop_the_run(pairs):
     assert not path.exists() and not checkpoints_of(path)
 
 
-def test_four_processes_train_like_one_and_send_what_is_said(data, trained, tmp_path):
+def test_four_processes_train_like_one_and_send_what_is_said(data, trained, tmp_path, capfd):
     """2 x 2 processes, and the bytes that a run without dead latents sends in each step."""
     grid = {"latent_parallel": 2, "micro_batch_size": 20}
     alive = {"dead_after_tokens": 10**9, "num_epochs": 1}
-    done = run_in(
-        4,
+    runs = [
         one_run(data, tmp_path / "2x2", **grid),
         one_run(data, tmp_path / "bytes", bytes_path=tmp_path / "sent", latent_parallel=2, **alive),
-    )
-    assert done.returncode == 0, done.stderr
-    assert "4 x cpu" in done.stdout
+    ]
+    assert in_processes(4, *runs) == [0] * 4
+    said = capfd.readouterr().out
+    assert "4 x cpu" in said
     assert_similar_run(tmp_path / "2x2" / "sae.pth", trained)
     n = N_LATENTS // 2
     # Rings of two send all of it once, that of four one and a half times; 8 bytes a latent for what fired.
@@ -186,7 +186,7 @@ def test_four_processes_train_like_one_and_send_what_is_said(data, trained, tmp_
         steps = [float(line) for line in (tmp_path / f"sent.{rank}").read_text().splitlines()]
         assert steps == [gradients + candidates] * len(steps) and len(steps) == 25
     told = f"{gradients / 1e6:.2f} MB of gradients and {(candidates - 4) / 1e6:.2f} MB between slices"
-    assert told in done.stdout
+    assert told in said
 
 
 def test_missing_data_under_torchrun(tmp_path):

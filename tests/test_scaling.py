@@ -7,11 +7,9 @@ of which one is lost and replaced. Also: the numbers in docs/scaling.md.
 """
 
 import json
-import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,18 +18,12 @@ import pytest
 import torch
 from conftest import PROJECT_DIR
 from support.sae_runs import TRAINING, assert_similar_run, metrics_of, places, train, write_batches
-from support.training_with_mishaps import train_with
+from support.training_with_mishaps import free_port, in_processes
 
 import sae_training
 from autoencoder.step import bytes_sent
 
 GRIDS = {"8x1": 1, "2x4": 4, "1x8": 8}
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -60,20 +52,8 @@ def assert_same_weights(path: Path, other: Path) -> None:
 
 @pytest.mark.slow
 def test_eight_processes_train_like_one(data, alone, tmp_path):
-    ports = {grid: free_port() for grid in GRIDS}
-
-    def child(rank: int) -> None:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-        for grid, width in GRIDS.items():
-            train_with(options_of(data, tmp_path / grid, latent_parallel=width), port=ports[grid])
-
-    processes = [multiprocessing.get_context("fork").Process(target=child, args=(rank,)) for rank in range(8)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0] * 8
+    runs = [{"options": options_of(data, tmp_path / grid, latent_parallel=width)} for grid, width in GRIDS.items()]
+    assert in_processes(8, *runs) == [0] * 8
     assert any(line["train_aux"] > 0 for line in metrics_of(alone)[:-5])
     for grid in GRIDS:
         assert_same_weights(tmp_path / grid / "sae.pth", alone)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support.pipeline_runs import some_texts, write_sentences
 from support.sae_runs import TRAINING, assert_same_run, assert_similar_run, metrics_of, places, refusal, run_script
-from test_sae_parallel import run_in
+from support.training_with_mishaps import in_processes
 
 import sae_training
 from autoencoder.inputs import KindOptions, Place, StreamOptions, open_stream, start_stream
@@ -406,10 +406,8 @@ def test_two_processes_train_like_one(tiny_model_dir, sentences, three, tmp_path
     for name, changed in (("2x1", {}), ("1x2", {"latent_parallel": 2})):
         options = options_of(tiny_model_dir, sentences, tmp_path / name, *sites, **changed)
         plain = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
-        runs.append({"options": plain, "mishap": None, "bytes_path": None})
-    done = run_in(2, *runs)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+        runs.append({"options": plain})
+    assert in_processes(2, *runs) == [0, 0]
     for run in ("2x1", "1x2"):
         for folder in (SITE, "layers.1.transcoder", f"layers.0.resid_pre-to-{SITE}"):
             assert_similar_run(tmp_path / run / folder / "sae.pth", three / folder / "sae.pth")

@@ -33,8 +33,9 @@ from support.sae_runs import (
     write_batches,
     write_target_batches,
 )
+from support.training_with_mishaps import in_processes
 from test_sae import assert_close, dead_of
-from test_sae_parallel import one_run, run_in
+from test_sae_parallel import one_run
 
 import sae_preprocessing
 import sae_training
@@ -331,8 +332,8 @@ def test_grids_of_processes_train_like_one(data, trained, tmp_path):
     """Data and latent parallel, with micro-batches; what is chosen is chosen among all processes' rows and latents."""
     options = {name: str(value) if isinstance(value, Path) else value for name, value in everything(data).items()}
     grids = {"2x1": {}, "1x2": {"latent_parallel": 2, "micro_batch_size": 20}}
-    done = run_in(2, *(one_run(data, tmp_path / name, **options, **grid) for name, grid in grids.items()))
-    assert done.returncode == 0, done.stderr
+    runs = [one_run(data, tmp_path / name, **options, **grid) for name, grid in grids.items()]
+    assert in_processes(2, *runs) == [0, 0]
     for name in grids:
         assert_similar_run(tmp_path / name / "sae.pth", trained)
 

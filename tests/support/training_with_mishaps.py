@@ -8,14 +8,18 @@ A mishap: {"what": a key of MISHAPS, "method": of Step (what it needs) or Traini
 """
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
+
+import torch
 
 import sae_training
 from autoencoder.step import Step
@@ -119,6 +123,32 @@ def train_with(
         for name, method in originals.items():
             if callable(method) and getattr(owner, name) is not method:
                 setattr(owner, name, method)
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def in_processes(n: int, *runs: dict) -> list[int | None]:
+    """What torchrun does with so many processes on one node, but forked from this one, so that none has to import
+    torch. runs: what `train_with` takes. Returns the exit codes."""
+    ports = [free_port() for _ in runs]
+
+    def child(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        torch.set_num_threads(1)
+        for one, port in zip(runs, ports, strict=True):
+            train_with(**one, port=port)
+
+    processes = [multiprocessing.get_context("fork").Process(target=child, args=(rank,)) for rank in range(n)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
 
 
 if __name__ == "__main__":
